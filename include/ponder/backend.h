@@ -1,0 +1,148 @@
+/* ponder/backend.h - what a backend module implements. C99.
+ *
+ * This is the extension tier: its layout is promised only within one minor
+ * version. Applications never need it; they use ponder/ponder.h.
+ *
+ * A module is a shared library that exports one function,
+ *
+ *     const ponder_backend *ponder_backend_query_v1(void);
+ *
+ * which returns a constant descriptor and does nothing else: no CPU feature
+ * beyond the baseline may be used before `probe` has said yes. Everything after
+ * that goes through the descriptor. The core never unloads a module.
+ *
+ * A model opens one device. Each op call of a recorded pass is offered to the
+ * device by name, version, dtypes and shapes; the device answers with a planned
+ * kernel or with PONDER_PLAN_NONE. A CPU device may leave calls to the reference
+ * kernels in the core; a device with its own memory may not.
+ *
+ * Growth: ops are found by name and version, so adding an op changes no struct.
+ * Structs grow at the end only and start with their size.
+ */
+#ifndef PONDER_BACKEND_H
+#define PONDER_BACKEND_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PONDER_BACKEND_ABI 1
+#define PONDER_MAX_RANK 4
+
+/* Storage types. */
+enum ponder_dtype_code {
+    PONDER_DTYPE_NONE = 0, /* an optional tensor that is absent */
+    PONDER_DTYPE_F32 = 1,
+    PONDER_DTYPE_BF16 = 2,
+    PONDER_DTYPE_F64 = 3, /* reference kernels only: finite differences */
+    PONDER_DTYPE_I32 = 4
+};
+
+/* A tensor's description, without data: dense, row-major, last dim fastest. */
+typedef struct ponder_tensor {
+    int32_t dtype;
+    int32_t rank;
+    int64_t dim[PONDER_MAX_RANK];
+} ponder_tensor;
+
+/* One op with everything known but the addresses of what changes between runs.
+ * The op list, with shapes and attributes, stands in src/tensor/ops.hpp. */
+typedef struct ponder_op_call {
+    uint32_t struct_size;
+    uint32_t version; /* of the op's definition, 1 at first */
+    const char *op;
+    uint32_t n_in, n_out, n_attr;
+    const ponder_tensor *tensor;  /* [n_in + n_out], inputs first */
+    const void *const *constant;  /* [n_in]: data of frozen weights, NULL for the rest.
+                                     Outlives the device: packed copies may be keyed by it */
+    const double *attr;           /* [n_attr] */
+} ponder_op_call;
+
+/* How a kernel's work is cut. Cuts depend on shapes only, never on the number of
+ * threads, and so do results. */
+enum ponder_tiling {
+    PONDER_TILE_WHOLE = 0, /* one task, or a device that queues its own */
+    PONDER_TILE_ANY = 1,   /* independent tasks in any order */
+    PONDER_TILE_ROWS = 2   /* task i reads and writes rows [i*64, i*64+64) of its row tensors
+                              only, rows = product of all dims but the last. Neighbouring calls
+                              of this kind with equal task counts run as one chain per task,
+                              while the rows are in cache. */
+};
+#define PONDER_ROW_TILE 64
+
+/* What a planned call needs. */
+typedef struct ponder_plan {
+    uint32_t struct_size;
+    uint32_t tasks;   /* >= 1 */
+    int32_t tiling;   /* enum ponder_tiling */
+    uint32_t reserved;
+    size_t workspace; /* bytes for each worker, 64-byte aligned */
+    void *kernel;     /* passed back to run and drop; immutable, shared between threads */
+} ponder_plan;
+
+enum ponder_plan_result {
+    PONDER_PLAN_OK = 0,
+    PONDER_PLAN_NONE = 1,  /* no kernel for this op, dtype or shape here */
+    PONDER_PLAN_FAILED = 2 /* `why` says what went wrong */
+};
+
+/* What the core offers to a module. All pointers live as long as the device. */
+typedef struct ponder_backend_host {
+    uint32_t struct_size;
+    uint32_t workers; /* how many tasks can run at once; the size of the pool */
+    void *user_data;
+    /* Memory through the runtime's allocator and limit; NULL when there is none. */
+    void *(*allocate)(void *user_data, size_t size, size_t alignment);
+    void (*release)(void *user_data, void *block);
+    /* level: 0 error, 1 warning, 2 info, 3 debug */
+    void (*log)(void *user_data, int32_t level, const char *message);
+} ponder_backend_host;
+
+typedef struct ponder_device ponder_device;
+
+typedef struct ponder_backend {
+    uint32_t struct_size;
+    uint32_t abi;            /* PONDER_BACKEND_ABI */
+    const char *name;        /* "cpu", "cuda" */
+    const char *version;     /* of the module */
+    int32_t priority;        /* the highest available one is `auto` */
+    int32_t host_memory;     /* 1: buffers are host pointers and allocate.. are NULL */
+
+    /* 1 if it can run here; otherwise 0 and the reason in why[size]. */
+    int32_t (*probe)(char *why, size_t size);
+    /* Instruction set or device in words, valid after probe. Static storage. */
+    const char *(*isa)(void);
+    /* 1 if activations and weights of this dtype are supported here. */
+    int32_t (*supports)(int32_t dtype);
+
+    /* NULL and a reason in why[size] on failure. Calls on one device may be
+     * concurrent, except close. */
+    ponder_device *(*open)(const ponder_backend_host *host, char *why, size_t size);
+    void (*close)(ponder_device *device);
+
+    /* Device memory; NULL for host_memory devices. */
+    void *(*allocate)(ponder_device *device, size_t size);
+    void (*release)(ponder_device *device, void *buffer);
+    int32_t (*upload)(ponder_device *device, void *buffer, const void *host, size_t size);
+    int32_t (*download)(ponder_device *device, void *host, const void *buffer, size_t size);
+
+    /* enum ponder_plan_result. Packs the constants it wants, once per device. */
+    int32_t (*plan)(ponder_device *device, const ponder_op_call *call, ponder_plan *out,
+                    char *why, size_t size);
+    /* Runs task `task` of a planned call. buffers[n_in + n_out] are the addresses,
+     * NULL for absent tensors. No allocation, no failure, no floating-point exceptions. */
+    void (*run)(void *kernel, void *const *buffers, void *workspace, uint32_t task);
+    void (*drop)(void *kernel);
+    /* Bytes that the device holds in packed weights now. */
+    size_t (*packed_bytes)(ponder_device *device);
+} ponder_backend;
+
+typedef const ponder_backend *(*ponder_backend_query_fn)(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,44 @@
+// JSON values. The only file that includes nlohmann/json is json.cpp.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace ponder::json {
+
+enum class Type { null, boolean, integer, number, string, array, object };
+
+// A parsed value. Objects keep the order of the text; keys are unique (checked).
+class Value {
+public:
+    Type type = Type::null;
+    bool boolean = false;
+    int64_t integer = 0; // exact when type is integer
+    double number = 0;   // set for integer and number
+    std::string string;
+    std::vector<Value> items;                            // array
+    std::vector<std::pair<std::string, Value>> members;  // object
+
+    // The member of that name, or nullptr. Linear for small objects; use members for large ones.
+    const Value *find(std::string_view key) const;
+};
+
+struct Limits {
+    size_t bytes = 64u << 20; // of text
+    int depth = 32;
+    size_t values = 8u << 20; // nodes in all, members and items counted
+};
+
+// Parses a whole text as UTF-8 JSON. Throws Error(PONDER_E_FORMAT) that names `file`, the
+// byte offset and what was wrong: syntax, duplicate key, depth, size, non-finite number.
+Value parse(std::string_view text, const std::string &file, const Limits &limits = {});
+
+// A string as a JSON literal with quotes; bytes that are no UTF-8 become U+FFFD.
+std::string quote(std::string_view text);
+// A number with the fewest digits that read back the same; NaN and infinities become null.
+std::string number(double value);
+
+} // namespace ponder::json

@@ -1,0 +1,43 @@
+// A Hugging Face folder with a GPT-2 model: config.json and one or many safetensors files.
+#pragma once
+
+#include "formats/safetensors.hpp"
+
+namespace ponder {
+
+struct Gpt2Config {
+    int64_t layers = 0, width = 0, heads = 0, inner = 0, context = 0, vocabulary = 0;
+    double norm_epsilon = 1e-5;
+    bool tied = true; // embedding and head share one matrix
+};
+
+// config.json, every field checked against ranges and against each other. Unknown
+// architectures, activations other than gelu_new / gelu_pytorch_tanh and attention variants
+// (scale_attn_by_inverse_layer_idx, reorder.., cross attention) are PONDER_E_UNSUPPORTED.
+Gpt2Config read_gpt2_config(const std::string &folder);
+
+// The folder's tensors, found by their name without the "transformer." prefix. Buffers such as
+// h.0.attn.bias and h.0.attn.masked_bias are ignored.
+class Gpt2Folder {
+public:
+    explicit Gpt2Folder(const std::string &path); // headers only
+    const std::string &path() const { return path_; }
+    const Gpt2Config &config() const { return config_; }
+    // Every tensor of the architecture with its shape, in a fixed order:
+    // wte.weight [V,C], wpe.weight [P,C], h.N.ln_1.weight ..., ln_f.bias, and lm_head.weight
+    // [V,C] when untied. All present with these shapes, checked by the constructor.
+    const std::vector<std::pair<std::string, std::vector<int64_t>>> &tensors() const {
+        return expected_;
+    }
+    void read(const std::string &tensor, DType type, void *out) const;
+    uint64_t stored_bytes() const; // of the tensors above, as in the files
+
+private:
+    std::string path_;
+    Gpt2Config config_;
+    std::vector<std::pair<std::string, std::vector<int64_t>>> expected_;
+    std::vector<SafeTensors> shards_;
+    std::map<std::string, std::pair<size_t, std::string>> place_; // shard, name in the shard
+};
+
+} // namespace ponder

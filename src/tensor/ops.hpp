@@ -1,0 +1,62 @@
+// The op list: names, shapes, attributes. One op is declared once here, has its
+// vjp rule beside it in ops_*.cpp, a plain kernel in src/backend/reference and, where a
+// backend does better, one file of the same name in backends/<name>.
+//
+// Notation. S streams, T tokens, C width, H heads, D = C / H, V vocabulary, R rank,
+// M mini-batch. Rows are [S, T] flattened. act: the pass's activation type (f32, bf16;
+// f64 in tests). wide: f32, or f64 when act is f64. `?` may be absent. const: frozen.
+// Activations in `wide`: the residual stream, losses, statistics, every gradient of a
+// fast weight. Inputs are in order, outputs after the arrow, attributes in brackets.
+//
+// rows ops (PONDER_TILE_ROWS where a backend can):
+//   embedding         ids i32[S,T], table const[V,C], position const[P,C] -> y wide[S,T,C]
+//                     [first position]
+//   layer_norm        x[S,T,C], g[C], b[C] -> y[S,T,C], stats wide[S,T,2] (mean, 1/std) [eps]
+//   layer_norm_vjp    dy[S,T,C], x, g, stats, carry? wide[S,T,C] -> dx wide[S,T,C]
+//                     dx = carry + d layer_norm / dx ^T dy
+//   linear            x[S,T,K], w const[K,N] or const[N,K], b?[N], add? wide[S,T,N] -> y[S,T,N]
+//                     [transposed: 1 = w is [N,K] and y = x w^T]      y = add + x w + b
+//   lora_linear       x[S,T,K], w const[K,N], b?[N], a wide[S,K,R], bb wide[S,R,N],
+//                     add? wide[S,T,N] -> y[S,T,N], u act[S,T,R]
+//                     [scale]             u = x a,  y = add + x w + b + scale u bb
+//   lora_linear_vjp   dy[S,T,N], w const[K,N], a, bb -> dx[S,T,K], du act[S,T,R]
+//                     [scale]             du = scale dy bb^T,  dx = dy w^T + du a^T
+//   gelu              x -> y              tanh form, Hendrycks & Gimpel 2016
+//   gelu_vjp          dy, x -> dx
+//   add               a, b -> y
+//   mul               a, b -> y
+//   sigmoid           x -> y
+//   slice_rows        x[S,T,C] -> y[S,n,C] [first]
+//   slice_rows_vjp    dy[S,n,C] -> dx[S,T,C] [first]          zeros elsewhere
+//   cross_entropy     h[S,T,C], table const[V,C], target i32[S,T] -> nll wide[S,T],
+//                     entropy wide[S,T], p? act[S,T,V]
+//                     logits = h table^T in tiles; a target of -1 gives nll 0 (entropy is
+//                     still that of the row)
+//   cross_entropy_vjp p[S,T,V], table const[V,C], target, dnll wide[S,T] -> dh[S,T,C]
+//                     dh = ((p - onehot) * dnll) table; rows with target -1 give 0
+// head ops (PONDER_TILE_ANY):
+//   attention         qkv[S,T,3C] -> o[S,T,C], lse wide[S,H,T]  [heads]
+//                     causal softmax(q k^T / sqrt(D)) v; lse = log sum exp of scaled scores
+//   attention_vjp     qkv, o, lse, do[S,T,C] -> dqkv[S,T,3C]    [heads]
+//   conv1d            x[S,T,C], w[4,C], b[C] -> y  [shift]  depthwise, causal:
+//                     y_t = b + sum_j w_j x_{t-3-shift+j}, zeros before the start
+//   rope              x[S,T,C] -> y  [heads, period, theta]  interleaved pairs, position t mod period
+//   ttt_linear        q,k,v [S,T,C], lr [S,T,H] (after the sigmoid), index [M], g[H,D], b[H,D],
+//                     w1 wide[S,H,D,D], b1 wide[S,H,D] ->
+//                     y[S,T,C], w1' wide, b1' wide, loss wide[S,3]
+//                     [form: 0 official, 1 ponder; base_lr/D scale; decay; eps; max_grad_norm or 0;
+//                     causal_k]
+//                     loss = mean over mini-batches (their last token), heads and D of the squared
+//                     error under (initial weights, before, after the mini-batch's step)
+//   ttt_mlp           as ttt_linear with w1[S,H,D,4D], b1[S,H,4D], w2[S,H,4D,D], b2[S,H,D] after
+//                     each other in inputs and outputs
+// reductions and state:
+//   mean              x wide[...] -> y wide[1]  [count]           y = sum(x) / count
+//   mean_vjp          dy wide[1] -> dx wide[...] [count]
+//   fill              -> y wide[...] [value]
+//   matmul_tn         a[S,T,M], b[S,T,N] -> c wide[S,M,N]         c = a^T b, per stream
+//   norm              a wide[n], b? wide[n] -> y wide[1]          |a - b|
+//   adam              w,g,m,v wide[n], h wide[8], gnorm wide[1] -> w',m',v'   outputs may alias inputs
+//                     h = lr, beta1, beta2, eps, 1-beta1^t, 1-beta2^t, clip (0 = off), 0
+//                     g is scaled by min(1, clip / (gnorm + 1e-6))
+//   sgd               w,g wide[n], h wide[8], gnorm wide[1] -> w'
