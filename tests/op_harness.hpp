@@ -1,8 +1,8 @@
 // Calls single ops of a backend in tests: tensors in, tensors out, every task of the plan run.
 //
 //     OpRunner ops(backend);
-//     auto out = ops.run("linear", {x, w.frozen(), none(), none()}, {{DType::f32, {2, 5, 7}}}, {0});
-//     EXPECT_LE(relative_error(out[0], expected), 1e-5);
+//     auto out = ops.run("linear", {x, w.frozen(), none(), none()}, {{DType::f32, {2, 5, 7}}},
+//     {0}); EXPECT_LE(relative_error(out[0], expected), 1e-5);
 #pragma once
 
 #include "base/dtype.hpp"
@@ -25,7 +25,8 @@ using Shape = std::vector<int64_t>;
 
 inline int64_t element_count(const Shape &shape) {
     int64_t n = 1;
-    for (int64_t d : shape) n *= d;
+    for (int64_t d : shape)
+        n *= d;
     return n;
 }
 
@@ -35,7 +36,8 @@ public:
     explicit Block(size_t size) : size_(size) {
         const size_t rounded = (std::max<size_t>(size, 1) + 63) / 64 * 64;
         data_.reset(static_cast<std::byte *>(std::aligned_alloc(64, rounded)));
-        if (!data_) throw std::bad_alloc();
+        if (!data_)
+            throw std::bad_alloc();
         std::memset(data_.get(), 0xff, rounded);
     }
     std::byte *data() const { return data_.get(); }
@@ -66,33 +68,50 @@ struct Tensor {
 
     double at(int64_t i) const {
         switch (type) {
-        case DType::f32: return as<float>()[i];
-        case DType::f64: return as<double>()[i];
-        case DType::bf16: return to_float(as<bf16>()[i]);
-        case DType::i32: return as<int32_t>()[i];
-        default: throw std::logic_error("an absent tensor has no elements");
+        case DType::f32:
+            return as<float>()[i];
+        case DType::f64:
+            return as<double>()[i];
+        case DType::bf16:
+            return to_float(as<bf16>()[i]);
+        case DType::i32:
+            return as<int32_t>()[i];
+        default:
+            throw std::logic_error("an absent tensor has no elements");
         }
     }
     void set(int64_t i, double x) const {
         switch (type) {
-        case DType::f32: as<float>()[i] = float(x); break;
-        case DType::f64: as<double>()[i] = x; break;
-        case DType::bf16: as<bf16>()[i] = to_bf16(float(x)); break;
-        case DType::i32: as<int32_t>()[i] = int32_t(x); break;
-        default: throw std::logic_error("an absent tensor has no elements");
+        case DType::f32:
+            as<float>()[i] = float(x);
+            break;
+        case DType::f64:
+            as<double>()[i] = x;
+            break;
+        case DType::bf16:
+            as<bf16>()[i] = to_bf16(float(x));
+            break;
+        case DType::i32:
+            as<int32_t>()[i] = int32_t(x);
+            break;
+        default:
+            throw std::logic_error("an absent tensor has no elements");
         }
     }
     std::vector<double> values() const {
         std::vector<double> v(static_cast<size_t>(count()));
-        for (int64_t i = 0; i < count(); ++i) v[size_t(i)] = at(i);
+        for (int64_t i = 0; i < count(); ++i)
+            v[size_t(i)] = at(i);
         return v;
     }
     // A deep copy of another type.
     Tensor to(DType other) const {
-        if (type == DType::none || type == DType::i32) return *this;
+        if (type == DType::none || type == DType::i32)
+            return *this;
         Tensor t(other, shape);
         t.constant = constant;
-        for (int64_t i = 0; i < count(); ++i) t.set(i, at(i));
+        for (int64_t i = 0; i < count(); ++i)
+            t.set(i, at(i));
         return t;
     }
     // The same data as another shape.
@@ -113,14 +132,17 @@ inline Tensor none() { return {}; }
 
 inline Tensor filled(DType type, const Shape &shape, double value) {
     Tensor t(type, shape);
-    for (int64_t i = 0; i < t.count(); ++i) t.set(i, value);
+    for (int64_t i = 0; i < t.count(); ++i)
+        t.set(i, value);
     return t;
 }
 
 inline Tensor from_values(DType type, const Shape &shape, const std::vector<double> &values) {
     Tensor t(type, shape);
-    if (int64_t(values.size()) != t.count()) throw std::logic_error("values do not fill the shape");
-    for (int64_t i = 0; i < t.count(); ++i) t.set(i, values[size_t(i)]);
+    if (int64_t(values.size()) != t.count())
+        throw std::logic_error("values do not fill the shape");
+    for (int64_t i = 0; i < t.count(); ++i)
+        t.set(i, values[size_t(i)]);
     return t;
 }
 
@@ -144,15 +166,18 @@ inline Tensor random_ids(const Shape &shape, uint32_t seed, int32_t low, int32_t
 
 // ||a - b|| / ||b||; infinite when a number is not finite or the sizes differ.
 inline double relative_error(const Tensor &a, const Tensor &b) {
-    if (a.count() != b.count()) return INFINITY;
+    if (a.count() != b.count())
+        return INFINITY;
     double difference = 0, norm = 0;
     for (int64_t i = 0; i < a.count(); ++i) {
         const double x = a.at(i), y = b.at(i);
-        if (!std::isfinite(x) || !std::isfinite(y)) return INFINITY;
+        if (!std::isfinite(x) || !std::isfinite(y))
+            return INFINITY;
         difference += (x - y) * (x - y);
         norm += y * y;
     }
-    if (difference == 0) return 0;
+    if (difference == 0)
+        return 0;
     return std::sqrt(difference / std::max(norm, 1e-300));
 }
 
@@ -192,7 +217,8 @@ public:
             throw std::runtime_error(std::string(backend->name) + " does not open: " + why);
     }
     ~OpRunner() {
-        for (const auto &[block, buffer] : resident_) backend_->release(device_, buffer);
+        for (const auto &[block, buffer] : resident_)
+            backend_->release(device_, buffer);
         backend_->close(device_);
     }
     OpRunner(const OpRunner &) = delete;
@@ -238,18 +264,22 @@ public:
         char text[512] = "";
         const int32_t answer = backend_->plan(device_, &call, &plan, text, sizeof text);
         why = text;
-        if (answer != PONDER_PLAN_OK) return answer;
+        if (answer != PONDER_PLAN_OK)
+            return answer;
 
         std::vector<void *> buffers(all.size(), nullptr);
         for (size_t i = 0; i < all.size(); ++i)
-            if (all[i].block) buffers[i] = buffer_of(all[i]);
+            if (all[i].block)
+                buffers[i] = buffer_of(all[i]);
         Block workspace(plan.workspace);
         for (uint32_t i = 0; i < plan.tasks; ++i)
             backend_->run(plan.kernel, buffers.data(), workspace.data(),
                           reversed ? plan.tasks - 1 - i : i);
-        if (backend_->drop) backend_->drop(plan.kernel);
+        if (backend_->drop)
+            backend_->drop(plan.kernel);
         results.assign(all.begin() + int64_t(in.size()), all.end());
-        if (!backend_->host_memory) bring_back(all, buffers, in.size());
+        if (!backend_->host_memory)
+            bring_back(all, buffers, in.size());
         return answer;
     }
 
@@ -258,26 +288,32 @@ public:
         std::vector<Tensor> results;
         std::string why;
         const int32_t answer = try_run(op, in, out, attr, results, why);
-        if (answer == PONDER_PLAN_NONE) throw NoKernel(op);
-        if (answer != PONDER_PLAN_OK) throw std::runtime_error(op + ": " + why);
+        if (answer == PONDER_PLAN_NONE)
+            throw NoKernel(op);
+        if (answer != PONDER_PLAN_OK)
+            throw std::runtime_error(op + ": " + why);
         return results;
     }
 
 private:
     void *buffer_of(const Tensor &t) {
-        if (backend_->host_memory) return t.block->data();
+        if (backend_->host_memory)
+            return t.block->data();
         for (const auto &[block, buffer] : resident_)
-            if (t.constant && block == t.block) return buffer;
+            if (t.constant && block == t.block)
+                return buffer;
         void *buffer = backend_->allocate(device_, t.block->size());
         if (!buffer || backend_->upload(device_, buffer, t.block->data(), t.block->size()) != 0)
             throw std::runtime_error("device memory");
-        if (t.constant) resident_.emplace_back(t.block, buffer);
+        if (t.constant)
+            resident_.emplace_back(t.block, buffer);
         return buffer;
     }
     void bring_back(const std::vector<Tensor> &all, const std::vector<void *> &buffers,
                     size_t first_out) {
         for (size_t i = 0; i < all.size(); ++i) {
-            if (!all[i].block || all[i].constant) continue;
+            if (!all[i].block || all[i].constant)
+                continue;
             if (i >= first_out && backend_->download(device_, all[i].block->data(), buffers[i],
                                                      all[i].block->size()) != 0)
                 throw std::runtime_error("download");
