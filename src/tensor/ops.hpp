@@ -44,12 +44,15 @@
 //   ttt_linear        q,k,v [S,T,C], lr [S,T,H] (after the sigmoid), index [M], g[H,D], b[H,D],
 //                     w1 wide[S,H,D,D], b1 wide[S,H,D] ->
 //                     y[S,T,C], w1' wide, b1' wide, loss wide[S,3]
-//                     [form: 0 official, 1 ponder; base_lr/D scale; decay; eps; max_grad_norm or 0;
-//                     causal_k]
+//                     [form, scale, decay, eps, max_grad_norm (0 = off), causal_k <= 0]
+//                     token_i = max(0, 1/(i+1) + index_i) exp(decay (i - (M-1)))
+//                     eta[i,j] = scale lr_j token_i (form 0, official) or token_j (form 1, ponder);
+//                     scale = base_lr / D (ponder: x 768 / C x gating). The state steps by the last
+//                     row, of a short last mini-batch too. Query i sees keys j <= i + causal_k.
 //                     loss = mean over mini-batches (their last token), heads and D of the squared
 //                     error under (initial weights, before, after the mini-batch's step)
-//   ttt_mlp           as ttt_linear with w1[S,H,D,4D], b1[S,H,4D], w2[S,H,4D,D], b2[S,H,D] after
-//                     each other in inputs and outputs
+//   ttt_mlp           as ttt_linear (form 0) with w1[S,H,D,4D], b1[S,H,4D], w2[S,H,4D,D], b2[S,H,D]
+//                     after each other in inputs and outputs  [scale, eps]
 // reductions and state:
 //   mean              x wide[...] -> y wide[1]  [count]           y = sum(x) / count
 //   mean_vjp          dy wide[1] -> dx wide[...] [count]
