@@ -18,6 +18,7 @@ public:
     bool boolean = false;
     int64_t integer = 0; // exact when type is integer
     double number = 0;   // set for integer and number
+    size_t offset = 0;   // in the file, for messages: where its text ends; of [ and { the start
     std::string string;
     std::vector<Value> items;                            // array
     std::vector<std::pair<std::string, Value>> members;  // object
@@ -30,6 +31,7 @@ struct Limits {
     size_t bytes = 64u << 20; // of text
     int depth = 32;
     size_t values = 8u << 20; // nodes in all, members and items counted
+    size_t offset = 0;        // of the text in its file, added to the offsets in messages
 };
 
 // Parses a whole text as UTF-8 JSON. Throws Error(PONDER_E_FORMAT) that names `file`, the
@@ -38,6 +40,8 @@ Value parse(std::string_view text, const std::string &file, const Limits &limits
 
 // A string as a JSON literal with quotes; bytes that are no UTF-8 become U+FFFD.
 std::string quote(std::string_view text);
+// A name out of a file for a one-line message: quoted, cut after 80 bytes.
+std::string shown(std::string_view name);
 // A number with the fewest digits that read back the same; NaN and infinities become null.
 std::string number(double value);
 

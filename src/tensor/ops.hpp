@@ -63,3 +63,73 @@
 //                     h = lr, beta1, beta2, eps, 1-beta1^t, 1-beta2^t, clip (0 = off), 0
 //                     g is scaled by min(1, clip / (gnorm + 1e-6))
 //   sgd               w,g wide[n], h wide[8], gnorm wide[1] -> w'
+
+#pragma once
+
+#include "tensor/graph.hpp"
+
+namespace ponder {
+
+// What the list says of one op, for the graph, the tape and the executor.
+struct OpRule {
+    const char *name;
+    bool rows;                                      // a rows op
+    uint64_t (*flops)(const Graph &, const Call &); // 2 per multiply-add of matrix products
+    void (*vjp)(class Tape &, const Call &);        // nullptr: constant for gradients
+};
+
+// What a vjp rule sees while the tape is read backwards.
+class Tape {
+public:
+    Tape(Graph &graph) : graph(graph) {}
+    Graph &graph;
+    // Gradient of a value so far; none where nothing arrived.
+    Id gradient(Id value) const;
+    bool wants(Id value) const { return value != none && graph.value(value).needs_gradient; }
+    // Adds to the gradient of `value`.
+    void add(Id value, Id gradient);
+    // Takes the gradient so far out, for a rule that adds to it by itself and puts back the sum.
+    Id take(Id value);
+
+private:
+    std::vector<Id> gradient_;
+};
+
+Id embedding(Graph &, Id ids, Id table, Id position, int64_t first);
+Id layer_norm(Graph &, Id x, Id g, Id b, double eps, DType out);
+Id linear(Graph &, Id x, Id w, Id b, Id add, bool transposed, DType out);
+Id lora_linear(Graph &, Id x, Id w, Id b, Id a, Id bb, Id add, double scale, DType out);
+Id gelu(Graph &, Id x);
+Id add(Graph &, Id a, Id b, DType out);
+Id mul(Graph &, Id a, Id b);
+Id sigmoid(Graph &, Id x);
+Id slice_rows(Graph &, Id x, int64_t first, int64_t count);
+struct CrossEntropy {
+    Id nll, entropy;
+};
+// keep: the probabilities stay for a backward pass.
+CrossEntropy cross_entropy(Graph &, Id h, Id table, Id target, bool keep);
+Id attention(Graph &, Id qkv, int64_t heads);
+Id conv1d(Graph &, Id x, Id w, Id b, int64_t shift);
+Id rope(Graph &, Id x, int64_t heads, int64_t period, double theta);
+struct TttScan {
+    bool mlp = false;
+    bool ponder = false; // PonderTTT's form instead of the official one
+    double scale = 1, decay = 0, eps = 1e-6, max_grad_norm = 0;
+    int64_t causal_k = 0;
+};
+struct TttResult {
+    Id y, loss;
+    std::vector<Id> state; // w1, b1 (, w2, b2) after the chunk
+};
+TttResult ttt_scan(Graph &, Id q, Id k, Id v, Id lr, Id index, Id g, Id b,
+                   const std::vector<Id> &state, const TttScan &form);
+Id mean(Graph &, Id x, int64_t count);
+Id fill(Graph &, Shape shape, double value);
+Id matmul_tn(Graph &, Id a, Id b);
+Id norm(Graph &, Id a, Id b);
+// State tensors are externals that the caller bound; nothing is returned.
+void adam(Graph &, Id w, Id g, Id m, Id v, Id h, Id gnorm, Id w2, Id m2, Id v2);
+void sgd(Graph &, Id w, Id g, Id h, Id gnorm, Id w2);
+
+} // namespace ponder

@@ -1,0 +1,90 @@
+// An adapter says what the fast weights are and where they enter the backbone's pass. Adding one
+// is one file here, a row in the option table, a fixture and a test.
+#pragma once
+
+#include "backbone/gpt2.hpp"
+#include "base/random.hpp"
+#include "tensor/graph.hpp"
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace ponder {
+
+class Options;
+
+// One tensor of the fast weights, in their flat buffer.
+struct FastTensor {
+    std::string name;
+    Shape shape; // [S, ...] with one stream
+    size_t offset = 0;
+    size_t count() const { return size_t(shape.count()); }
+};
+
+struct LinearArguments {
+    LinearPlace place;
+    Id x, w, b, residual;
+    DType out;
+};
+
+// What an adapter that learns inside the pass leaves in the graph.
+struct InsideResult {
+    Id hidden;
+    std::vector<Id> state; // new fast weights, in the order of fast_tensors()
+    Id loss = none;        // wide [S, 3]: reconstruction loss (initial weights, before, after)
+};
+
+class Adapter {
+public:
+    virtual ~Adapter() = default;
+
+    // Fast weights, all of them f32 (f64 in tests).
+    const std::vector<FastTensor> &fast_tensors() const { return fast_; }
+    size_t fast_count() const { return fast_count_; }
+    // The values a stream starts from; the same for the same seed. Stored ones if there are.
+    void initial(std::span<float> fast, Random &random) const;
+    void store_initial(std::vector<float> values) { stored_ = std::move(values); }
+    // True: score and learn are one pass, decided before it. False: learning follows the score.
+    virtual bool learns_inside() const { return false; }
+    // Layers below need no gradient.
+    virtual int64_t lowest_layer() const { return 0; }
+
+    // Recording. bind() comes first and puts the fast weights into the graph.
+    virtual Id linear(Graph &graph, const LinearArguments &arguments) const;
+    virtual InsideResult after_backbone(Graph &graph, Id hidden) const;
+
+    // The fast weights' externals in a graph that is being recorded, in order.
+    void bind(Graph &graph) const;
+    static Id fast_id(size_t index) { return Id(index); }
+
+    // Parameters that do not change at test time (a TTT layer's projections), by name: shape and
+    // values. Stored in an adapter folder beside the initial fast weights.
+    struct Slow {
+        Shape shape;
+        std::vector<float> values;
+    };
+    const std::map<std::string, Slow> &slow() const { return slow_; }
+    void store_slow(const std::string &name, std::vector<float> values) {
+        slow_.at(name).values = std::move(values);
+    }
+
+protected:
+    virtual void draw_initial(std::span<float> fast, Random &random) const;
+    size_t add_fast(std::string name, Shape shape); // returns its index
+
+    std::map<std::string, Slow> slow_;
+
+private:
+    std::vector<FastTensor> fast_;
+    size_t fast_count_ = 0;
+    std::vector<float> stored_; // initial fast weights, empty if drawn
+};
+
+// From the `adapter` option: none, lora, ttt-linear, ttt-mlp, or a folder. The seed draws what an
+// untrained adapter draws once per model (a TTT layer's projections).
+std::shared_ptr<const Adapter> make_adapter(const Gpt2Config &config, const Options &options,
+                                            const std::string &model_hash);
+
+} // namespace ponder

@@ -1,0 +1,70 @@
+// GPT-2 (Radford et al. 2019): weights, and the forward pass as op calls.
+#pragma once
+
+#include "base/memory.hpp"
+#include "formats/gpt2_folder.hpp"
+#include "tensor/graph.hpp"
+
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace ponder {
+
+class Adapter;
+
+// Where the four products of a block stand: named as in the checkpoint.
+enum class Module { attn_c_attn, attn_c_proj, mlp_c_fc, mlp_c_proj };
+constexpr int modules_per_layer = 4;
+const char *module_name(Module module);
+
+struct LinearPlace {
+    int64_t layer;
+    Module module;
+    int64_t in, out;
+};
+LinearPlace linear_place(const Gpt2Config &config, int64_t layer, Module module);
+
+// Frozen weights in one block: matrices in the model's type, vectors in f32 (f64 in tests).
+class Gpt2 {
+public:
+    // Without memory nothing is allocated: constants have no data, for planning.
+    Gpt2(const Gpt2Config &config, DType type);
+    Gpt2(const Gpt2Folder &folder, DType type, std::shared_ptr<Memory> memory,
+         const std::function<void(uint64_t done, uint64_t total)> &progress);
+
+    const Gpt2Config &config() const { return config_; }
+    DType type() const { return type_; }
+    uint64_t bytes() const { return bytes_; }
+    uint64_t parameters() const { return parameters_; }
+    const std::string &hash() const { return hash_; } // of config and weights
+
+    // Bytes of the matrices, which a backend packs: once for the forward pass of every layer, once
+    // transposed for the backward pass of layers from `lowest_adapted` on.
+    uint64_t packed_estimate(bool backward, int64_t lowest_adapted) const;
+
+    // ids i32 [S, T] -> hidden states after the last layer norm, [S, scored, C]: of the last
+    // `scored` tokens. The adapter chooses how each linear is computed.
+    Id hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DType out) const;
+    Id head(Graph &graph) const; // [V, C]
+
+private:
+    struct Place {
+        Shape shape;
+        DType type;
+        size_t offset;
+    };
+    void layout();
+    Id weight(Graph &graph, const std::string &name) const;
+
+    Gpt2Config config_;
+    DType type_;
+    std::vector<std::pair<std::string, Place>> order_;
+    std::map<std::string, Place> places_;
+    uint64_t bytes_ = 0, parameters_ = 0;
+    std::string hash_;
+    Buffer data_;
+};
+
+} // namespace ponder

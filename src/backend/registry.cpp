@@ -1,0 +1,178 @@
+#include "backend/registry.hpp"
+
+#include "backend/reference/reference.hpp"
+#include "base/error.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <dirent.h>
+#include <dlfcn.h>
+#include <sys/stat.h>
+
+namespace ponder {
+
+namespace {
+
+bool is_folder(const std::string &path) {
+    struct stat info;
+    return !path.empty() && stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
+}
+
+std::string folder_of_library() {
+    Dl_info info;
+    if (!dladdr(reinterpret_cast<void *>(&load_backends), &info) || !info.dli_fname) return "";
+    const std::string path = info.dli_fname;
+    const size_t slash = path.rfind('/');
+    return slash == std::string::npos ? "" : path.substr(0, slash);
+}
+
+// Modules are named ponder-<backend>.so; the installed folder carries the module ABI's number.
+std::vector<std::string> search_folders(const std::string &explicit_folder) {
+    std::vector<std::string> folders{explicit_folder};
+    if (const char *variable = secure_getenv("PONDER_BACKEND_PATH")) folders.push_back(variable);
+    const std::string library = folder_of_library();
+    if (!library.empty()) {
+        folders.push_back(library + "/ponder-" + std::to_string(PONDER_BACKEND_ABI));
+        folders.push_back(library + "/../../backends"); // <build>/src/api/libponder.so
+    }
+    folders.push_back(PONDER_BACKEND_DIR);
+    return folders;
+}
+
+// Module files directly in the folder and one level below (the build tree has a folder each).
+std::vector<std::string> module_files(const std::string &folder) {
+    std::vector<std::string> files, subfolders;
+    DIR *directory = opendir(folder.c_str());
+    if (!directory) return files;
+    while (const dirent *entry = readdir(directory)) {
+        const std::string name = entry->d_name, path = folder + "/" + name;
+        if (name.size() > 10 && name.starts_with("ponder-") && name.ends_with(".so"))
+            files.push_back(path);
+        else if (name[0] != '.' && name.find('.') == std::string::npos && is_folder(path))
+            subfolders.push_back(path + "/ponder-" + name + ".so");
+    }
+    closedir(directory);
+    for (const std::string &path : subfolders)
+        if (struct stat info; stat(path.c_str(), &info) == 0 && S_ISREG(info.st_mode))
+            files.push_back(path);
+    std::sort(files.begin(), files.end());
+    return files;
+}
+
+void probe(Backend &backend) {
+    const ponder_backend *d = backend.descriptor;
+    if (d->struct_size < sizeof(ponder_backend) || d->abi != PONDER_BACKEND_ABI) {
+        backend.reason = "module ABI " + std::to_string(d->abi) + ", this library needs " +
+                         std::to_string(PONDER_BACKEND_ABI);
+        backend.descriptor = nullptr;
+        return;
+    }
+    backend.name = d->name;
+    char why[256] = "";
+    if (!d->probe(why, sizeof why)) backend.reason = why[0] ? why : "not usable here";
+}
+
+Backend load_module(const std::string &path) {
+    Backend backend;
+    backend.path = path;
+    backend.name = path.substr(path.rfind('/') + 1);
+    void *module = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!module) {
+        const char *text = dlerror();
+        backend.reason = text ? text : "dlopen failed";
+        return backend;
+    }
+    const auto query =
+        reinterpret_cast<ponder_backend_query_fn>(dlsym(module, "ponder_backend_query_v1"));
+    backend.descriptor = query ? query() : nullptr;
+    if (backend.descriptor)
+        probe(backend);
+    else
+        backend.reason = "exports no ponder_backend_query_v1";
+    return backend;
+}
+
+int priority_of(const Backend &backend) {
+    return backend.available() ? backend.descriptor->priority : -1;
+}
+
+} // namespace
+
+std::vector<Backend> load_backends(const std::string &folder, const Log &log) {
+    if (!folder.empty() && !is_folder(folder))
+        throw_error(PONDER_E_NOT_FOUND, "backend_path '%s' is no folder", folder.c_str());
+    std::vector<Backend> backends;
+    backends.push_back({reference_backend(), "reference", "", ""});
+    for (const std::string &place : search_folders(folder)) {
+        if (!is_folder(place)) continue;
+        const std::vector<std::string> files = module_files(place);
+        for (const std::string &path : files) {
+            backends.push_back(load_module(path));
+            if (log && !backends.back().available())
+                log(PONDER_LOG_INFO, (path + ": " + backends.back().reason).c_str());
+        }
+        if (!files.empty()) break;
+    }
+    std::stable_sort(backends.begin(), backends.end(), [](const Backend &a, const Backend &b) {
+        return priority_of(a) > priority_of(b);
+    });
+    return backends;
+}
+
+Device::Device(const Backend &backend, std::shared_ptr<Memory> memory,
+               std::shared_ptr<Threads> threads, Log log)
+    : memory_(std::move(memory)), threads_(std::move(threads)), log_(std::move(log)),
+      backend_(backend.descriptor) {
+    host_.struct_size = sizeof host_;
+    host_.workers = threads_->count();
+    host_.user_data = this;
+    host_.allocate = [](void *self, size_t size, size_t) -> void * {
+        try {
+            return static_cast<Device *>(self)->memory_->allocate(size);
+        } catch (const Error &) {
+            return nullptr;
+        }
+    };
+    host_.release = [](void *self, void *block) {
+        static_cast<Device *>(self)->memory_->release(block);
+    };
+    host_.log = [](void *self, int32_t level, const char *message) {
+        if (const Log &log = static_cast<Device *>(self)->log_) log(level, message);
+    };
+    char why[256] = "";
+    device_ = backend_->open(&host_, why, sizeof why);
+    if (!device_) throw_error(PONDER_E_BACKEND, "backend '%s': %s", backend_->name, why);
+    if (backend_->host_memory && backend_ != reference_backend()) {
+        fallback_ = reference_backend()->open(&host_, why, sizeof why);
+        if (!fallback_) {
+            backend_->close(device_);
+            throw_error(PONDER_E_BACKEND, "reference kernels: %s", why);
+        }
+    }
+}
+
+Device::~Device() {
+    if (fallback_) reference_backend()->close(fallback_);
+    backend_->close(device_);
+}
+
+Device::Kernel Device::plan(const ponder_op_call &call) const {
+    char why[256] = "";
+    const auto ask = [&](const ponder_backend *backend, ponder_device *device) {
+        Kernel kernel(backend);
+        const int32_t result = backend->plan(device, &call, &kernel.plan, why, sizeof why);
+        if (result != PONDER_PLAN_OK) kernel.owner = nullptr;
+        if (result == PONDER_PLAN_FAILED)
+            throw_error(PONDER_E_BACKEND, "backend '%s', op '%s': %s", backend->name, call.op, why);
+        return kernel;
+    };
+    Kernel kernel = ask(backend_, device_);
+    if (!kernel.owner && fallback_) kernel = ask(reference_backend(), fallback_);
+    if (!kernel.owner)
+        throw_error(PONDER_E_BACKEND, "backend '%s' has no kernel for op '%s' version %u",
+                    backend_->name, call.op, call.version);
+    return kernel;
+}
+
+} // namespace ponder

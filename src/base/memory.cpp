@@ -1,0 +1,69 @@
+#include "base/memory.hpp"
+
+#include "base/error.hpp"
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+namespace ponder {
+
+namespace {
+
+constexpr size_t alignment = 64;
+
+// Before each block: its size, in a cell that keeps the alignment.
+constexpr size_t header = alignment;
+
+} // namespace
+
+Memory::Memory(uint64_t limit, void *user_data, Allocate allocate, Release release)
+    : limit_(limit), user_data_(user_data), allocate_(allocate), release_(release) {}
+
+void *Memory::allocate(size_t size) {
+    if (size > SIZE_MAX - 2 * alignment)
+        throw_error(PONDER_E_NO_MEMORY, "memory: %zu bytes asked for", size);
+    const size_t total = (size + alignment - 1) / alignment * alignment + header;
+    const uint64_t before = in_use_.fetch_add(total, std::memory_order_relaxed);
+    void *block = nullptr;
+    if (limit_ == 0 || before + total <= limit_)
+        block = allocate_ ? allocate_(user_data_, total, alignment)
+                          : std::aligned_alloc(alignment, total);
+    if (!block) {
+        in_use_.fetch_sub(total, std::memory_order_relaxed);
+        throw_error(PONDER_E_NO_MEMORY, "memory: %zu bytes wanted with %llu in use, limit %llu",
+                    size, static_cast<unsigned long long>(before),
+                    static_cast<unsigned long long>(limit_));
+    }
+    std::memcpy(block, &total, sizeof total);
+    return static_cast<std::byte *>(block) + header;
+}
+
+void Memory::release(void *pointer) noexcept {
+    if (!pointer) return;
+    void *block = static_cast<std::byte *>(pointer) - header;
+    size_t total;
+    std::memcpy(&total, block, sizeof total);
+    if (release_)
+        release_(user_data_, block);
+    else
+        std::free(block);
+    in_use_.fetch_sub(total, std::memory_order_relaxed);
+}
+
+Buffer::Buffer(std::shared_ptr<Memory> memory, size_t size)
+    : memory_(std::move(memory)), data_(memory_->allocate(size)), size_(size) {
+    std::memset(data_, 0, size);
+}
+
+Buffer::~Buffer() {
+    if (memory_) memory_->release(data_);
+}
+
+void Buffer::swap(Buffer &other) noexcept {
+    std::swap(memory_, other.memory_);
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+}
+
+} // namespace ponder

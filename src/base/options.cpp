@@ -1,0 +1,165 @@
+#include "base/options.hpp"
+
+#include "base/error.hpp"
+#include "base/hash.hpp"
+
+#include <charconv>
+#include <cmath>
+#include <limits>
+
+namespace ponder {
+
+namespace {
+
+constexpr double unbounded = std::numeric_limits<double>::infinity();
+
+constexpr ponder_option_info integer(const char *name, const char *value, double minimum,
+                                     double maximum, const char *unit, const char *doc) {
+    return {sizeof(ponder_option_info), PONDER_OPTION_INTEGER, name, value, unit, doc,
+            minimum, maximum, ""};
+}
+constexpr ponder_option_info number(const char *name, const char *value, double minimum,
+                                    double maximum, const char *unit, const char *doc) {
+    return {sizeof(ponder_option_info), PONDER_OPTION_NUMBER, name, value, unit, doc,
+            minimum, maximum, ""};
+}
+constexpr ponder_option_info boolean(const char *name, const char *value, const char *doc) {
+    return {sizeof(ponder_option_info), PONDER_OPTION_BOOLEAN, name, value, "", doc, 0, 1, ""};
+}
+constexpr ponder_option_info text(const char *name, const char *value, const char *choices,
+                                  const char *doc) {
+    return {sizeof(ponder_option_info), PONDER_OPTION_TEXT, name, value, "", doc, 0, 0, choices};
+}
+
+constexpr ponder_option_info table[] = {
+    text("adapter", "lora", "none|lora|ttt-linear|ttt-mlp|DIR",
+         "what adapts: LoRA on the backbone's linears, a TTT layer after it, or an adapter folder"),
+    text("policy", "always",
+         "skip|always|every:N|first:P|random:P|threshold:SIGNAL:X|ema:SIGNAL:RATE",
+         "when to learn; signals: loss, entropy, reconstruction, gradient_norm, update_norm"),
+    integer("steps", "1", 0, 64, "steps", "inner steps on a chunk that the policy chose"),
+    integer("seed", "0", 0, 9007199254740992.0, "", "of initial fast weights and random policies"),
+    integer("chunk", "512", 2, 1048576, "tokens", "the unit that is scored, decided on and learned"),
+    integer("context", "0", 0, 1048576, "tokens",
+            "attended at most, this chunk included; earlier chunks run again before it, as many as "
+            "fit; 0 = the backbone's full context"),
+
+    integer("lora.rank", "16", 1, 256, "", "rank of every pair A, B"),
+    text("lora.layers", "half", "all|half|last:N|LIST",
+         "adapted layers: all, the last half, the last N, or numbers such as 5,6,9"),
+    text("lora.modules", "all", "all|LIST",
+         "adapted linears of a layer: attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"),
+
+    text("ttt.form", "official", "official|ponder",
+         "semantics of the TTT layer: Sun et al. 2024, or PonderTTT's variant (linear only)"),
+    integer("ttt.heads", "0", 0, 1024, "", "heads of the TTT layer; 0 = the backbone's"),
+    integer("ttt.mini_batch", "16", 1, 1024, "tokens", "unit of one TTT update"),
+    number("ttt.base_lr", "0", 0, 1000, "", "base step size; 0 = the source's (1, MLP 0.1)"),
+    number("ttt.decay", "0", 0, 10, "", "PonderTTT: exponential decay of step sizes in a mini-batch"),
+    number("ttt.max_gradient_norm", "0", 0, unbounded, "",
+           "PonderTTT: bound of each mini-batch's gradient; 0 = off"),
+    integer("ttt.causal_k", "0", -16, 0, "",
+            "PonderTTT: diagonal of the in-batch mask; 0 reads the token itself"),
+    boolean("ttt.gate", "1", "a GELU gate on the layer's output"),
+    boolean("ttt.share_qk", "1", "queries and keys share a projection and differ by a convolution"),
+    boolean("ttt.carry", "1", "fast weights go on from chunk to chunk; 0 = from W1 in every chunk"),
+
+    text("inner.optimizer", "adam", "adam|sgd", "update rule of LoRA's fast weights"),
+    number("inner.lr", "3e-3", 0, 100, "", "step size"),
+    number("inner.beta1", "0.9", 0, 0.999999, "", "Adam: decay of the first moment"),
+    number("inner.beta2", "0.999", 0, 0.99999999, "", "Adam: decay of the second moment"),
+    number("inner.epsilon", "1e-8", 1e-30, 1, "", "Adam: added to the root"),
+    number("inner.clip", "1", 0, unbounded, "",
+           "bound of the norm of all gradients together; 0 = off"),
+
+    number("guard.norm", "16", 0, unbounded, "",
+           "an update whose norm |new - old| is above is rolled back; inf = off"),
+    number("budget.rate", "4", 0, unbounded, "steps/chunk",
+           "steps that the token bucket gains with each chunk; inf = off"),
+    number("budget.burst", "64", 0, 1e9, "steps", "what the bucket holds at most, and at first"),
+
+    integer("record.ring", "1024", 1, 1048576, "records", "newest records that are kept"),
+    boolean("record.loss_after", "0", "pay a forward pass after each update to record its loss"),
+    boolean("analysis", "0",
+            "TTT layers: the policy may read the chunk it changes (not causal, marked so)"),
+};
+
+constexpr size_t table_size = sizeof table / sizeof table[0];
+
+size_t index_of(std::string_view name) {
+    for (size_t i = 0; i < table_size; ++i)
+        if (name == table[i].name) return i;
+    throw_error(PONDER_E_ARGUMENT, "option '%.*s' does not exist", int(std::min<size_t>(name.size(), 80)),
+                name.data());
+}
+
+double parse_number(const ponder_option_info &info, const std::string &value) {
+    double result = 0;
+    const char *end = value.data() + value.size();
+    const auto [stop, problem] = std::from_chars(value.data(), end, result);
+    if (problem != std::errc() || stop != end || std::isnan(result))
+        throw_error(PONDER_E_ARGUMENT, "option '%s': '%.40s' is no number", info.name,
+                    value.c_str());
+    const bool whole = info.type == PONDER_OPTION_NUMBER || result == std::floor(result);
+    if (result < info.minimum || result > info.maximum || !whole)
+        throw_error(PONDER_E_ARGUMENT, "option '%s': %.40s is not %s%g..%g", info.name,
+                    value.c_str(), info.type == PONDER_OPTION_NUMBER ? "in " : "a whole number in ",
+                    info.minimum, info.maximum);
+    return result;
+}
+
+// Plain choices are compared; forms with capitals (N, LIST, DIR) are the owner's to parse.
+void check_choice(const ponder_option_info &info, const std::string &value) {
+    const std::string_view choices = info.choices;
+    for (char c : choices)
+        if (c >= 'A' && c <= 'Z') return;
+    for (size_t at = 0; at <= choices.size();) {
+        const size_t bar = std::min(choices.find('|', at), choices.size());
+        if (choices.substr(at, bar - at) == value) return;
+        at = bar + 1;
+    }
+    throw_error(PONDER_E_ARGUMENT, "option '%s': '%.40s' is none of %s", info.name, value.c_str(),
+                info.choices);
+}
+
+} // namespace
+
+std::span<const ponder_option_info> option_table() { return {table, table_size}; }
+
+Options::Options() {
+    for (const ponder_option_info &info : table)
+        values_.emplace_back(info.default_value);
+}
+
+void Options::set(std::string_view name, std::string_view value) {
+    const size_t i = index_of(name);
+    const ponder_option_info &info = table[i];
+    std::string copy(value);
+    if (copy.size() > 4096 || copy.find('\0') != std::string::npos)
+        throw_error(PONDER_E_ARGUMENT, "option '%s': value too long", info.name);
+    if (info.type == PONDER_OPTION_TEXT)
+        check_choice(info, copy);
+    else
+        parse_number(info, copy);
+    values_[i] = std::move(copy);
+}
+
+const std::string &Options::text(std::string_view name) const { return values_[index_of(name)]; }
+
+double Options::number(std::string_view name) const {
+    const size_t i = index_of(name);
+    return parse_number(table[i], values_[i]);
+}
+
+int64_t Options::integer(std::string_view name) const { return int64_t(number(name)); }
+
+std::string Options::hash() const {
+    Hash hash;
+    for (size_t i = 0; i < table_size; ++i) {
+        hash.add(std::string(table[i].name));
+        hash.add(values_[i]);
+    }
+    return hash.hex();
+}
+
+} // namespace ponder

@@ -1,0 +1,35 @@
+// The option table: every hyperparameter once, with type, default, range and doc. The C API, the
+// tool's flags and its help come from it.
+#pragma once
+
+#include "ponder/ponder.h"
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ponder {
+
+std::span<const ponder_option_info> option_table();
+
+// Values by name; unset ones are defaults. Texts are kept as given, numbers are checked when set.
+class Options {
+public:
+    // PONDER_E_ARGUMENT naming the option and what it accepts.
+    void set(std::string_view name, std::string_view value);
+    const std::string &text(std::string_view name) const;
+    double number(std::string_view name) const;
+    int64_t integer(std::string_view name) const;
+    bool boolean(std::string_view name) const { return integer(name) != 0; }
+    // Of every value, for snapshots.
+    std::string hash() const;
+
+    Options();
+
+private:
+    std::vector<std::string> values_; // in the table's order
+};
+
+} // namespace ponder

@@ -1,0 +1,29 @@
+// A hard bound above every policy: a token bucket that gains `rate` steps with each chunk and holds
+// at most `burst`. Whatever a policy wants, steps never exceed burst + rate x chunks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace ponder {
+
+class Budget {
+public:
+    Budget(double rate, double burst) : rate_(rate), burst_(burst), left_(burst) {}
+    bool off() const { return std::isinf(rate_); }
+    void next_chunk() { left_ = std::min(burst_, left_ + rate_); }
+    int64_t grant(int64_t wanted) const {
+        return off() ? wanted : std::min(wanted, int64_t(left_));
+    }
+    void spend(int64_t steps) {
+        if (!off()) left_ -= double(steps);
+    }
+    double left() const { return off() ? rate_ : left_; }
+    void set_left(double left) { left_ = std::clamp(left, 0.0, burst_); }
+
+private:
+    double rate_, burst_, left_;
+};
+
+} // namespace ponder

@@ -1,0 +1,51 @@
+// Policies: signals in, number of inner steps out.
+#pragma once
+
+#include "base/random.hpp"
+
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace ponder {
+
+enum class Signal { none, loss, entropy, reconstruction, gradient_norm, update_norm };
+
+// What is known when a policy decides; NaN where nothing is.
+struct Signals {
+    double loss = std::numeric_limits<double>::quiet_NaN();
+    double entropy = loss, reconstruction = loss, gradient_norm = loss, update_norm = loss;
+    double of(Signal signal) const;
+};
+
+struct Situation {
+    uint64_t chunk = 0;    // index in the stream
+    uint64_t expected = 0; // chunks in the stream, 0 if unknown
+    Signals signals;
+};
+
+struct Decision {
+    bool update = false;
+    bool calibrating = false;
+    double score = std::numeric_limits<double>::quiet_NaN(); // what was compared ...
+    double threshold = score;                                // ... with what
+};
+
+class Policy {
+public:
+    virtual ~Policy() = default;
+    virtual Decision decide(const Situation &situation, Random &random) = 0;
+    virtual Signal reads() const { return Signal::none; }
+    virtual bool never() const { return false; } // updates nothing, ever
+    // Everything that changes over a stream.
+    virtual std::vector<double> state() const { return {}; }
+    virtual void set_state(const std::vector<double> &) {}
+};
+
+// skip | always | every:N | first:P | random:P | threshold:SIGNAL:X | ema:SIGNAL:RATE.
+// PONDER_E_ARGUMENT naming the part that is wrong.
+std::unique_ptr<Policy> parse_policy(const std::string &text);
+
+} // namespace ponder

@@ -1,0 +1,77 @@
+#include "session/model.hpp"
+
+#include "base/error.hpp"
+#include "base/options.hpp"
+
+namespace ponder {
+
+const Backend &Runtime::backend(const std::string &name) const {
+    for (const Backend &candidate : backends) {
+        if (name != "auto" && candidate.name != name) continue;
+        if (candidate.available()) return candidate;
+        if (name != "auto")
+            throw_error(PONDER_E_NOT_FOUND, "backend '%s' is not available: %s", name.c_str(),
+                        candidate.reason.c_str());
+    }
+    throw_error(PONDER_E_NOT_FOUND, "backend '%.80s' does not exist here", name.c_str());
+}
+
+DType parse_dtype(const std::string &name) {
+    if (name == "f32") return DType::f32;
+    if (name == "bf16") return DType::bf16;
+    throw_error(PONDER_E_ARGUMENT, "dtype '%.40s' is none of f32, bf16", name.c_str());
+}
+
+void require_dtype(const Backend &backend, DType type) {
+    if (!backend.descriptor->supports(int32_t(type)))
+        throw_error(PONDER_E_UNSUPPORTED, "backend '%s' does not support dtype %s",
+                    backend.name.c_str(), type == DType::bf16 ? "bf16" : "f32");
+}
+
+Model::Model(std::shared_ptr<const Runtime> runtime, const std::string &folder,
+             const std::string &backend_name, const std::string &dtype,
+             const std::function<void(uint64_t, uint64_t)> &progress)
+    : runtime_(std::move(runtime)) {
+    const Backend &backend = runtime_->backend(backend_name);
+    const DType type = parse_dtype(dtype);
+    require_dtype(backend, type);
+    backbone_ = std::make_unique<Gpt2>(Gpt2Folder(folder), type, runtime_->memory, progress);
+    tokenizer_ = Tokenizer::load(folder);
+    device_ = std::make_shared<Device>(backend, runtime_->memory, runtime_->threads, runtime_->log);
+}
+
+std::shared_ptr<const Adapted> Model::adapted(const Options &options) const {
+    const bool stored_or_drawn_once = options.text("adapter") != "lora";
+    std::string key = options.text("adapter");
+    for (const ponder_option_info &info : option_table()) {
+        const std::string_view name = info.name;
+        if (name.starts_with("lora.") || name.starts_with("ttt.") ||
+            (stored_or_drawn_once && name == "seed"))
+            key += '\n' + options.text(name);
+    }
+    std::lock_guard lock(mutex_);
+    auto &entry = adapted_[key];
+    if (!entry)
+        entry = std::make_shared<Adapted>(
+            *this, make_adapter(backbone_->config(), options, backbone_->hash()));
+    return entry;
+}
+
+std::shared_ptr<const Pass> Adapted::pass(const PassShape &shape, bool keep) const {
+    std::lock_guard lock(mutex_);
+    if (const auto at = kept_.find(shape); at != kept_.end()) return at->second;
+    for (const auto &pass : odd_)
+        if (pass->shape == shape) return pass;
+    auto pass = std::make_shared<Pass>(
+        Pass{shape, record_pass(model_.backbone(), *adapter_, shape), nullptr});
+    pass->program = std::make_unique<Program>(std::move(pass->recording.graph),
+                                              pass->recording.segment_ends, model_.device());
+    if (keep)
+        kept_[shape] = pass;
+    else
+        odd_.push_back(pass);
+    if (odd_.size() > kept_odd_shapes) odd_.erase(odd_.begin());
+    return pass;
+}
+
+} // namespace ponder

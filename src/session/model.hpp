@@ -1,0 +1,59 @@
+// A loaded backbone with its tokenizer and device, and the passes recorded on it so far.
+#pragma once
+
+#include "adapt/adapter.hpp"
+#include "formats/tokenizer.hpp"
+#include "session/pass.hpp"
+#include "session/runtime.hpp"
+
+#include <map>
+#include <mutex>
+
+namespace ponder {
+
+class Options;
+class Model;
+
+// An adapter on a model, with its recorded passes: shared by every session with these options.
+class Adapted {
+public:
+    Adapted(const Model &model, std::shared_ptr<const Adapter> adapter)
+        : model_(model), adapter_(std::move(adapter)) {}
+    const Adapter &adapter() const { return *adapter_; }
+    // Recorded at the first call for this shape; full-chunk shapes are kept, of others the newest
+    // few. Any thread.
+    std::shared_ptr<const Pass> pass(const PassShape &shape, bool keep) const;
+
+private:
+    static constexpr size_t kept_odd_shapes = 4;
+    const Model &model_;
+    std::shared_ptr<const Adapter> adapter_;
+    mutable std::mutex mutex_;
+    mutable std::map<PassShape, std::shared_ptr<const Pass>> kept_;
+    mutable std::vector<std::shared_ptr<const Pass>> odd_; // newest last
+};
+
+class Model {
+public:
+    Model(std::shared_ptr<const Runtime> runtime, const std::string &folder,
+          const std::string &backend, const std::string &dtype,
+          const std::function<void(uint64_t done, uint64_t total)> &progress);
+
+    const Runtime &runtime() const { return *runtime_; }
+    const Gpt2 &backbone() const { return *backbone_; }
+    const Tokenizer *tokenizer() const { return tokenizer_.get(); }
+    const std::shared_ptr<const Device> &device() const { return device_; }
+    // Sessions with equal structural options share adapter and passes. Adapters live as long as
+    // the model: the device may have packed their parameters.
+    std::shared_ptr<const Adapted> adapted(const Options &options) const;
+
+private:
+    std::shared_ptr<const Runtime> runtime_;
+    std::unique_ptr<const Gpt2> backbone_;
+    std::unique_ptr<const Tokenizer> tokenizer_;
+    mutable std::mutex mutex_;
+    mutable std::map<std::string, std::shared_ptr<const Adapted>> adapted_;
+    std::shared_ptr<const Device> device_; // before the weights go
+};
+
+} // namespace ponder

@@ -1,0 +1,44 @@
+#include "session/pass.hpp"
+
+#include "tensor/ops.hpp"
+
+namespace ponder {
+
+Recording record_pass(const Gpt2 &model, const Adapter &adapter, const PassShape &shape) {
+    Recording r{Graph(model.type()), {}, none, none, none, none, none, {}, {}};
+    Graph &g = r.graph;
+    adapter.bind(g);
+    r.tokens = g.external("tokens", DType::i32, {1, shape.tokens});
+    r.targets = g.external("targets", DType::i32, {1, shape.scored});
+
+    const bool inside = shape.inside && adapter.learns_inside();
+    Id hidden = model.hidden(g, r.tokens, shape.scored, adapter, inside ? g.wide : g.act);
+    if (inside) {
+        const InsideResult result = adapter.after_backbone(g, hidden);
+        hidden = result.hidden;
+        r.new_state = result.state;
+        r.reconstruction = result.loss;
+        for (Id id : r.new_state)
+            g.expose(id, "new fast weights");
+        g.expose(r.reconstruction, "reconstruction loss");
+    }
+    const CrossEntropy loss = cross_entropy(g, hidden, model.head(g), r.targets, shape.learn);
+    r.nll = loss.nll;
+    r.entropy = loss.entropy;
+    g.expose(r.nll, "losses");
+    g.expose(r.entropy, "entropies");
+    r.segment_ends.push_back(g.calls().size());
+
+    if (shape.learn) {
+        std::vector<Id> fast;
+        for (size_t i = 0; i < adapter.fast_tensors().size(); ++i)
+            fast.push_back(Adapter::fast_id(i));
+        r.gradient = gradients(g, mean(g, r.nll, shape.scored - 1), fast);
+        for (size_t i = 0; i < r.gradient.size(); ++i)
+            g.expose(r.gradient[i], "gradient of " + adapter.fast_tensors()[i].name);
+        r.segment_ends.push_back(g.calls().size());
+    }
+    return r;
+}
+
+} // namespace ponder

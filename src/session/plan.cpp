@@ -1,0 +1,68 @@
+#include "session/plan.hpp"
+
+#include "policy/policy.hpp"
+#include "session/pass.hpp"
+
+#include <algorithm>
+
+namespace ponder {
+
+namespace {
+
+// Panels that a backend rounds up to, and its own bookkeeping.
+constexpr double packing_slack = 1.05;
+
+// A worker's scratch: one row tile of logits, of the widest product, and packed operands.
+uint64_t workspace_of_worker(const Gpt2Config &c) {
+    const uint64_t widest = uint64_t(std::max({c.vocabulary, c.inner, 3 * c.width}));
+    return 4 * PONDER_ROW_TILE * widest + (uint64_t(1) << 20);
+}
+
+} // namespace
+
+ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder,
+                               const std::string &backend_name, const std::string &dtype,
+                               const Options &options) {
+    const Backend &backend = runtime.backend(backend_name);
+    const DType type = parse_dtype(dtype);
+    require_dtype(backend, type);
+    const Gpt2 model(Gpt2Folder(folder).config(), type); // no memory: shapes only
+    const Gpt2Config &config = model.config();
+    const bool never = parse_policy(options.text("policy"))->never();
+    Options effective = options;
+    const std::string &name = options.text("adapter");
+    if (never && (name == "lora" || name == "ttt-linear" || name == "ttt-mlp"))
+        effective.set("adapter", "none");
+    const auto adapter = make_adapter(config, effective, "");
+
+    const int64_t chunk = std::min(options.integer("chunk"), config.context);
+    int64_t context = options.integer("context");
+    context = std::clamp(context == 0 ? config.context : context, chunk, config.context);
+    const bool inside = adapter->learns_inside(), fast = adapter->fast_count() > 0;
+    const bool learn = fast && !inside && !never;
+    const Recording pass =
+        record_pass(model, *adapter, {context / chunk * chunk, chunk, learn, inside});
+    const std::vector<Group> groups = schedule(pass.graph, pass.segment_ends);
+
+    ponder_memory_plan plan{};
+    plan.weights = model.bytes();
+    const bool packs = backend.name != "reference";
+    plan.packed_weights =
+        packs ? uint64_t(packing_slack *
+                         double(model.packed_estimate(learn, adapter->lowest_layer())))
+              : 0;
+    const uint64_t vector = adapter->fast_count() * sizeof(float);
+    const uint64_t moments = !learn ? 0 : options.text("inner.optimizer") == "adam" ? 2 : 0;
+    plan.fast_parameters = adapter->fast_count();
+    plan.fast_weights = 3 * vector; // now, shadow, initial
+    plan.optimizer = vector * (2 * moments + (learn ? 1 : 0));
+    plan.activations = plan_arena(pass.graph, groups).bytes;
+    plan.workspace = packs ? workspace_of_worker(config) * runtime.threads->count() : 0;
+    plan.total = plan.weights + plan.packed_weights + plan.fast_weights + plan.optimizer +
+                 plan.activations + plan.workspace;
+    plan.flops_score = count_flops(pass.graph, groups, score_segment);
+    plan.flops_step = learn ? count_flops(pass.graph, groups, learn_segment) : 0;
+    return plan;
+}
+
+} // namespace ponder

@@ -1,0 +1,494 @@
+#include "session/session.hpp"
+
+#include "base/error.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+namespace ponder {
+
+uint64_t now_ns() {
+    return uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch())
+                        .count());
+}
+
+CallGuard::CallGuard(std::atomic<bool> &cancel, const ponder_call *call)
+    : cancel_(cancel), call_(call),
+      deadline_ns_(call && call->timeout_ns ? now_ns() + call->timeout_ns : 0) {
+    cancel_.store(false, std::memory_order_relaxed);
+}
+
+void CallGuard::check() const {
+    if (cancel_.load(std::memory_order_relaxed)) throw_error(PONDER_E_CANCELLED, "cancelled");
+    if (deadline_ns_ && now_ns() > deadline_ns_)
+        throw_error(PONDER_E_DEADLINE, "deadline passed after %llu ns",
+                    static_cast<unsigned long long>(call_->timeout_ns));
+}
+
+void CallGuard::progress(uint64_t done, uint64_t total) const {
+    if (call_ && call_->progress && call_->progress(call_->user_data, done, total))
+        throw_error(PONDER_E_CANCELLED, "cancelled by the progress callback");
+}
+
+FastState::FastState(std::shared_ptr<Memory> memory, size_t count, size_t moments)
+    : block_(std::move(memory), count * (1 + moments) * sizeof(float)), count_(count),
+      moments_(moments) {}
+
+UpdateRule::State FastState::view() const {
+    return {weights(), moments_ > 0 ? weights() + count_ : nullptr,
+            moments_ > 1 ? weights() + 2 * count_ : nullptr};
+}
+
+Session::Session(std::shared_ptr<const Model> model, const Options &options)
+    : model_(std::move(model)), options_(options),
+      budget_(options.number("budget.rate"), options.number("budget.burst")) {
+    const Gpt2Config &config = model_->backbone().config();
+    policy_ = parse_policy(options.text("policy"));
+    chunk_ = options.integer("chunk");
+    context_ = options.integer("context");
+    if (context_ == 0) context_ = std::max(config.context, chunk_);
+    if (chunk_ > config.context || context_ > config.context)
+        throw_error(PONDER_E_ARGUMENT, "options 'chunk' %d and 'context' %d: the backbone has %d "
+                                       "positions", int(chunk_), int(context_), int(config.context));
+    context_ = std::max(context_, chunk_);
+    steps_ = options.integer("steps");
+    guard_norm_ = options.number("guard.norm");
+    carry_ = options.boolean("ttt.carry");
+    loss_after_ = options.boolean("record.loss_after");
+    analysis_ = options.boolean("analysis");
+    ring_ = size_t(options.integer("record.ring"));
+
+    // An untrained adapter that never learns changes nothing: leave it out.
+    const std::string &adapter_name = options.text("adapter");
+    Options effective = options;
+    if (policy_->never() &&
+        (adapter_name == "lora" || adapter_name == "ttt-linear" || adapter_name == "ttt-mlp"))
+        effective.set("adapter", "none");
+    adapted_ = model_->adapted(effective);
+    const Adapter &adapter = adapted_->adapter();
+    inside_ = adapter.learns_inside();
+    if (!inside_ && policy_->reads() == Signal::reconstruction)
+        throw_error(PONDER_E_ARGUMENT, "policy '%s': only TTT layers have a reconstruction loss",
+                    options.text("policy").c_str());
+    if (inside_ && policy_->reads() == Signal::gradient_norm)
+        throw_error(PONDER_E_ARGUMENT, "policy '%s': TTT layers take no gradient of the loss",
+                    options.text("policy").c_str());
+
+    const std::shared_ptr<Memory> &memory = model_->runtime().memory;
+    if (const size_t count = adapter.fast_count()) {
+        rule_ = std::make_unique<UpdateRule>(options, count, DType::f32, model_->device());
+        const size_t moments = inside_ ? 0 : rule_->moments();
+        current_ = FastState(memory, count, moments);
+        shadow_ = FastState(memory, count, moments);
+        if (!inside_) gradient_ = Buffer(memory, count * sizeof(float));
+        initial_.resize(count);
+        Random random(uint64_t(options.integer("seed")));
+        adapter.initial(initial_, random);
+    }
+    ids_.resize(size_t(context_));
+    targets_.resize(size_t(chunk_));
+    nll_.resize(size_t(chunk_));
+    entropy_.resize(size_t(chunk_));
+    later_nll_.resize(size_t(chunk_));
+    // Every pass of full chunks is recorded now, so that later calls allocate nothing.
+    for (int64_t before = 0; before + chunk_ <= context_; before += chunk_)
+        for (int inside = 0; inside <= int(inside_); ++inside)
+            reserve(*adapted_->pass({before + chunk_, chunk_, records_gradients(), inside != 0},
+                                    true));
+    reset();
+}
+
+std::unique_ptr<Session> Session::fork() const {
+    auto copy = std::make_unique<Session>(model_, options_);
+    copy->load(save(), "fork");
+    return copy;
+}
+
+void Session::reset() {
+    for (FastState *state : {&current_, &shadow_}) {
+        std::fill(state->all().begin(), state->all().end(), 0.0f);
+        std::copy(initial_.begin(), initial_.end(), state->weights());
+    }
+    history_.clear();
+    waiting_.clear();
+    policy_ = parse_policy(options_.text("policy"));
+    random_ = Random(uint64_t(options_.integer("seed")) ^ 0x506f6c696379u);
+    budget_ = Budget(options_.number("budget.rate"), options_.number("budget.burst"));
+    signals_ = {};
+    expected_ = chunks_ = fed_ = scored_tokens_ = updated_ = steps_taken_ = optimizer_steps_ = 0;
+    records_.clear();
+    open_ = tape_ = gradient_ready_ = ran_inside_ = false;
+    decision_ = {};
+    open_tokens_ = 0;
+    open_ids_.clear();
+    open_pass_.reset();
+}
+
+void Session::feed(std::span<const int32_t> ids) {
+    const int64_t vocabulary = model_->backbone().config().vocabulary;
+    for (size_t i = 0; i < ids.size(); ++i)
+        if (ids[i] < 0 || ids[i] >= vocabulary)
+            throw_error(PONDER_E_ARGUMENT, "ids[%zu] = %d is not in 0..%d", i, ids[i],
+                        int(vocabulary - 1));
+    if (ids.size() > most_waiting - waiting_.size())
+        throw_error(PONDER_E_BUFFER, "%zu tokens wait already and at most %zu can", waiting_.size(),
+                    most_waiting);
+    waiting_.insert(waiting_.end(), ids.begin(), ids.end());
+    fed_ += ids.size();
+}
+
+// Whole earlier chunks that fit before `scored` tokens.
+int64_t Session::context_tokens(int64_t scored) const {
+    const int64_t chunks = std::min((context_ - scored) / chunk_, int64_t(history_.size()) / chunk_);
+    return chunks * chunk_;
+}
+
+// A policy that never learns needs no backward pass.
+bool Session::records_gradients() const {
+    return !inside_ && !policy_->never() && adapted_->adapter().fast_count() > 0;
+}
+
+void Session::reserve(const Pass &pass) {
+    const std::shared_ptr<Memory> &memory = model_->runtime().memory;
+    if (pass.program->arena_bytes() > arena_.size()) {
+        arena_ = Buffer(); // the old one first: both together might break the limit
+        arena_ = Buffer(memory, pass.program->arena_bytes());
+    }
+    size_t each = pass.program->workspace_bytes();
+    if (rule_) each = std::max(each, rule_->workspace_bytes());
+    const size_t workspace = each * model_->device()->threads().count();
+    if (workspace > workspace_.size()) {
+        workspace_ = Buffer();
+        workspace_ = Buffer(memory, workspace);
+    }
+}
+
+Program::Bindings Session::bindings(const FastState &weights, std::vector<float> &nll) {
+    const Recording &r = open_pass_->recording;
+    Program::Bindings at(open_pass_->program->graph().values().size());
+    const auto bind = [&](Id id, const void *address) {
+        if (id != none) at[size_t(id)] = const_cast<void *>(address);
+    };
+    const std::vector<FastTensor> &fast = adapted_->adapter().fast_tensors();
+    for (size_t i = 0; i < fast.size(); ++i) {
+        bind(Adapter::fast_id(i), weights.weights() + fast[i].offset);
+        if (!r.gradient.empty()) bind(r.gradient[i], gradient_.data<float>() + fast[i].offset);
+        if (!r.new_state.empty()) bind(r.new_state[i], shadow_.weights() + fast[i].offset);
+    }
+    bind(r.tokens, ids_.data());
+    bind(r.targets, targets_.data());
+    bind(r.nll, nll.data());
+    bind(r.entropy, entropy_.data());
+    bind(r.reconstruction, reconstruction_);
+    return at;
+}
+
+void Session::run_score(const FastState &weights, std::vector<float> &nll, const CallGuard &guard) {
+    open_pass_->program->run(score_segment, bindings(weights, nll), arena_.data(),
+                             workspace_.data(), [&] { guard.check(); });
+}
+
+void Session::run_backward(const FastState &weights, const CallGuard &guard) {
+    open_pass_->program->run(learn_segment, bindings(weights, later_nll_), arena_.data(),
+                             workspace_.data(), [&] { guard.check(); });
+    tape_ = false; // its places have been used again
+}
+
+double Session::mean(const std::vector<float> &per_token) const {
+    double sum = 0;
+    for (int64_t t = 0; t + 1 < open_tokens_; ++t)
+        sum += per_token[size_t(t)];
+    return sum / double(open_tokens_ - 1);
+}
+
+class Session::Undo {
+public:
+    explicit Undo(Session &session)
+        : session_(session), budget_(session.budget_), random_(session.random_),
+          policy_(session.policy_->state()) {}
+    ~Undo() {
+        if (!armed_) return;
+        session_.budget_ = budget_;
+        session_.random_ = random_;
+        session_.policy_->set_state(policy_);
+    }
+    void disarm() { armed_ = false; }
+
+private:
+    Session &session_;
+    Budget budget_;
+    Random random_;
+    std::vector<double> policy_;
+    bool armed_ = true;
+};
+
+bool Session::score(const CallGuard &guard) {
+    if (open_) throw_error(PONDER_E_STATE, "the last scored chunk has not been learned");
+    if (int64_t(waiting_.size()) < chunk_) return false;
+    score_chunk(chunk_, guard);
+    return true;
+}
+
+void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
+    const uint64_t start = now_ns();
+    const size_t context = size_t(context_tokens(tokens));
+    open_ids_.assign(history_.end() - std::ptrdiff_t(context), history_.end());
+    open_ids_.insert(open_ids_.end(), waiting_.begin(), waiting_.begin() + tokens);
+    open_tokens_ = tokens;
+
+    ponder_record record{};
+    const double unknown = std::numeric_limits<double>::quiet_NaN();
+    record.struct_size = sizeof record;
+    record.flags = PONDER_RECORD_SCORED_ONLY;
+    record.chunk = chunks_;
+    record.first_token = scored_tokens_;
+    record.tokens = uint32_t(tokens);
+    record.predictions = uint32_t(tokens - 1);
+    record.loss_after = record.reconstruction = record.gradient_norm = record.update_norm =
+        record.gate_score = record.gate_threshold = unknown;
+
+    ran_inside_ = tape_ = false;
+    decision_ = {};
+    Undo undo(*this);
+    if (inside_ && !analysis_) {
+        // The layer changes this chunk's own scores: decide on earlier chunks only.
+        const uint64_t before = now_ns();
+        record.steps_wanted = decide(-1, record);
+        record.decide_ns = now_ns() - before;
+        ran_inside_ = record.steps > 0;
+    } else if (inside_) {
+        ran_inside_ = true; // look first, decide then
+        record.flags |= PONDER_RECORD_NOT_CAUSAL;
+    }
+    ensure_tape(guard);
+    record.flops = open_pass_->program->flops(score_segment);
+    if (inside_ && analysis_) {
+        signals_.loss = mean(nll_);
+        signals_.entropy = mean(entropy_);
+        signals_.reconstruction = reconstruction_[1];
+        record.steps_wanted = decide(-1, record);
+        if (record.steps == 0) {
+            ran_inside_ = tape_ = false;
+            ensure_tape(guard);
+            record.flops += open_pass_->program->flops(score_segment);
+        }
+    }
+    record.loss_before = mean(nll_);
+    record.entropy = mean(entropy_);
+    if (ran_inside_) record.reconstruction = reconstruction_[1];
+    record.bytes = arena_.size() + workspace_.size();
+    signals_.loss = record.loss_before;
+    signals_.entropy = record.entropy;
+    if (ran_inside_) signals_.reconstruction = record.reconstruction;
+
+    // Only now is the chunk taken from the stream: a cancelled pass leaves everything as it was.
+    undo.disarm();
+    history_.insert(history_.end(), waiting_.begin(), waiting_.begin() + tokens);
+    waiting_.erase(waiting_.begin(), waiting_.begin() + tokens);
+    const size_t keep = size_t(context_);
+    if (history_.size() > 2 * keep) history_.erase(history_.begin(), history_.end() - std::ptrdiff_t(keep));
+    scored_tokens_ += uint64_t(tokens);
+    chunks_ += 1;
+    open_ = true;
+    record.score_ns = now_ns() - start - record.decide_ns;
+    records_.push_back(record);
+    if (records_.size() > ring_) records_.pop_front();
+}
+
+// The open chunk's forward pass with its activations; again after a restore.
+void Session::ensure_tape(const CallGuard &guard) {
+    if (tape_) return;
+    const int64_t total = int64_t(open_ids_.size());
+    open_pass_ = adapted_->pass({total, open_tokens_, records_gradients(), ran_inside_},
+                                open_tokens_ == chunk_);
+    reserve(*open_pass_);
+    std::copy(open_ids_.begin(), open_ids_.end(), ids_.begin());
+    const auto scored = open_ids_.end() - open_tokens_;
+    std::copy(scored + 1, open_ids_.end(), targets_.begin());
+    targets_[size_t(open_tokens_) - 1] = -1;
+    run_score(current_, nll_, guard);
+    tape_ = true;
+    gradient_ready_ = false;
+}
+
+// The policy's wish, then what the budget grants: record.steps.
+int32_t Session::decide(int32_t forced, ponder_record &record) {
+    if (forced < 0) {
+        decision_ = policy_->decide({record.chunk, expected_, signals_}, random_);
+        record.gate_score = decision_.score;
+        record.gate_threshold = decision_.threshold;
+        if (decision_.calibrating) record.flags |= PONDER_RECORD_CALIBRATING;
+    }
+    const int64_t each = inside_ ? 1 : steps_; // a TTT layer takes its own steps in the pass
+    const int64_t wanted = forced >= 0 ? forced : decision_.update ? each : 0;
+    budget_.next_chunk();
+    const int64_t granted = adapted_->adapter().fast_count() == 0 ? 0 : budget_.grant(wanted);
+    if (granted < wanted && !budget_.off()) record.flags |= PONDER_RECORD_OVER_BUDGET;
+    budget_.spend(granted);
+    record.steps = int32_t(granted);
+    return int32_t(wanted);
+}
+
+bool Session::accept(double update_norm) const {
+    return std::isfinite(update_norm) && update_norm <= guard_norm_;
+}
+
+void Session::learn(int32_t forced, const CallGuard &guard) {
+    if (!open_) return;
+    ponder_record record = records_.back();
+    if (inside_) {
+        learn_inside(record);
+    } else {
+        if (forced > 0 && policy_->never())
+            throw_error(PONDER_E_STATE, "steps = %d under policy skip; a host that decides itself "
+                                        "uses policy always", forced);
+        Undo undo(*this);
+        if (records_gradients()) ensure_tape(guard);
+        const uint64_t start = now_ns();
+        if (policy_->reads() == Signal::gradient_norm && forced < 0) {
+            run_backward(current_, guard);
+            gradient_ready_ = true;
+            record.flops += open_pass_->program->flops(learn_segment);
+            record.gradient_norm = signals_.gradient_norm =
+                rule_->norm(gradient_.data<float>(), workspace_.data());
+        }
+        record.steps_wanted = decide(forced, record);
+        record.decide_ns = now_ns() - start;
+        learn_between(record.steps, record, guard);
+        undo.disarm();
+        record.learn_ns = now_ns() - start - record.decide_ns;
+    }
+    finish(record);
+}
+
+void Session::learn_between(int32_t steps, ponder_record &record, const CallGuard &guard) {
+    const Program *program = open_pass_ ? open_pass_->program.get() : nullptr;
+    bool finite = true;
+    for (int32_t k = 0; k < steps && finite; ++k) {
+        const FastState &old = k == 0 ? current_ : shadow_;
+        if (k > 0) {
+            run_score(shadow_, later_nll_, guard);
+            record.flops += program->flops(score_segment);
+            record.loss_after = mean(later_nll_);
+        }
+        if (!gradient_ready_) {
+            run_backward(old, guard);
+            record.flops += program->flops(learn_segment);
+        }
+        gradient_ready_ = false;
+        guard.check();
+        const double norm = rule_->step(old.view(), shadow_.view(), gradient_.data<float>(),
+                                        optimizer_steps_ + uint64_t(k) + 1, workspace_.data());
+        if (k == 0) record.gradient_norm = norm;
+        finite = std::isfinite(norm);
+    }
+    if (steps > 0) {
+        record.update_norm =
+            rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
+        if (finite && accept(record.update_norm)) {
+            if (loss_after_) {
+                run_score(shadow_, later_nll_, guard);
+                record.flops += program->flops(score_segment);
+                record.loss_after = mean(later_nll_);
+            }
+            current_.swap(shadow_);
+            optimizer_steps_ += uint64_t(steps);
+            record.flags |= PONDER_RECORD_UPDATED;
+            signals_.update_norm = record.update_norm;
+        } else {
+            record.flags |= PONDER_RECORD_ROLLED_BACK;
+            record.loss_after = std::numeric_limits<double>::quiet_NaN();
+        }
+    }
+    tape_ = false;
+}
+
+void Session::learn_inside(ponder_record &record) {
+    const uint64_t start = now_ns();
+    if (record.steps > 0) {
+        const CallGuard unlimited(cancel_, nullptr);
+        ensure_tape(unlimited); // after a restore
+        record.update_norm =
+            rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
+        if (accept(record.update_norm)) {
+            if (carry_) current_.swap(shadow_);
+            record.flags |= PONDER_RECORD_UPDATED;
+            signals_.update_norm = record.update_norm;
+        } else {
+            record.flags |= PONDER_RECORD_ROLLED_BACK;
+        }
+    }
+    tape_ = false;
+    record.learn_ns = now_ns() - start;
+}
+
+void Session::finish(ponder_record &record) {
+    record.flags &= ~uint32_t(PONDER_RECORD_SCORED_ONLY);
+    updated_ += (record.flags & PONDER_RECORD_UPDATED) != 0;
+    steps_taken_ += uint64_t(record.steps);
+    record.update_rate = double(updated_) / double(chunks_);
+    records_.back() = record;
+    open_ = false;
+    open_pass_.reset();
+}
+
+void Session::adapt(const CallGuard &guard) {
+    const uint64_t total = waiting_.size();
+    if (open_) learn(-1, guard);
+    while (score(guard)) {
+        learn(-1, guard);
+        guard.progress(total - waiting_.size(), total);
+        guard.check();
+    }
+}
+
+void Session::flush(const CallGuard &guard) {
+    adapt(guard);
+    if (waiting_.size() < 2) return;
+    score_chunk(int64_t(waiting_.size()), guard);
+    learn(-1, guard);
+}
+
+std::span<const float> Session::losses() const {
+    if (chunks_ == 0) throw_error(PONDER_E_STATE, "no chunk has been scored");
+    return {nll_.data(), size_t(open_tokens_) - 1};
+}
+
+ponder_session_info Session::info() const {
+    ponder_session_info info{};
+    info.chunk_tokens = uint32_t(chunk_);
+    info.tokens_fed = fed_;
+    info.chunks_scored = chunks_;
+    info.chunks_updated = updated_;
+    info.steps = steps_taken_;
+    info.tokens_waiting = waiting_.size();
+    info.scored_open = open_;
+    info.has_fast_weights = adapted_->adapter().fast_count() > 0;
+    info.records = records_.size();
+    info.budget_left = budget_.left();
+    return info;
+}
+
+std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat) {
+    if (open_ids_.empty()) throw_error(PONDER_E_STATE, "no chunk has been scored");
+    std::atomic<bool> never{false};
+    const CallGuard unlimited(never, nullptr);
+    std::vector<CallTime> times;
+    const std::vector<float> nll = nll_, entropy = entropy_;
+    for (uint32_t i = 0; i < repeat; ++i) {
+        tape_ = false;
+        ensure_tape(unlimited);
+        if (segment == learn_segment && open_pass_->recording.gradient.empty()) break;
+        open_pass_->program->profile(segment, bindings(current_, nll_), arena_.data(),
+                                     workspace_.data(), times);
+    }
+    // The chunk's losses stay those of its own scoring.
+    nll_ = nll;
+    entropy_ = entropy;
+    tape_ = false;
+    return times;
+}
+
+} // namespace ponder

@@ -1,0 +1,138 @@
+// One stream: score a chunk, decide, learn, record. Nothing in a score depends on a later token.
+#pragma once
+
+#include "adapt/update_rule.hpp"
+#include "base/options.hpp"
+#include "policy/budget.hpp"
+#include "policy/policy.hpp"
+#include "session/model.hpp"
+
+#include <atomic>
+#include <deque>
+
+namespace ponder {
+
+// Bounds of one call: throws when cancelled or late. Made at the start of every long call.
+class CallGuard {
+public:
+    CallGuard(std::atomic<bool> &cancel, const ponder_call *call);
+    void check() const;                          // PONDER_E_CANCELLED, PONDER_E_DEADLINE
+    void progress(uint64_t done, uint64_t total) const; // may cancel
+
+private:
+    std::atomic<bool> &cancel_;
+    const ponder_call *call_;
+    uint64_t deadline_ns_;
+};
+
+uint64_t now_ns();
+
+// Fast weights with their optimizer's moments, in one block.
+class FastState {
+public:
+    FastState() = default;
+    FastState(std::shared_ptr<Memory> memory, size_t count, size_t moments);
+    UpdateRule::State view() const;
+    float *weights() const { return block_.data<float>(); }
+    std::span<float> all() const { return {weights(), block_.size() / sizeof(float)}; }
+    void swap(FastState &other) { block_.swap(other.block_); }
+
+private:
+    Buffer block_;
+    size_t count_ = 0, moments_ = 0;
+};
+
+class Session {
+public:
+    Session(std::shared_ptr<const Model> model, const Options &options);
+    std::unique_ptr<Session> fork() const;
+    void reset();
+
+    const Model &model() const { return *model_; }
+    const Options &options() const { return options_; }
+    void expect(uint64_t chunks) { expected_ = chunks; }
+    void feed(std::span<const int32_t> ids);
+
+    bool score(const CallGuard &guard); // false: no full chunk waits
+    // steps < 0: the policy decides.
+    void learn(int32_t steps, const CallGuard &guard);
+    void adapt(const CallGuard &guard);
+    void flush(const CallGuard &guard);
+
+    bool has_open() const { return open_; }
+    std::span<const float> losses() const;
+    const std::deque<ponder_record> &records() const { return records_; }
+    ponder_session_info info() const;
+    std::vector<CallTime> profile(Segment segment, uint32_t repeat);
+    void cancel() const { cancel_.store(true, std::memory_order_relaxed); }
+    std::atomic<bool> &cancel_flag() const { return cancel_; }
+
+    // snapshot.cpp
+    std::vector<std::byte> save() const;
+    void load(std::span<const std::byte> snapshot, const std::string &name);
+
+private:
+    static constexpr size_t most_waiting = size_t(1) << 24;
+
+    int64_t context_tokens(int64_t scored) const;
+    void reserve(const Pass &pass);
+    void score_chunk(int64_t tokens, const CallGuard &guard);
+    // Forward; the losses go to `nll`, which is nll_ for the score that counts.
+    void run_score(const FastState &weights, std::vector<float> &nll, const CallGuard &guard);
+    void run_backward(const FastState &weights, const CallGuard &guard);
+    void ensure_tape(const CallGuard &guard);
+    Program::Bindings bindings(const FastState &weights, std::vector<float> &nll);
+    double mean(const std::vector<float> &per_token) const; // over the open chunk's predictions
+    bool records_gradients() const;
+    int32_t decide(int32_t forced, ponder_record &record);
+    class Undo; // takes a decision back when the call that made it fails
+    void learn_between(int32_t steps, ponder_record &record, const CallGuard &guard);
+    void learn_inside(ponder_record &record);
+    bool accept(double update_norm) const;
+    void finish(ponder_record &record);
+
+    // ---- fixed at creation
+    std::shared_ptr<const Model> model_;
+    Options options_;
+    std::shared_ptr<const Adapted> adapted_;
+    bool inside_ = false; // the adapter learns inside the pass
+    int64_t chunk_, context_, steps_;
+    double guard_norm_;
+    bool carry_, loss_after_, analysis_;
+    size_t ring_;
+
+    // ---- buffers
+    Buffer arena_, workspace_;
+    Buffer gradient_;
+    FastState current_, shadow_;
+    std::vector<float> initial_;
+    std::vector<int32_t> ids_, targets_; // of the pass
+    std::vector<float> nll_, entropy_, later_nll_;
+    float reconstruction_[3] = {};
+    std::unique_ptr<UpdateRule> rule_;
+
+    // ---- state of the stream
+    std::vector<int32_t> history_; // scored tokens that may serve as context
+    std::deque<int32_t> waiting_;
+    std::unique_ptr<Policy> policy_;
+    Random random_;
+    Budget budget_;
+    Signals signals_;
+    uint64_t expected_ = 0, chunks_ = 0, fed_ = 0, scored_tokens_ = 0;
+    uint64_t updated_ = 0, steps_taken_ = 0; // in the stream
+    uint64_t optimizer_steps_ = 0;           // inner steps since the moments began
+    std::deque<ponder_record> records_;
+    bool open_ = false; // a scored chunk waits for learn
+    Decision decision_; // inside: made before the pass
+    bool ran_inside_ = false;
+    std::vector<int32_t> open_ids_;          // the pass's tokens, to run it again after a restore
+    int64_t open_tokens_ = 0;                // scored ones among them
+
+    // ---- of the open chunk, not part of snapshots
+    std::shared_ptr<const Pass> open_pass_;
+    bool tape_ = false;     // the arena holds the activations of the open chunk
+    bool gradient_ready_ = false;
+    mutable std::atomic<bool> cancel_{false};
+};
+
+} // namespace ponder

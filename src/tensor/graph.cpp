@@ -1,0 +1,76 @@
+#include "tensor/graph.hpp"
+
+#include "base/error.hpp"
+#include "tensor/ops.hpp"
+
+namespace ponder {
+
+Id Graph::constant(std::string name, DType type, Shape shape, const void *data) {
+    values_.push_back({std::move(name), type, shape, Kind::constant, data, false});
+    return Id(values_.size() - 1);
+}
+
+Id Graph::external(std::string name, DType type, Shape shape, bool needs_gradient) {
+    values_.push_back({std::move(name), type, shape, Kind::external, nullptr, needs_gradient});
+    return Id(values_.size() - 1);
+}
+
+Id Graph::temporary(DType type, Shape shape, bool needs_gradient) {
+    values_.push_back({"", type, shape, Kind::temporary, nullptr, needs_gradient});
+    return Id(values_.size() - 1);
+}
+
+void Graph::expose(Id value, std::string name) {
+    Value &v = values_[size_t(value)];
+    v.kind = Kind::external;
+    v.name = std::move(name);
+}
+
+void Graph::add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out,
+                     std::vector<double> attr) {
+    bool needs = false;
+    for (Id id : in)
+        needs = needs || (id != none && value(id).needs_gradient);
+    for (Id id : out)
+        if (id != none && rule.vjp) values_[size_t(id)].needs_gradient = needs;
+    calls_.push_back({&rule, std::move(in), std::move(out), std::move(attr)});
+}
+
+Id Tape::gradient(Id value) const {
+    return value != none && size_t(value) < gradient_.size() ? gradient_[size_t(value)] : none;
+}
+
+void Tape::add(Id value, Id gradient) {
+    if (gradient_.size() < graph.values().size()) gradient_.resize(graph.values().size(), none);
+    Id &sum = gradient_[size_t(value)];
+    sum = sum == none ? gradient : ponder::add(graph, sum, gradient, graph.value(sum).type);
+}
+
+Id Tape::take(Id value) {
+    const Id so_far = gradient(value);
+    if (so_far != none) gradient_[size_t(value)] = none;
+    return so_far;
+}
+
+std::vector<Id> gradients(Graph &graph, Id loss, const std::vector<Id> &wanted) {
+    Tape tape(graph);
+    tape.add(loss, fill(graph, graph.shape(loss), 1.0));
+    // The seed is itself the newest call; rules append behind it, so walk what was there before.
+    for (size_t i = graph.calls().size() - 1; i-- > 0;) {
+        const Call call = graph.calls()[i]; // a copy: rules append to the list
+        bool reached = false;
+        for (Id out : call.out)
+            reached = reached || (tape.wants(out) && tape.gradient(out) != none);
+        if (reached) call.rule->vjp(tape, call);
+    }
+    std::vector<Id> result;
+    for (Id id : wanted) {
+        if (tape.gradient(id) == none)
+            throw_error(PONDER_E_INTERNAL, "no gradient reaches '%s'",
+                        graph.value(id).name.c_str());
+        result.push_back(tape.gradient(id));
+    }
+    return result;
+}
+
+} // namespace ponder

@@ -1,0 +1,95 @@
+// A pass as data: values with shapes, and the list of op calls that compute them. Nothing is
+// allocated or run here; program.hpp does that. The tape of a backward pass is this list read
+// backwards (gradients below).
+#pragma once
+
+#include "base/dtype.hpp"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace ponder {
+
+using Id = int32_t; // of a value in its graph
+constexpr Id none = -1;
+
+struct Shape {
+    int rank = 0;
+    int64_t dim[PONDER_MAX_RANK] = {};
+
+    Shape() = default;
+    Shape(std::initializer_list<int64_t> dims) {
+        for (int64_t d : dims)
+            dim[rank++] = d;
+    }
+    int64_t operator[](int i) const { return dim[i]; }
+    int64_t count() const {
+        int64_t n = 1;
+        for (int i = 0; i < rank; ++i)
+            n *= dim[i];
+        return n;
+    }
+    bool operator==(const Shape &) const = default;
+    Shape with_last(int64_t n) const {
+        Shape s = *this;
+        s.dim[rank - 1] = n;
+        return s;
+    }
+};
+
+enum class Kind {
+    constant,  // frozen: never gets a gradient; data known while the graph lives
+    external,  // bound to an address before each run
+    temporary, // in the arena
+};
+
+struct Value {
+    std::string name; // for messages and profiles
+    DType type;
+    Shape shape;
+    Kind kind;
+    const void *data = nullptr; // constants; nullptr in a graph made only for planning
+    bool needs_gradient = false;
+    size_t bytes() const { return size_t(shape.count()) * size_of(type); }
+};
+
+struct OpRule;
+
+struct Call {
+    const OpRule *rule;
+    std::vector<Id> in, out; // none where optional and absent
+    std::vector<double> attr;
+};
+
+class Graph {
+public:
+    // act: type of activations and large frozen weights. wide: f32, f64 when act is.
+    explicit Graph(DType act) : act(act), wide(act == DType::f64 ? act : DType::f32) {}
+    const DType act, wide;
+
+    Id constant(std::string name, DType type, Shape shape, const void *data);
+    Id external(std::string name, DType type, Shape shape, bool needs_gradient = false);
+    Id temporary(DType type, Shape shape, bool needs_gradient = false);
+    // Gives a computed value a fixed place: its address is bound like an external's.
+    void expose(Id value, std::string name);
+    // Appends a call; its outputs need a gradient if any input does and the rule can give it.
+    void add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out,
+                  std::vector<double> attr = {});
+
+    const Value &value(Id id) const { return values_[size_t(id)]; }
+    const Shape &shape(Id id) const { return value(id).shape; }
+    const std::vector<Value> &values() const { return values_; }
+    const std::vector<Call> &calls() const { return calls_; }
+
+private:
+    std::vector<Value> values_;
+    std::vector<Call> calls_;
+};
+
+// Records the backward pass of scalar `loss` with respect to `wanted` (values that need a
+// gradient); returns their gradients in wide types. Calls that lead to no wanted value are left
+// out, so the pass ends at the lowest layer with fast weights.
+std::vector<Id> gradients(Graph &graph, Id loss, const std::vector<Id> &wanted);
+
+} // namespace ponder

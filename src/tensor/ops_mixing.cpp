@@ -1,0 +1,160 @@
+// Ops that look across rows: attention, the TTT layer's pieces, and the loss.
+#include "tensor/ops.hpp"
+
+namespace ponder {
+
+namespace {
+
+uint64_t no_flops(const Graph &, const Call &) { return 0; }
+
+extern const OpRule attention_vjp_rule, cross_entropy_vjp_rule, mean_vjp_rule;
+
+// ---- attention: causal, so token t meets t + 1 keys
+
+uint64_t causal_pairs(const Shape &qkv) {
+    return uint64_t(qkv[0]) * uint64_t(qkv[1]) * uint64_t(qkv[1] + 1) / 2;
+}
+
+// Two products forward; five backward (scores again, dp, dv, dq, dk).
+uint64_t attention_flops(const Graph &g, const Call &call) {
+    const Shape &qkv = g.shape(call.in[0]);
+    return 2 * 2 * causal_pairs(qkv) * uint64_t(qkv[2] / 3);
+}
+uint64_t attention_vjp_flops(const Graph &g, const Call &call) {
+    const Shape &qkv = g.shape(call.in[0]);
+    return 5 * 2 * causal_pairs(qkv) * uint64_t(qkv[2] / 3);
+}
+
+void attention_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    const Id qkv = call.in[0];
+    const Id dqkv = g.temporary(g.value(qkv).type, g.shape(qkv));
+    g.add_call(attention_vjp_rule,
+               {qkv, call.out[0], call.out[1], tape.gradient(call.out[0])}, {dqkv}, call.attr);
+    tape.add(qkv, dqkv);
+}
+
+const OpRule attention_rule{"attention", false, attention_flops, attention_backward};
+const OpRule attention_vjp_rule{"attention_vjp", false, attention_vjp_flops, nullptr};
+
+// ---- cross_entropy: nll_t = lse_t - logit_t[target], d nll / d logit = p - onehot
+
+uint64_t cross_entropy_flops(const Graph &g, const Call &call) {
+    const Shape &h = g.shape(call.in[0]), &table = g.shape(call.in[1]);
+    return 2 * uint64_t(h.count()) * uint64_t(table[0]);
+}
+
+void cross_entropy_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    const Id h = call.in[0];
+    const Id dh = g.temporary(g.value(h).type, g.shape(h));
+    g.add_call(cross_entropy_vjp_rule,
+               {call.out[2], call.in[1], call.in[2], tape.gradient(call.out[0])}, {dh});
+    tape.add(h, dh);
+}
+
+uint64_t cross_entropy_vjp_flops(const Graph &g, const Call &call) {
+    const Shape &dh = g.shape(call.out[0]), &table = g.shape(call.in[1]);
+    return 2 * uint64_t(dh.count()) * uint64_t(table[0]);
+}
+
+const OpRule cross_entropy_rule{"cross_entropy", true, cross_entropy_flops,
+                                cross_entropy_backward};
+const OpRule cross_entropy_vjp_rule{"cross_entropy_vjp", true, cross_entropy_vjp_flops, nullptr};
+
+// ---- mean
+
+void mean_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    const Id dx = g.temporary(g.wide, g.shape(call.in[0]));
+    g.add_call(mean_vjp_rule, {tape.gradient(call.out[0])}, {dx}, call.attr);
+    tape.add(call.in[0], dx);
+}
+
+const OpRule mean_rule{"mean", false, no_flops, mean_backward};
+const OpRule mean_vjp_rule{"mean_vjp", false, no_flops, nullptr};
+
+// ---- the TTT layer's pieces
+
+const OpRule conv1d_rule{"conv1d", false, no_flops, nullptr};
+const OpRule rope_rule{"rope", false, no_flops, nullptr};
+
+// Per head and mini-batch of m tokens: K W, Q W, K^T g (m D D each), Q K^T and A g (m m D, causal).
+uint64_t ttt_linear_flops(const Graph &g, const Call &call) {
+    const Shape &q = g.shape(call.in[0]), &w = g.shape(call.in[7]);
+    const uint64_t tokens = uint64_t(q[0] * q[1]), heads = uint64_t(w[1]), d = uint64_t(w[2]);
+    const uint64_t m = uint64_t(g.shape(call.in[4])[0]);
+    return 2 * tokens * heads * (3 * d * d + (m + 1) * d);
+}
+
+// Forward K and Q through both layers, gradient through W2, two outer products, and for each layer
+// a causal pair of m x m products.
+uint64_t ttt_mlp_flops(const Graph &g, const Call &call) {
+    const Shape &q = g.shape(call.in[0]), &w = g.shape(call.in[7]);
+    const uint64_t tokens = uint64_t(q[0] * q[1]), heads = uint64_t(w[1]);
+    const uint64_t d = uint64_t(w[2]), inner = uint64_t(w[3]);
+    const uint64_t m = uint64_t(g.shape(call.in[4])[0]);
+    return 2 * tokens * heads * (7 * d * inner + (m + 1) * (d + inner));
+}
+
+const OpRule ttt_linear_rule{"ttt_linear", false, ttt_linear_flops, nullptr};
+const OpRule ttt_mlp_rule{"ttt_mlp", false, ttt_mlp_flops, nullptr};
+
+} // namespace
+
+Id attention(Graph &g, Id qkv, int64_t heads) {
+    const Shape s = g.shape(qkv);
+    const Id o = g.temporary(g.act, s.with_last(s[2] / 3));
+    const Id lse = g.temporary(g.wide, {s[0], heads, s[1]});
+    g.add_call(attention_rule, {qkv}, {o, lse}, {double(heads)});
+    return o;
+}
+
+CrossEntropy cross_entropy(Graph &g, Id h, Id table, Id target, bool keep) {
+    const Shape s = g.shape(h);
+    const CrossEntropy r{g.temporary(g.wide, {s[0], s[1]}), g.temporary(g.wide, {s[0], s[1]})};
+    const Id p = keep ? g.temporary(g.act, s.with_last(g.shape(table)[0])) : none;
+    g.add_call(cross_entropy_rule, {h, table, target}, {r.nll, r.entropy, p});
+    return r;
+}
+
+Id mean(Graph &g, Id x, int64_t count) {
+    const Id y = g.temporary(g.wide, {1});
+    g.add_call(mean_rule, {x}, {y}, {double(count)});
+    return y;
+}
+
+Id conv1d(Graph &g, Id x, Id w, Id b, int64_t shift) {
+    const Id y = g.temporary(g.value(x).type, g.shape(x));
+    g.add_call(conv1d_rule, {x, w, b}, {y}, {double(shift)});
+    return y;
+}
+
+Id rope(Graph &g, Id x, int64_t heads, int64_t period, double theta) {
+    const Id y = g.temporary(g.value(x).type, g.shape(x));
+    g.add_call(rope_rule, {x}, {y}, {double(heads), double(period), theta});
+    return y;
+}
+
+TttResult ttt_scan(Graph &g, Id q, Id k, Id v, Id lr, Id index, Id scale, Id shift,
+                   const std::vector<Id> &state, const TttScan &form) {
+    TttResult r{g.temporary(g.value(q).type, g.shape(q)),
+                g.temporary(g.wide, {g.shape(q)[0], 3}),
+                {}};
+    std::vector<Id> in{q, k, v, lr, index, scale, shift}, out{r.y};
+    for (Id weight : state) {
+        in.push_back(weight);
+        r.state.push_back(g.temporary(g.wide, g.shape(weight)));
+        out.push_back(r.state.back());
+    }
+    out.push_back(r.loss);
+    if (form.mlp)
+        g.add_call(ttt_mlp_rule, in, out, {form.scale, form.eps});
+    else
+        g.add_call(ttt_linear_rule, in, out,
+                   {double(form.ponder), form.scale, form.decay, form.eps, form.max_grad_norm,
+                    double(form.causal_k)});
+    return r;
+}
+
+} // namespace ponder

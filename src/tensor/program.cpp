@@ -1,0 +1,271 @@
+#include "tensor/program.hpp"
+
+#include "base/error.hpp"
+#include "tensor/ops.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+
+namespace ponder {
+
+namespace {
+
+int64_t rows_of(const Graph &graph, const Call &call) {
+    const Shape &s = graph.shape(call.out[0]);
+    return s.rank < 2 ? 1 : s[0] * s[1];
+}
+
+size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+} // namespace
+
+std::vector<Group> schedule(const Graph &graph, const std::vector<size_t> &segment_ends) {
+    std::vector<Group> groups;
+    std::vector<bool> computed(graph.values().size(), true);
+    for (const Call &call : graph.calls())
+        for (Id out : call.out)
+            if (out != none) computed[size_t(out)] = false;
+
+    const auto ready = [&](const Call &call) {
+        return std::all_of(call.in.begin(), call.in.end(),
+                           [&](Id in) { return in == none || computed[size_t(in)]; });
+    };
+    const auto mark = [&](const Call &call) {
+        for (Id out : call.out)
+            if (out != none) computed[size_t(out)] = true;
+    };
+
+    size_t begin = 0;
+    for (size_t segment = 0; segment < segment_ends.size(); ++segment) {
+        std::vector<size_t> waiting(segment_ends[segment] - begin);
+        std::iota(waiting.begin(), waiting.end(), begin);
+        begin = segment_ends[segment];
+        while (!waiting.empty()) {
+            // As many row ops as can follow each other, each task staying on its rows.
+            Group chain{{}, true, segment};
+            int64_t rows = 0;
+            std::erase_if(waiting, [&](size_t i) {
+                const Call &call = graph.calls()[i];
+                if (!call.rule->rows || !ready(call)) return false;
+                if (!chain.calls.empty() && rows_of(graph, call) != rows) return false;
+                rows = rows_of(graph, call);
+                chain.calls.push_back(i);
+                mark(call);
+                return true;
+            });
+            if (!chain.calls.empty()) groups.push_back(std::move(chain));
+            // Then everything else that is ready now.
+            Group together{{}, false, segment};
+            std::erase_if(waiting, [&](size_t i) {
+                const Call &call = graph.calls()[i];
+                if (call.rule->rows || !ready(call)) return false;
+                together.calls.push_back(i);
+                return true;
+            });
+            for (size_t i : together.calls)
+                mark(graph.calls()[i]);
+            if (!together.calls.empty()) groups.push_back(std::move(together));
+            else if (groups.empty() || groups.back().segment != segment)
+                throw_error(PONDER_E_INTERNAL, "schedule: a call waits for itself");
+        }
+    }
+    return groups;
+}
+
+ArenaPlan plan_arena(const Graph &graph, const std::vector<Group> &groups) {
+    struct Life {
+        size_t value, first, last;
+    };
+    constexpr size_t never = size_t(-1);
+    std::vector<Life> lives(graph.values().size());
+    for (size_t v = 0; v < lives.size(); ++v)
+        lives[v] = {v, never, 0};
+    for (size_t g = 0; g < groups.size(); ++g)
+        for (size_t c : groups[g].calls) {
+            const auto touch = [&](Id id) {
+                if (id == none || graph.value(id).kind != Kind::temporary) return;
+                Life &life = lives[size_t(id)];
+                life.first = std::min(life.first, g);
+                life.last = std::max(life.last, g);
+            };
+            for (Id id : graph.calls()[c].in)
+                touch(id);
+            for (Id id : graph.calls()[c].out)
+                touch(id);
+        }
+    std::erase_if(lives, [](const Life &life) { return life.first == never; });
+
+    // Largest first, each at the lowest place that is free for its whole life.
+    const auto bytes = [&](const Life &life) { return align(graph.value(Id(life.value)).bytes()); };
+    std::stable_sort(lives.begin(), lives.end(),
+                     [&](const Life &a, const Life &b) { return bytes(a) > bytes(b); });
+    ArenaPlan plan;
+    plan.offset.resize(graph.values().size(), 0);
+    std::vector<Life> placed; // by offset
+    for (const Life &life : lives) {
+        size_t offset = 0;
+        for (const Life &other : placed) {
+            if (other.last < life.first || life.last < other.first) continue;
+            const size_t start = plan.offset[other.value];
+            if (offset + bytes(life) <= start) break;
+            offset = std::max(offset, start + bytes(other));
+        }
+        plan.offset[life.value] = offset;
+        plan.bytes = std::max(plan.bytes, offset + bytes(life));
+        placed.insert(std::upper_bound(placed.begin(), placed.end(), life,
+                                       [&](const Life &a, const Life &b) {
+                                           return plan.offset[a.value] < plan.offset[b.value];
+                                       }),
+                      life);
+    }
+    return plan;
+}
+
+uint64_t count_flops(const Graph &graph, const std::vector<Group> &groups, size_t segment) {
+    uint64_t flops = 0;
+    for (const Group &group : groups)
+        if (group.segment == segment)
+            for (size_t c : group.calls)
+                flops += graph.calls()[c].rule->flops(graph, graph.calls()[c]);
+    return flops;
+}
+
+Program::Program(Graph graph, std::vector<size_t> segment_ends,
+                 std::shared_ptr<const Device> device)
+    : graph_(std::move(graph)), device_(std::move(device)) {
+    const std::vector<Group> groups = schedule(graph_, segment_ends);
+    arena_ = plan_arena(graph_, groups);
+    for (size_t s = 0; s < segment_ends.size(); ++s)
+        flops_.push_back(count_flops(graph_, groups, s));
+
+    std::vector<ponder_tensor> tensors;
+    std::vector<const void *> constants;
+    for (const Call &call : graph_.calls()) {
+        argument_.push_back(arguments_.size());
+        tensors.clear();
+        constants.clear();
+        const auto describe = [&](Id id) {
+            arguments_.push_back(id);
+            ponder_tensor tensor{};
+            if (id != none) {
+                const Value &value = graph_.value(id);
+                tensor.dtype = int32_t(value.type);
+                tensor.rank = value.shape.rank;
+                std::copy_n(value.shape.dim, PONDER_MAX_RANK, tensor.dim);
+            }
+            tensors.push_back(tensor);
+        };
+        for (Id id : call.in) {
+            describe(id);
+            constants.push_back(id != none ? graph_.value(id).data : nullptr);
+        }
+        for (Id id : call.out)
+            describe(id);
+        const ponder_op_call described{sizeof(ponder_op_call), 1, call.rule->name,
+                                       uint32_t(call.in.size()), uint32_t(call.out.size()),
+                                       uint32_t(call.attr.size()), tensors.data(),
+                                       constants.data(), call.attr.data()};
+        kernels_.push_back(device_->plan(described));
+        workspace_bytes_ = std::max(workspace_bytes_, align(kernels_.back().plan.workspace));
+    }
+    for (const Group &group : groups)
+        add_batches(group);
+}
+
+// A chain breaks where a kernel does not keep to its rows.
+void Program::add_batches(const Group &group) {
+    Batch *open = nullptr;
+    for (size_t c : group.calls) {
+        const ponder_plan &plan = kernels_[c].plan;
+        const bool rows = group.chain && plan.tiling == PONDER_TILE_ROWS;
+        const bool joins =
+            open && (group.chain ? rows && open->chain && open->tasks == plan.tasks : true);
+        if (!joins) {
+            batches_.push_back({{}, {}, 0, rows, group.segment});
+            open = &batches_.back();
+        }
+        open->calls.push_back(c);
+        open->first_task.push_back(open->tasks);
+        open->tasks = rows ? plan.tasks : open->tasks + plan.tasks;
+    }
+}
+
+std::vector<void *> Program::addresses(const Bindings &bindings, std::byte *arena) const {
+    std::vector<void *> result;
+    result.reserve(arguments_.size());
+    for (Id id : arguments_) {
+        void *address = nullptr;
+        if (id != none) {
+            const Value &value = graph_.value(id);
+            switch (value.kind) {
+            case Kind::constant: address = const_cast<void *>(value.data); break;
+            case Kind::temporary: address = arena + arena_.offset[size_t(id)]; break;
+            case Kind::external:
+                address = size_t(id) < bindings.size() ? bindings[size_t(id)] : nullptr;
+                if (!address)
+                    throw_error(PONDER_E_INTERNAL, "'%s' is not bound", value.name.c_str());
+            }
+        }
+        result.push_back(address);
+    }
+    return result;
+}
+
+void Program::run_batch(const Batch &batch, void *const *addresses, std::byte *workspace) const {
+    device_->threads().run(batch.tasks, [&](uint32_t task, uint32_t worker) {
+        std::byte *own = workspace + worker * workspace_bytes_;
+        const auto run = [&](size_t c, uint32_t i) {
+            const Device::Kernel &kernel = kernels_[c];
+            kernel.owner->run(kernel.plan.kernel, addresses + argument_[c], own, i);
+        };
+        if (batch.chain) {
+            for (size_t c : batch.calls)
+                run(c, task);
+        } else {
+            const size_t at = size_t(std::upper_bound(batch.first_task.begin(),
+                                                      batch.first_task.end(), task) -
+                                     batch.first_task.begin()) - 1;
+            run(batch.calls[at], task - batch.first_task[at]);
+        }
+    });
+}
+
+void Program::run(size_t segment, const Bindings &bindings, std::byte *arena,
+                  std::byte *workspace, const std::function<void()> &check) const {
+    const std::vector<void *> places = addresses(bindings, arena);
+    for (const Batch &batch : batches_) {
+        if (batch.segment != segment) continue;
+        if (check) check();
+        run_batch(batch, places.data(), workspace);
+    }
+}
+
+void Program::profile(size_t segment, const Bindings &bindings, std::byte *arena,
+                      std::byte *workspace, std::vector<CallTime> &times) const {
+    using Clock = std::chrono::steady_clock;
+    const std::vector<void *> places = addresses(bindings, arena);
+    for (const Batch &batch : batches_) {
+        if (batch.segment != segment) continue;
+        for (size_t c : batch.calls) {
+            const Call &call = graph_.calls()[c];
+            const Batch alone{{c}, {0}, kernels_[c].plan.tasks, false, segment};
+            const auto start = Clock::now();
+            run_batch(alone, places.data(), workspace);
+            const auto ns = std::chrono::nanoseconds(Clock::now() - start).count();
+            const char *owner = kernels_[c].owner->name;
+            auto entry = std::find_if(times.begin(), times.end(), [&](const CallTime &t) {
+                return t.op == call.rule->name && t.backend == owner; // same literals
+            });
+            if (entry == times.end()) {
+                times.push_back({call.rule->name, owner});
+                entry = times.end() - 1;
+            }
+            entry->calls += 1;
+            entry->flops += call.rule->flops(graph_, call);
+            entry->ns += uint64_t(ns);
+        }
+    }
+}
+
+} // namespace ponder
