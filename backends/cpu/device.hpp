@@ -1,0 +1,48 @@
+// What the kernels see of a device: packed copies of frozen weights and memory for kernel objects.
+//
+// Kernels are compiled once per instruction set, this side once for the baseline. So only plain
+// structs and non-inline functions stand here.
+#pragma once
+
+#include "ponder/backend.h"
+
+namespace ponder::cpu {
+
+struct Engine; // onednn.hpp
+
+// A planned kernel starts with its run function. Kernels are plain memory: nothing to destroy.
+struct Kernel {
+    void (*run)(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t task);
+};
+
+struct Call {
+    const ponder_op_call *op;
+    ponder_device *device;
+    ponder_plan *plan;
+};
+
+// Fills call.plan, or says that there is no kernel for these types and shapes.
+using Planner = int32_t (*)(const Call &call);
+
+struct Op {
+    const char *name;
+    Planner plan;
+};
+
+struct Isa {
+    const char *name;
+    const Op *ops;
+    int32_t op_count;
+};
+
+// Zeroed memory for a kernel object, NULL when there is none.
+void *kernel_memory(size_t size);
+void kernel_release(void *kernel);
+
+// The packed form of a frozen weight, made by `pack(to, context)` at the first request and shared
+// by every kernel of the device. `layout` tells apart the packed forms of one weight. NULL when
+// memory ran out.
+const void *packed_weight(ponder_device *device, const void *weight, uint64_t layout, size_t size,
+                          void (*pack)(void *to, const void *context), const void *context);
+
+} // namespace ponder::cpu

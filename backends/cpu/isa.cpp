@@ -1,0 +1,44 @@
+// The op table of one instruction set.
+#include "ops.hpp"
+
+namespace ponder::cpu::PONDER_ISA {
+namespace {
+
+constexpr Op ops[] = {
+    {"embedding", plan_embedding},
+    {"layer_norm", plan_layer_norm},
+    {"layer_norm_vjp", plan_layer_norm_vjp},
+    {"linear", plan_linear},
+    {"lora_linear", plan_lora_linear},
+    {"lora_linear_vjp", plan_lora_linear_vjp},
+    {"gelu", plan_gelu},
+    {"gelu_vjp", plan_gelu_vjp},
+    {"add", plan_add},
+    {"mul", plan_mul},
+    {"sigmoid", plan_sigmoid},
+    {"slice_rows", plan_slice_rows},
+    {"slice_rows_vjp", plan_slice_rows_vjp},
+    {"cross_entropy", plan_cross_entropy},
+    {"cross_entropy_vjp", plan_cross_entropy_vjp},
+    {"attention", plan_attention},
+    {"attention_vjp", plan_attention_vjp},
+    {"conv1d", plan_conv1d},
+    {"rope", plan_rope},
+    {"mean", plan_mean},
+    {"mean_vjp", plan_mean_vjp},
+    {"fill", plan_fill},
+    {"matmul_tn", plan_matmul_tn},
+    {"norm", plan_norm},
+    {"adam", plan_adam},
+    {"sgd", plan_sgd},
+};
+
+#define PONDER_TEXT_(x) #x
+#define PONDER_TEXT(x) PONDER_TEXT_(x)
+
+} // namespace
+
+extern const Isa isa;
+constexpr Isa isa = {PONDER_TEXT(PONDER_ISA), ops, int32_t(sizeof ops / sizeof ops[0])};
+
+} // namespace ponder::cpu::PONDER_ISA

@@ -1,0 +1,121 @@
+// The module's descriptor: chooses the instruction set, hands calls to its planners.
+#include "cpu_features.hpp"
+#include "device.hpp"
+#include "packs.hpp"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+struct ponder_device {
+    ponder::cpu::Packs packs;
+    const ponder::cpu::Isa *isa;
+    explicit ponder_device(const ponder_backend_host &host) : packs(host), isa(nullptr) {}
+};
+
+namespace ponder::cpu {
+
+void *kernel_memory(size_t size) { return std::calloc(1, size); }
+
+void kernel_release(void *kernel) { std::free(kernel); }
+
+const void *packed_weight(ponder_device *device, const void *weight, uint64_t layout, size_t size,
+                          void (*pack)(void *to, const void *context), const void *context) {
+    return device->packs.get(weight, layout, size, pack, context);
+}
+
+namespace {
+
+int32_t probe(char *why, size_t size) {
+    if (best_isa())
+        return 1;
+    if (why && size)
+        std::snprintf(why, size, "this processor or system lacks AVX2 with FMA");
+    return 0;
+}
+
+const char *isa() {
+    const Isa *best = best_isa();
+    return best ? best->name : "none";
+}
+
+int32_t supports(int32_t dtype) { return dtype == PONDER_DTYPE_F32 || dtype == PONDER_DTYPE_BF16; }
+
+ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
+    const Isa *best = best_isa();
+    if (!best) {
+        probe(why, size);
+        return nullptr;
+    }
+    ponder_backend_host known = {};
+    if (host)
+        std::memcpy(&known, host,
+                    host->struct_size < sizeof known ? host->struct_size : sizeof known);
+    ponder_device *device = new (std::nothrow) ponder_device(known);
+    if (!device) {
+        if (why && size)
+            std::snprintf(why, size, "out of memory");
+        return nullptr;
+    }
+    device->isa = best;
+    return device;
+}
+
+void close(ponder_device *device) { delete device; }
+
+int32_t plan(ponder_device *device, const ponder_op_call *op, ponder_plan *out, char *why,
+             size_t size) {
+    if (op->version != 1)
+        return PONDER_PLAN_NONE;
+    for (uint32_t i = 0; i < op->n_in + op->n_out; ++i)
+        if (op->tensor[i].dtype == PONDER_DTYPE_F64)
+            return PONDER_PLAN_NONE;
+    for (int32_t i = 0; i < device->isa->op_count; ++i) {
+        if (std::strcmp(device->isa->ops[i].name, op->op) != 0)
+            continue;
+        const int32_t result = device->isa->ops[i].plan({op, device, out});
+        if (result == PONDER_PLAN_FAILED && why && size)
+            std::snprintf(why, size, "out of memory for the packed weights of %s", op->op);
+        return result;
+    }
+    return PONDER_PLAN_NONE;
+}
+
+void run(void *kernel, void *const *buffers, void *workspace, uint32_t task) {
+    const Kernel *k = static_cast<const Kernel *>(kernel);
+    k->run(k, buffers, workspace, task);
+}
+
+void drop(void *kernel) { kernel_release(kernel); }
+
+size_t packed_bytes(ponder_device *device) { return device->packs.bytes(); }
+
+constexpr ponder_backend descriptor = {
+    sizeof(ponder_backend),
+    PONDER_BACKEND_ABI,
+    "cpu",
+    PONDER_CPU_VERSION,
+    10,
+    1,
+    probe,
+    isa,
+    supports,
+    open,
+    close,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    plan,
+    run,
+    drop,
+    packed_bytes,
+};
+
+} // namespace
+} // namespace ponder::cpu
+
+extern "C" __attribute__((visibility("default"))) const ponder_backend *ponder_backend_query_v1() {
+    return &ponder::cpu::descriptor;
+}

@@ -1,0 +1,33 @@
+// Packed copies of frozen weights, one per weight and layout, as long as the device lives.
+#pragma once
+
+#include "ponder/backend.h"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace ponder::cpu {
+
+class Packs {
+public:
+    explicit Packs(const ponder_backend_host &host) : host_(host) {}
+    ~Packs();
+    Packs(const Packs &) = delete;
+
+    // See packed_weight. Concurrent requests wait for each other, so that nothing is packed twice.
+    const void *get(const void *weight, uint64_t layout, size_t size,
+                    void (*pack)(void *to, const void *context), const void *context);
+    size_t bytes() const;
+
+private:
+    void *allocate(size_t size) const;
+    void release(void *block) const;
+
+    ponder_backend_host host_;
+    mutable std::mutex mutex_;
+    std::map<std::pair<const void *, uint64_t>, void *> packs_;
+    size_t bytes_ = 0;
+};
+
+} // namespace ponder::cpu

@@ -1,0 +1,446 @@
+// Every kernel of the CPU module against the reference kernels in f64, at each instruction set that
+// this machine has: f32 and bf16, odd sizes, tails, several streams. Besides: results do not depend
+// on the order of the tasks or the number of threads, and rows not on other rows.
+#include "backend/reference/reference.hpp"
+#include "op_harness.hpp"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <dlfcn.h>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <thread>
+
+namespace ponder::test {
+namespace {
+
+const ponder_backend *module() {
+    static const ponder_backend *backend = [] {
+        const char *path = std::getenv("PONDER_CPU_MODULE");
+        void *library = dlopen(path ? path : PONDER_CPU_MODULE, RTLD_NOW | RTLD_LOCAL);
+        if (!library)
+            throw std::runtime_error(dlerror());
+        const auto query =
+            reinterpret_cast<ponder_backend_query_fn>(dlsym(library, "ponder_backend_query_v1"));
+        return query();
+    }();
+    return backend;
+}
+
+size_t threads_now() {
+    size_t n = 0;
+    for ([[maybe_unused]] const auto &entry :
+         std::filesystem::directory_iterator("/proc/self/task"))
+        ++n;
+    return n;
+}
+
+struct Case {
+    std::string op;
+    std::vector<Tensor> in;
+    std::vector<Out> out;
+    std::vector<double> attr;
+};
+
+// One op call on one instruction set, by the level's name in the parameter.
+class CpuOps : public testing::TestWithParam<const char *> {
+protected:
+    void SetUp() override {
+        setenv("PONDER_CPU_ISA", GetParam(), 1);
+        if (!module()->probe(nullptr, 0))
+            GTEST_SKIP() << "no AVX2";
+        if (std::string(module()->isa()) != GetParam())
+            GTEST_SKIP() << "not on this machine";
+        runner = std::make_unique<OpRunner>(module());
+        oracle = std::make_unique<OpRunner>(reference_backend());
+    }
+    void TearDown() override { unsetenv("PONDER_CPU_ISA"); }
+
+    // Compares with the reference in f64; both orders of the tasks must agree to the bit.
+    void check(const Case &c, double tolerance, const std::string &what) {
+        SCOPED_TRACE(c.op + " " + what);
+        runner->reversed = false;
+        const std::vector<Tensor> ours = runner->run(c.op, c.in, c.out, c.attr);
+        runner->reversed = true;
+        const std::vector<Tensor> again = runner->run(c.op, c.in, c.out, c.attr);
+        std::vector<Tensor> in;
+        for (const Tensor &t : c.in)
+            in.push_back(t.to(DType::f64));
+        std::vector<Out> out = c.out;
+        for (Out &o : out)
+            if (o.type != DType::none)
+                o.type = DType::f64;
+        const std::vector<Tensor> expected = oracle->run(c.op, in, out, c.attr);
+        for (size_t i = 0; i < ours.size(); ++i) {
+            if (ours[i].type == DType::none)
+                continue;
+            EXPECT_LE(relative_error(ours[i], expected[i]), tolerance) << "output " << i;
+            EXPECT_TRUE(identical(ours[i], again[i])) << "output " << i << " depends on the order";
+        }
+    }
+
+    // Rows of output 0 before the last must not feel the last row of input `changed`.
+    void check_rows(Case c, size_t changed) {
+        SCOPED_TRACE(c.op + " rows");
+        const Tensor before = runner->run(c.op, c.in, c.out, c.attr)[0];
+        const Tensor other = c.in[changed].to(DType::f64).to(c.in[changed].type);
+        const int64_t width = other.shape.back(), n = other.count();
+        for (int64_t i = n - width; i < n; ++i)
+            other.set(i, 3.0 + double(i % 7));
+        c.in[changed] = other;
+        const Tensor after = runner->run(c.op, c.in, c.out, c.attr)[0];
+        const size_t row = size_t(before.shape.back()) * size_of(before.type);
+        const size_t size = before.block->size() - row;
+        EXPECT_EQ(0, std::memcmp(before.block->data(), after.block->data(), size));
+        EXPECT_NE(0, std::memcmp(before.block->data() + size, after.block->data() + size, row));
+    }
+
+    uint32_t seed = 1;
+    Tensor random(DType type, const Shape &shape, double scale = 1) {
+        return random_tensor(type, shape, seed++, scale);
+    }
+    std::unique_ptr<OpRunner> runner, oracle;
+};
+
+constexpr auto f32 = DType::f32, half = DType::bf16;
+double limit(DType act, bool gradient = false) {
+    return act == half ? 2e-2 : gradient ? 1e-4 : 1e-5;
+}
+std::string shape_name(DType act, int64_t s, int64_t t) {
+    return std::string(act == half ? "bf16" : "f32") + " S=" + std::to_string(s) +
+           " T=" + std::to_string(t);
+}
+
+struct Length {
+    int64_t s, t;
+};
+constexpr Length lengths[] = {{1, 1}, {2, 2}, {1, 63}, {1, 64}, {3, 65}, {2, 130}, {1, 512}};
+
+TEST_P(CpuOps, Embedding) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half}) {
+            const int64_t v = 50, c = 37;
+            check({"embedding",
+                   {random_ids({n.s, n.t}, seed++, 0, int32_t(v)), random(act, {v, c}).frozen(),
+                    random(act, {n.t + 3, c}).frozen()},
+                   {{f32, {n.s, n.t, c}}},
+                   {3}},
+                  1e-6, shape_name(act, n.s, n.t));
+        }
+}
+
+TEST_P(CpuOps, LayerNorm) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half})
+            for (int64_t c : {5, 64, 100, 256}) {
+                const Tensor x = random(f32, {n.s, n.t, c}, 2), g = random(f32, {c}).frozen();
+                const Case forward = {"layer_norm",
+                                      {x, g, random(f32, {c}).frozen()},
+                                      {{act, {n.s, n.t, c}}, {f32, {n.s, n.t, 2}}},
+                                      {1e-5}};
+                check(forward, limit(act), shape_name(act, n.s, n.t));
+                const Tensor stats = runner->run("layer_norm", forward.in, forward.out, {1e-5})[1];
+                for (bool carry : {false, true})
+                    check({"layer_norm_vjp",
+                           {random(act, {n.s, n.t, c}), x, g, stats,
+                            carry ? random(f32, {n.s, n.t, c}) : none()},
+                           {{f32, {n.s, n.t, c}}},
+                           {}},
+                          limit(f32, true), shape_name(act, n.s, n.t));
+            }
+    check_rows({"layer_norm",
+                {random(f32, {1, 70, 33}), random(f32, {33}), random(f32, {33})},
+                {{f32, {1, 70, 33}}, {f32, {1, 70, 2}}},
+                {1e-5}},
+               0);
+}
+
+TEST_P(CpuOps, Linear) {
+    struct {
+        int64_t k, n;
+    } sizes[] = {{1, 1}, {7, 5}, {64, 192}, {100, 33}, {256, 48}, {129, 70}};
+    for (const Length &n : lengths)
+        for (DType act : {f32, half})
+            for (const auto &z : sizes)
+                for (int variant = 0; variant < 4; ++variant) {
+                    const bool transposed = variant & 1, full = variant & 2;
+                    const Shape y = {n.s, n.t, z.n};
+                    check({"linear",
+                           {random(act, {n.s, n.t, z.k}),
+                            random(act, transposed ? Shape{z.n, z.k} : Shape{z.k, z.n}).frozen(),
+                            full ? random(f32, {z.n}).frozen() : none(),
+                            full ? random(f32, y) : none()},
+                           {{full ? f32 : act, y}},
+                           {double(transposed)}},
+                          limit(act), shape_name(act, n.s, n.t) + " K=" + std::to_string(z.k));
+                }
+    // A gradient in f32 meets a bf16 weight.
+    check({"linear",
+           {random(f32, {1, 66, 40}), random(half, {40, 50}).frozen(), none(), none()},
+           {{half, {1, 66, 50}}},
+           {0}},
+          2e-2, "mixed");
+    for (DType act : {f32, half})
+        check_rows({"linear",
+                    {random(act, {1, 70, 33}), random(act, {33, 40}).frozen(), none(), none()},
+                    {{act, {1, 70, 40}}},
+                    {0}},
+                   0);
+}
+
+TEST_P(CpuOps, LoraLinear) {
+    struct {
+        int64_t k, n, r;
+    } sizes[] = {{9, 7, 1}, {64, 192, 16}, {100, 33, 3}, {256, 64, 16}, {48, 260, 40}};
+    for (const Length &n : lengths)
+        for (DType act : {f32, half})
+            for (const auto &z : sizes)
+                for (bool full : {false, true}) {
+                    const Shape y = {n.s, n.t, z.n}, u = {n.s, n.t, z.r};
+                    const Tensor w = random(act, {z.k, z.n}).frozen();
+                    const Tensor a = random(f32, {n.s, z.k, z.r}),
+                                 bb = random(f32, {n.s, z.r, z.n});
+                    check({"lora_linear",
+                           {random(act, {n.s, n.t, z.k}), w,
+                            full ? random(f32, {z.n}).frozen() : none(), a, bb,
+                            full ? random(f32, y) : none()},
+                           {{full ? f32 : act, y}, {act, u}},
+                           {0.7}},
+                          limit(act), shape_name(act, n.s, n.t));
+                    check({"lora_linear_vjp",
+                           {random(full ? f32 : act, y), w, a, bb},
+                           {{act, {n.s, n.t, z.k}}, {act, u}},
+                           {0.7}},
+                          limit(act, true), shape_name(act, n.s, n.t));
+                }
+}
+
+TEST_P(CpuOps, Elementwise) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half})
+            for (int64_t c : {1, 37, 128}) {
+                const Shape shape = {n.s, n.t, c};
+                const std::string what = shape_name(act, n.s, n.t);
+                const Tensor a = random(act, shape, 4), b = random(act, shape, 4);
+                check({"gelu", {a}, {{act, shape}}, {}}, limit(act), what);
+                check({"gelu_vjp", {b, a}, {{act, shape}}, {}}, limit(act), what);
+                check({"add", {a, b}, {{act, shape}}, {}}, limit(act), what);
+                check({"mul", {a, b}, {{f32, shape}}, {}}, limit(f32), what);
+                check({"sigmoid", {a}, {{act, shape}}, {}}, limit(act), what);
+            }
+    // Far out the exponential is cut off, not wrong.
+    const Tensor wide = random(f32, {40, 16}, 200);
+    check({"gelu", {wide}, {{f32, {40, 16}}}, {}}, 1e-5, "wide");
+    check({"gelu_vjp", {wide, wide}, {{f32, {40, 16}}}, {}}, 1e-5, "wide");
+    check({"sigmoid", {wide}, {{f32, {40, 16}}}, {}}, 1e-5, "wide");
+}
+
+TEST_P(CpuOps, SliceRows) {
+    for (DType act : {f32, half}) {
+        check({"slice_rows", {random(act, {3, 70, 19})}, {{act, {3, 65, 19}}}, {4}}, 1e-6, "");
+        check({"slice_rows_vjp", {random(act, {3, 65, 19})}, {{f32, {3, 70, 19}}}, {4}}, 1e-6, "");
+    }
+}
+
+TEST_P(CpuOps, Attention) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half})
+            for (int64_t d : {8, 20, 64})
+                for (int64_t heads : {1, 3}) {
+                    const int64_t c = heads * d;
+                    const std::string what = shape_name(act, n.s, n.t) + " D=" + std::to_string(d);
+                    const Tensor qkv = random(act, {n.s, n.t, 3 * c}, 2);
+                    const Case forward = {"attention",
+                                          {qkv},
+                                          {{act, {n.s, n.t, c}}, {f32, {n.s, heads, n.t}}},
+                                          {double(heads)}};
+                    check(forward, limit(act), what);
+                    const auto out =
+                        runner->run("attention", forward.in, forward.out, forward.attr);
+                    check({"attention_vjp",
+                           {qkv, out[0], out[1], random(act, {n.s, n.t, c})},
+                           {{act, {n.s, n.t, 3 * c}}},
+                           {double(heads)}},
+                          limit(act, true), what);
+                }
+    for (DType act : {f32, half})
+        check_rows({"attention",
+                    {random(act, {1, 150, 3 * 64}, 2)},
+                    {{act, {1, 150, 64}}, {f32, {1, 1, 150}}},
+                    {1}},
+                   0);
+}
+
+TEST_P(CpuOps, CrossEntropy) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half})
+            for (int64_t v : {3, 520, 1500}) {
+                const int64_t c = v == 520 ? 64 : 33;
+                const std::string what = shape_name(act, n.s, n.t) + " V=" + std::to_string(v);
+                const Tensor h = random(act, {n.s, n.t, c}, 2),
+                             table = random(act, {v, c}).frozen();
+                const Tensor target = random_ids({n.s, n.t}, seed++, -1, int32_t(v));
+                const Shape row = {n.s, n.t};
+                const Case forward = {"cross_entropy",
+                                      {h, table, target},
+                                      {{f32, row}, {f32, row}, {act, {n.s, n.t, v}}},
+                                      {}};
+                check(forward, limit(act), what);
+                check({"cross_entropy", {h, table, target}, {{f32, row}, {f32, row}, {}}, {}},
+                      limit(act), what);
+                const Tensor p = runner->run("cross_entropy", forward.in, forward.out)[2];
+                check({"cross_entropy_vjp",
+                       {p, table, target, random(f32, row)},
+                       {{act, {n.s, n.t, c}}},
+                       {}},
+                      limit(act, true), what);
+            }
+}
+
+TEST_P(CpuOps, ConvolutionAndRope) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half}) {
+            const std::string what = shape_name(act, n.s, n.t);
+            for (double shift : {0.0, 1.0})
+                check({"conv1d",
+                       {random(act, {n.s, n.t, 37}), random(f32, {4, 37}), random(f32, {37})},
+                       {{act, {n.s, n.t, 37}}},
+                       {shift}},
+                      limit(act), what);
+            for (int64_t d : {6, 64})
+                check({"rope",
+                       {random(act, {n.s, n.t, 3 * d})},
+                       {{act, {n.s, n.t, 3 * d}}},
+                       {3, 16, 10000}},
+                      limit(act), what);
+        }
+}
+
+TEST_P(CpuOps, Reductions) {
+    for (int64_t n : {1, 7, 100, 20000}) {
+        const Tensor x = random(f32, {n}), y = random(f32, {n});
+        check({"mean", {x}, {{f32, {1}}}, {double(n)}}, 1e-5, "");
+        check({"mean_vjp", {random(f32, {1})}, {{f32, {n}}}, {double(n)}}, 1e-6, "");
+        check({"fill", {}, {{f32, {n}}}, {0.5}}, 1e-6, "");
+        check({"norm", {x, y}, {{f32, {1}}}, {}}, 1e-6, "");
+        check({"norm", {x, none()}, {{f32, {1}}}, {}}, 1e-6, "");
+        for (double clip : {0.0, 0.5}) {
+            const Tensor h = from_values(f32, {8}, {0.01, 0.9, 0.99, 1e-8, 0.271, 0.0297, clip, 0});
+            const Tensor m = random(f32, {n}, 0.1), v = filled(f32, {n}, 0.01);
+            const Tensor gnorm = filled(f32, {1}, 2);
+            check({"adam", {x, y, m, v, h, gnorm}, {{f32, {n}}, {f32, {n}}, {f32, {n}}}, {}}, 1e-5,
+                  "");
+            check({"sgd", {x, y, h, gnorm}, {{f32, {n}}}, {}}, 1e-5, "");
+        }
+    }
+}
+
+TEST_P(CpuOps, MatmulTn) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half})
+            for (const auto &[m, w] :
+                 {std::pair<int64_t, int64_t>{5, 3}, {16, 192}, {200, 16}, {65, 130}})
+                check({"matmul_tn",
+                       {random(act, {n.s, n.t, m}), random(act, {n.s, n.t, w})},
+                       {{f32, {n.s, m, w}}},
+                       {}},
+                      limit(act, true), shape_name(act, n.s, n.t));
+    check({"matmul_tn",
+           {random(half, {1, 1100, 70}), random(f32, {1, 1100, 32})},
+           {{f32, {1, 70, 32}}},
+           {}},
+          1e-4, "long and mixed");
+}
+
+TEST_P(CpuOps, LeavesTheRestToTheReference) {
+    std::vector<Tensor> results;
+    std::string why;
+    const Tensor x = random(DType::f64, {1, 4, 8});
+    EXPECT_EQ(PONDER_PLAN_NONE,
+              runner->try_run("gelu", {x}, {{DType::f64, {1, 4, 8}}}, {}, results, why));
+    const Tensor y = random(f32, {1, 4, 8});
+    EXPECT_EQ(PONDER_PLAN_NONE,
+              runner->try_run("no_such_op", {y}, {{f32, {1, 4, 8}}}, {}, results, why));
+    EXPECT_EQ(PONDER_PLAN_NONE,
+              runner->try_run("gelu", {y}, {{f32, {1, 4, 8}}}, {}, results, why, 2));
+}
+
+// Four threads take the tasks of several calls at once, each with its own workspace.
+TEST_P(CpuOps, ManyThreads) {
+    ponder_backend_host host{};
+    host.struct_size = sizeof host;
+    host.workers = 4;
+    char why[128] = "";
+    ponder_device *device = module()->open(&host, why, sizeof why);
+    ASSERT_NE(nullptr, device) << why;
+    const int64_t t = 300, c = 128, v = 700;
+    for (DType act : {f32, half}) {
+        const Tensor x = random(act, {1, t, c}), w = random(act, {c, 3 * c}).frozen();
+        const Tensor table = random(act, {v, c}).frozen();
+        const std::vector<Case> cases = {
+            {"linear", {x, w, none(), none()}, {{act, {1, t, 3 * c}}}, {0}},
+            {"attention", {random(act, {1, t, 3 * c})}, {{act, {1, t, c}}, {f32, {1, 2, t}}}, {2}},
+            {"cross_entropy",
+             {x, table, random_ids({1, t}, seed++, 0, int32_t(v))},
+             {{f32, {1, t}}, {f32, {1, t}}, {act, {1, t, v}}},
+             {}},
+        };
+        for (const Case &k : cases) {
+            SCOPED_TRACE(k.op);
+            const std::vector<Tensor> serial = runner->run(k.op, k.in, k.out, k.attr);
+            std::vector<Tensor> all = k.in;
+            for (const Out &o : k.out)
+                all.push_back(Tensor(o.type, o.shape));
+            std::vector<ponder_tensor> description(all.size());
+            std::vector<const void *> constant(k.in.size(), nullptr);
+            std::vector<void *> buffers(all.size(), nullptr);
+            for (size_t i = 0; i < all.size(); ++i) {
+                description[i].dtype = int32_t(all[i].type);
+                description[i].rank = int32_t(all[i].shape.size());
+                std::copy(all[i].shape.begin(), all[i].shape.end(), description[i].dim);
+                if (all[i].block)
+                    buffers[i] = all[i].block->data();
+                if (i < k.in.size() && all[i].constant)
+                    constant[i] = buffers[i];
+            }
+            ponder_op_call call{};
+            call.struct_size = sizeof call;
+            call.version = 1;
+            call.op = k.op.c_str();
+            call.n_in = uint32_t(k.in.size()), call.n_out = uint32_t(k.out.size());
+            call.n_attr = uint32_t(k.attr.size());
+            call.tensor = description.data(), call.constant = constant.data();
+            call.attr = k.attr.data();
+            ponder_plan plan{};
+            plan.struct_size = sizeof plan;
+            ASSERT_EQ(PONDER_PLAN_OK, module()->plan(device, &call, &plan, why, sizeof why));
+            std::atomic<uint32_t> next{0};
+            std::atomic<size_t> most_threads{0};
+            const size_t before = threads_now();
+            std::vector<std::thread> threads;
+            for (int i = 0; i < 4; ++i)
+                threads.emplace_back([&] {
+                    Block workspace(plan.workspace);
+                    for (uint32_t task; (task = next++) < plan.tasks;)
+                        module()->run(plan.kernel, buffers.data(), workspace.data(), task);
+                    most_threads = std::max(most_threads.load(), threads_now());
+                });
+            for (std::thread &thread : threads)
+                thread.join();
+            EXPECT_LE(most_threads.load(), before + 4) << "a kernel started threads";
+            for (size_t i = 0; i < serial.size(); ++i)
+                EXPECT_TRUE(identical(serial[i], all[k.in.size() + i]));
+            module()->drop(plan.kernel);
+        }
+    }
+    EXPECT_GT(module()->packed_bytes(device), size_t(0));
+    module()->close(device);
+}
+
+INSTANTIATE_TEST_SUITE_P(Levels, CpuOps, testing::Values("avx2", "avx512", "avx512_bf16"),
+                         [](const auto &info) { return std::string(info.param); });
+
+} // namespace
+} // namespace ponder::test
