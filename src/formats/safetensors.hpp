@@ -21,6 +21,8 @@ struct TensorInfo {
     uint64_t count() const;      // elements
 };
 
+std::string shape_text(const std::vector<int64_t> &shape); // "[2, 3]", for messages
+
 // A parsed header over a file or a block of memory. Everything is checked while parsing: no
 // overlap, no gap, sizes equal to shape x dtype and within the source.
 class SafeTensors {
@@ -34,14 +36,18 @@ public:
     const std::map<std::string, std::string> &metadata() const { return metadata_; }
     const TensorInfo *find(const std::string &tensor) const;
     // Reads and converts to `type` (f32, f64, bf16, i32 from I32); F16, BF16, F32, F64 convert
-    // among each other. `shape` is what the caller needs: PONDER_E_FORMAT naming file and
-    // tensor when it differs or the tensor is missing.
+    // among each other, I64 to i32. `shape` is what the caller needs: PONDER_E_FORMAT naming file
+    // and tensor when it differs or the tensor is missing, and naming the element that is NaN,
+    // infinite, or out of the range of `type`. Needs a small buffer besides `out`.
     void read(const std::string &tensor, const std::vector<int64_t> &shape, DType type,
               void *out) const;
     // The bytes as stored, any dtype.
     std::vector<std::byte> raw(const std::string &tensor) const;
 
 private:
+    void parse(uint64_t size);
+    void copy(uint64_t offset, void *out, size_t size) const;
+
     std::string name_;
     std::map<std::string, TensorInfo> tensors_;
     std::map<std::string, std::string> metadata_;
@@ -53,7 +59,8 @@ private:
 class SafeTensorsWriter {
 public:
     std::map<std::string, std::string> metadata;
-    // dtype f32, f64, bf16, i32, or U8 as raw bytes (DType::none).
+    // dtype f32, f64, bf16, i32, or U8 as raw bytes (DType::none). Names are unique, not empty and
+    // without control characters, else PONDER_E_INTERNAL.
     void add(const std::string &name, DType type, const std::vector<int64_t> &shape,
              const void *data);
     uint64_t size() const;

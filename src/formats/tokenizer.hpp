@@ -18,16 +18,23 @@ public:
     ~Tokenizer();
 
     // Any bytes: text that is no UTF-8 is split with each bad byte as a character of its own,
-    // so decode(encode(x)) == x always. Linear in text.size(). Special tokens are not recognised.
+    // so decode(encode(x)) == x always. O(n log n) in text.size() at worst, which is below 2^31.
     // Thread-safe.
-    std::vector<int32_t> encode(std::string_view text) const;
+    //
+    // Text that spells a special token, such as <|endoftext|>, is text: a document must not be
+    // able to forge a separator. `Special::recognise` makes the token of it, as the Hugging Face
+    // library does, for trusted text only; tokenizer.json lists those tokens, vocab.json does not.
+    enum class Special { as_text, recognise };
+    std::vector<int32_t> encode(std::string_view text, Special special = Special::as_text) const;
     // The token's bytes; ids outside [0, size()) are the caller's error.
     std::string_view bytes(int32_t id) const;
-    int32_t size() const; // 1 + largest id
+    int32_t size() const;        // 1 + largest id
     int32_t end_of_text() const; // id of <|endoftext|> or -1
 
 private:
     Tokenizer();
+    // The special token that the text begins with, or -1.
+    int32_t special_at(std::string_view text) const;
     struct Data;
     std::unique_ptr<Data> data_;
 };
