@@ -1,0 +1,67 @@
+// What tests of whole passes share: a runtime with the build tree's backends, models, adapters.
+#pragma once
+
+#include "adapt/stored.hpp"
+#include "base/options.hpp"
+#include "session/session.hpp"
+#include "temp_dir.hpp"
+
+#include <cmath>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+namespace ponder::test {
+
+inline std::shared_ptr<const Runtime> make_runtime(uint32_t threads = 2) {
+    auto runtime = std::make_shared<Runtime>();
+    runtime->memory = std::make_shared<Memory>(0, nullptr, nullptr, nullptr);
+    runtime->threads = std::make_shared<Threads>(threads);
+    runtime->backends = load_backends(PONDER_TEST_BACKENDS, {});
+    return runtime;
+}
+
+inline std::shared_ptr<const Model> load_model(const std::string &folder,
+                                               const std::string &backend = "auto",
+                                               const std::string &dtype = "f32",
+                                               uint32_t threads = 2) {
+    return std::make_shared<Model>(make_runtime(threads), folder, backend, dtype,
+                                   [](uint64_t, uint64_t) {});
+}
+
+inline Options make_options(
+    std::initializer_list<std::pair<const char *, std::string>> values) {
+    Options options;
+    options.set("context", "512");
+    options.set("guard.norm", "inf");
+    options.set("budget.rate", "inf");
+    for (const auto &[name, value] : values)
+        options.set(name, value);
+    return options;
+}
+
+inline CallGuard no_limits(Session &session) { return {session.cancel_flag(), nullptr}; }
+
+inline std::vector<float> tensor(const SafeTensors &file, const std::string &name) {
+    std::vector<float> values(file.find(name)->count());
+    file.read(name, file.find(name)->shape, DType::f32, values.data());
+    return values;
+}
+
+inline std::vector<int32_t> ids(const SafeTensors &file, const std::string &name) {
+    std::vector<int32_t> values(file.find(name)->count());
+    file.read(name, file.find(name)->shape, DType::i32, values.data());
+    return values;
+}
+
+// ||a - b|| / ||b||
+template <class A, class B> double relative_error(const A &a, const B &b) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < b.size(); ++i) {
+        difference += (double(a[i]) - double(b[i])) * (double(a[i]) - double(b[i]));
+        norm += double(b[i]) * double(b[i]);
+    }
+    return std::sqrt(difference / norm);
+}
+
+} // namespace ponder::test
