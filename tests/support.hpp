@@ -1,7 +1,10 @@
 // What tests of whole passes share: a runtime with the build tree's backends, models, adapters.
 #pragma once
 
+#include "adapt/lora.hpp"
 #include "adapt/stored.hpp"
+#include "adapt/ttt.hpp"
+#include "base/error.hpp"
 #include "base/options.hpp"
 #include "session/session.hpp"
 #include "temp_dir.hpp"

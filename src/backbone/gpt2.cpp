@@ -4,6 +4,9 @@
 #include "base/hash.hpp"
 #include "tensor/ops.hpp"
 
+#include <algorithm>
+#include <iterator>
+
 namespace ponder {
 
 const char *module_name(Module module) {
@@ -61,6 +64,24 @@ void Gpt2::layout() {
     if (!c.tied) add("lm_head.weight", {c.vocabulary, c.width});
 }
 
+namespace {
+
+// Matrices count as bf16 and vectors as f32, so that a model has one hash in every dtype.
+void hash_weights(Hash &hash, const Shape &shape, DType type, const void *data) {
+    const size_t count = size_t(shape.count());
+    if (shape.rank < 2 || type == DType::bf16) return hash.add(data, count * size_of(type));
+    const float *values = static_cast<const float *>(data);
+    bf16 block[4096];
+    for (size_t at = 0; at < count; at += std::size(block)) {
+        const size_t n = std::min(std::size(block), count - at);
+        for (size_t i = 0; i < n; ++i)
+            block[i] = to_bf16(values[at + i]);
+        hash.add(block, n * sizeof(bf16));
+    }
+}
+
+} // namespace
+
 Gpt2::Gpt2(const Gpt2Config &config, DType type) : config_(config), type_(type) { layout(); }
 
 Gpt2::Gpt2(const Gpt2Folder &folder, DType type, std::shared_ptr<Memory> memory,
@@ -77,7 +98,7 @@ Gpt2::Gpt2(const Gpt2Folder &folder, DType type, std::shared_ptr<Memory> memory,
         folder.read(name, place.type, out);
         const uint64_t size = uint64_t(place.shape.count()) * size_of(place.type);
         hash.add(name);
-        hash.add(out, size);
+        hash_weights(hash, place.shape, place.type, out);
         progress(done += size, bytes_);
     }
     hash_ = hash.hex();
