@@ -101,12 +101,12 @@ TEST(Tokenizer, VocabularyAndMergesFiles) {
     json::Value root = json::parse(read_file(source, 1 << 20), source);
     std::string vocabulary = "{", merges = "#version: 0.2\n";
     for (const auto &[name, id] : root.find("model")->find("vocab")->members)
-        vocabulary += (vocabulary.size() > 1 ? "," : "") + json::quote(name) + ":" +
-                      std::to_string(id.integer);
+        vocabulary += json::quote(name) + ':' + std::to_string(id.integer) + ',';
     for (const json::Value &merge : root.find("model")->find("merges")->items)
         merges += merge.items[0].string + " " + merge.items[1].string + "\n";
     TempDir folder;
-    folder.write("vocab.json", vocabulary + "}");
+    vocabulary.back() = '}';
+    folder.write("vocab.json", vocabulary);
     folder.write("merges.txt", merges);
     std::unique_ptr<Tokenizer> tokenizer = Tokenizer::load(folder.path());
     ASSERT_NE(tokenizer, nullptr);

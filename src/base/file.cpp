@@ -106,7 +106,7 @@ private:
                 return fd;
             if (errno != EEXIST)
                 break;
-            path_.insert(path_.size() - 4, "x");
+            path_.insert(path_.end() - 4, 'x');
         }
         fail("create");
     }

@@ -452,16 +452,20 @@ std::string SafeTensorsWriter::header() const {
     std::string text = "{";
     if (!metadata.empty()) {
         text += "\"__metadata__\":{";
-        for (const auto &[key, value] : metadata)
-            text += (text.back() == '{' ? "" : ",") + json::quote(key) + ":" + json::quote(value);
-        text += "}";
+        for (const auto &[key, value] : metadata) {
+            if (text.back() != '{')
+                text += ',';
+            text += json::quote(key) + ':' + json::quote(value);
+        }
+        text += '}';
     }
     uint64_t position = 0;
     for (const Entry &entry : entries_) {
-        text += (text.size() > 1 ? "," : "") + json::quote(entry.name) + ":{\"dtype\":\"" +
-                stored_name(entry.type) + "\",\"shape\":" + shape_text(entry.shape) +
-                ",\"data_offsets\":[" + std::to_string(position) + "," +
-                std::to_string(position + entry.bytes) + "]}";
+        if (text.size() > 1)
+            text += ',';
+        text += json::quote(entry.name) + ":{\"dtype\":\"" + stored_name(entry.type) +
+                "\",\"shape\":" + shape_text(entry.shape) + ",\"data_offsets\":[" +
+                std::to_string(position) + "," + std::to_string(position + entry.bytes) + "]}";
         position += entry.bytes;
     }
     text += "}";
