@@ -439,7 +439,8 @@ TEST_P(CpuOps, ManyThreads) {
     module()->close(device);
 }
 
-INSTANTIATE_TEST_SUITE_P(Levels, CpuOps, testing::Values("avx2", "avx512", "avx512_bf16"),
+INSTANTIATE_TEST_SUITE_P(Levels, CpuOps,
+                         testing::Values("avx2", "avx512", "avx512_bf16", "amx_bf16"),
                          [](const auto &info) { return std::string(info.param); });
 
 } // namespace

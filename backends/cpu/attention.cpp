@@ -32,7 +32,7 @@ size_t work(const Attention &t, void *workspace, Work *w) {
     w->q = c.take<uint32_t>(b_units(d, kTile));
     w->k = c.take<uint32_t>(a_rows_units(d));
     w->st = c.take<float>(a_columns_units(kKeys));
-    w->pairs = c.take<uint32_t>(t.half_ ? a_columns_units(kKeys / 2) : 0);
+    w->pairs = c.take<uint32_t>(t.half_ ? a_columns_units(units(kKeys, true)) : 0);
     w->v = c.take<uint32_t>(b_units(units(kKeys, t.half_), t.head));
     w->o = c.take<float>(size_t(kTile * t.head));
     w->top = c.take<float>(kTile);
@@ -71,11 +71,12 @@ void softmax_step(const Work &w, int64_t key, int64_t keys, int64_t query) {
 
 // bf16 pairs of two keys: what the columns layout wants.
 void pair_keys(const Work &w, int64_t keys) {
-    for (int64_t j = 0; j < keys; j += 2)
+    for (int64_t u = 0; u < units(keys, true); ++u)
         for (int64_t q = 0; q < kTile; q += W) {
-            const vf odd = j + 1 < keys ? load(w.st + (j + 1) * kStride + q) : set(0);
-            store(reinterpret_cast<float *>(w.pairs) + j / 2 * kStride + q,
-                  interleave(load(w.st + j * kStride + q), odd));
+            const float *st = w.st + 2 * u * kStride + q;
+            const vf even = 2 * u < keys ? load(st) : set(0);
+            const vf odd = 2 * u + 1 < keys ? load(st + kStride) : set(0);
+            store(reinterpret_cast<float *>(w.pairs) + u * kStride + q, interleave(even, odd));
         }
 }
 

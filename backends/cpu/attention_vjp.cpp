@@ -44,7 +44,7 @@ size_t work(const AttentionVjp &t, void *workspace, Work *w) {
     w->ds = c.take<float>(size_t(kChunkUnits));
     w->p_left = c.take<uint32_t>(t.half_ ? left : 0);
     w->ds_left = c.take<uint32_t>(t.half_ ? left : 0);
-    w->ds_columns = c.take<uint32_t>(t.half_ ? a_columns_units(kTile / 2) : 0);
+    w->ds_columns = c.take<uint32_t>(t.half_ ? a_columns_units(units(kTile, true)) : 0);
     w->delta = c.take<float>(size_t(n * kTile));
     w->dq = c.take<float>(size_t(t.tokens * t.head));
     w->dk = c.take<float>(size_t(kTile * t.head));
@@ -77,21 +77,21 @@ void scores(const Work &w, const float *lse, const float *delta, float scale, in
     }
     if (!half_)
         return;
-    for (int64_t j = 0; j < keys; ++j) {
-        half *p = reinterpret_cast<half *>(w.p_left + j * kStride);
-        half *ds = reinterpret_cast<half *>(w.ds_left + j * kStride);
-        const bool odd = j % 2 == 1, alone = !odd && j + 1 == keys;
-        for (int64_t q = 0; q < queries; q += W) {
-            store(p + q, load(w.p + j * kStride + q));
-            const vf here = load(w.ds + j * kStride + q);
-            store(ds + q, here);
-            if (!odd && !alone)
-                continue;
-            const vf even = alone ? here : load(w.ds + (j - 1) * kStride + q);
-            store(reinterpret_cast<float *>(w.ds_columns) + j / 2 * kStride + q,
-                  interleave(even, alone ? set(0) : here));
+    for (int64_t j = 0; j < keys; ++j)
+        for (int64_t q = 0; q < 2 * units(queries, true); q += W) {
+            const int64_t at = j * kStride + q;
+            const vf p = q < queries ? load(w.p + at) : set(0);
+            const vf ds = q < queries ? load(w.ds + at) : set(0);
+            store(reinterpret_cast<half *>(w.p_left + j * kStride) + q, p);
+            store(reinterpret_cast<half *>(w.ds_left + j * kStride) + q, ds);
         }
-    }
+    for (int64_t u = 0; u < units(keys, true); ++u)
+        for (int64_t q = 0; q < queries; q += W) {
+            const float *ds = w.ds + 2 * u * kStride + q;
+            const vf even = 2 * u < keys ? load(ds) : set(0);
+            const vf odd = 2 * u + 1 < keys ? load(ds + kStride) : set(0);
+            store(reinterpret_cast<float *>(w.ds_columns) + u * kStride + q, interleave(even, odd));
+        }
 }
 
 // The right operand x[n, D]: where it stands, or packed, which is done when it is `fresh`.

@@ -82,6 +82,29 @@ PONDER_INLINE void multiply(vf (&sum)[M][N], const Part &part, const uint32_t *a
     }
 }
 
+// y = alpha sum + bias + add (+ y) for `width` columns of a row.
+PONDER_INLINE void finish(const Product &p, vf sum, int64_t row, int64_t column, int width) {
+    const int64_t at = row * p.y_row + column;
+    vf x = sum * set(p.alpha);
+    if (width == W) {
+        if (p.bias.data)
+            x += p.bias.get(column);
+        if (p.add)
+            x += load(p.add + row * p.add_row + column);
+        if (p.accumulate)
+            x += p.y.get(at);
+        p.y.put(at, x);
+    } else {
+        if (p.bias.data)
+            x += p.bias.get(column, width);
+        if (p.add)
+            x += load(p.add + row * p.add_row + column, width);
+        if (p.accumulate)
+            x += p.y.get(at, width);
+        p.y.put(at, x, width);
+    }
+}
+
 // Rows [r, r + m) of M and columns [c, c + n) of N vectors.
 template <int M, int N, bool Half, bool Columns>
 __attribute__((noinline)) void block(const Product &p, int64_t r, int64_t m, int64_t c, int64_t n) {
@@ -95,31 +118,13 @@ __attribute__((noinline)) void block(const Product &p, int64_t r, int64_t m, int
     for (int s = 0; s < p.parts; ++s)
         multiply<M, N, Half, Columns>(sum, p.part[s], p.part[s].a + (Columns ? r : r * kStride),
                                       p.part[s].b + panel * p.part[s].b_panel);
-    const vf alpha = set(p.alpha);
     const int widths[2] = {int(smaller(n, W)), int(n - W)};
 #pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) {
-        const int64_t column = c + j * W;
-        const int width = widths[j];
-        const vf bias = p.bias.data ? p.bias.get(column, width) : set(0);
+    for (int j = 0; j < N; ++j)
 #pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-            if (i >= m)
-                continue;
-            const int64_t y = (r + i) * p.y_row + column;
-            vf x = fma(sum[i][j], alpha, bias);
-            if (p.add) {
-                const float *add = p.add + (r + i) * p.add_row + column;
-                x += width == W ? load(add) : load(add, width);
-            }
-            if (p.accumulate)
-                x += width == W ? p.y.get(y) : p.y.get(y, width);
-            if (width == W)
-                p.y.put(y, x);
-            else
-                p.y.put(y, x, width);
-        }
-    }
+        for (int i = 0; i < M; ++i)
+            if (i < m)
+                finish(p, sum[i][j], r + i, c + j * W, widths[j]);
 }
 
 template <int M, bool Half, bool Columns>
@@ -129,6 +134,86 @@ PONDER_INLINE void block(const Product &p, int64_t r, int64_t m, int64_t c, int6
     else
         block<M, 1, Half, Columns>(p, r, m, c, n);
 }
+
+#if defined(__AMX_BF16__)
+
+// Eight tiles of 16 rows of 64 bytes.
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// C[32, 32] in tiles 0-3, A in 4 and 5, B in 6 and 7. Down and Across say whether the second row
+// and column of tiles are needed.
+template <bool Down, bool Across>
+PONDER_INLINE void amx_block(const Product &p, int64_t r, int64_t panel, float *sums) {
+    _tile_zero(0);
+    if (Across)
+        _tile_zero(1);
+    if (Down)
+        _tile_zero(2);
+    if (Down && Across)
+        _tile_zero(3);
+    for (int s = 0; s < p.parts; ++s) {
+        const Part &part = p.part[s];
+        const uint32_t *a = part.a + r * kStride, *b = part.b + panel * part.b_panel;
+        const int64_t b_bytes = part.b_step * 4;
+        for (int64_t k0 = 0; k0 < part.k; k0 += kChunk, a += kChunkUnits) {
+            const int64_t kn = smaller(part.k - k0, kChunk);
+            for (int64_t k = 0; k < kn; k += kHalfStep, b += kHalfStep * part.b_step) {
+                _tile_loadd(6, b, b_bytes);
+                _tile_loadd(4, a + k, kStride * 4);
+                _tile_dpbf16ps(0, 4, 6);
+                if (Across) {
+                    _tile_loadd(7, b + 16, b_bytes);
+                    _tile_dpbf16ps(1, 4, 7);
+                }
+                if (Down) {
+                    _tile_loadd(5, a + 16 * kStride + k, kStride * 4);
+                    _tile_dpbf16ps(2, 5, 6);
+                    if (Across)
+                        _tile_dpbf16ps(3, 5, 7);
+                }
+            }
+        }
+    }
+    _tile_stored(0, sums, 128);
+    if (Across)
+        _tile_stored(1, sums + 16, 128);
+    if (Down)
+        _tile_stored(2, sums + 16 * 32, 128);
+    if (Down && Across)
+        _tile_stored(3, sums + 16 * 32 + 16, 128);
+}
+
+void amx_tile(const Product &p, int64_t m, int64_t n) {
+    static constexpr TileShapes shapes;
+    alignas(64) float sums[32 * 32];
+    _tile_loadconfig(&shapes);
+    for (int64_t c = 0; c < n; c += kPanel) {
+        const int64_t cn = smaller(n - c, kPanel), panel = c / kPanel;
+        for (int64_t r = 0; r < m; r += 32) {
+            const int64_t rn = smaller(m - r, 32);
+            if (rn > 16 && cn > 16)
+                amx_block<true, true>(p, r, panel, sums);
+            else if (rn > 16)
+                amx_block<true, false>(p, r, panel, sums);
+            else if (cn > 16)
+                amx_block<false, true>(p, r, panel, sums);
+            else
+                amx_block<false, false>(p, r, panel, sums);
+            for (int64_t j = 0; j < cn; j += W) {
+                const int width = int(smaller(cn - j, W));
+                for (int64_t i = 0; i < rn; ++i)
+                    finish(p, load(sums + i * 32 + j), r + i, c + j, width);
+            }
+        }
+    }
+    _tile_release();
+}
+
+#endif
 
 template <bool Half, bool Columns> void tile(const Product &p, int64_t m, int64_t n) {
     constexpr int big = Half ? kHalfBlock : kBlock;
@@ -149,117 +234,14 @@ template <bool Half, bool Columns> void tile(const Product &p, int64_t m, int64_
 } // namespace
 
 void product(const Product &p, int64_t m, int64_t n) {
+#if defined(__AMX_BF16__)
+    if (p.half && !p.columns)
+        return amx_tile(p, m, n);
+#endif
     if (p.half)
         p.columns ? tile<true, true>(p, m, n) : tile<true, false>(p, m, n);
     else
         p.columns ? tile<false, true>(p, m, n) : tile<false, false>(p, m, n);
-}
-
-void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_) {
-    for (int64_t i = 0; i < m; ++i) {
-        for (int64_t k0 = 0; k0 < k;) {
-            const int64_t kn = smaller(k - k0, half_ ? 2 * kChunk : kChunk);
-            uint32_t *row = to + (k0 / (half_ ? 2 * kChunk : kChunk)) * kChunkUnits + i * kStride;
-            const View from = x.at(i * step + k0);
-            if (half_) {
-                if (kn % 2)
-                    row[kn / 2] = 0;
-                if (from.narrow)
-                    memcpy(row, from.data, size_t(kn) * 2);
-                else {
-                    const View packed = {reinterpret_cast<char *>(row), true};
-                    each_vector(
-                        kn, PONDER_EACH(e, n) { packed.put(e, from.get(e, n), n); });
-                }
-            } else {
-                const View packed = {reinterpret_cast<char *>(row), false};
-                each_vector(
-                    kn, PONDER_EACH(e, n) { packed.put(e, from.get(e, n), n); });
-            }
-            k0 += kn;
-        }
-    }
-}
-
-void pack_b(uint32_t *to, View x, int64_t k_step, int64_t n_step, int64_t k, int64_t n,
-            bool half_) {
-    const int64_t ku = units(k, half_);
-    for (int64_t c = 0; c < n; c += kPanel, to += ku * kPanel) {
-        const int64_t cn = smaller(n - c, kPanel);
-        if (cn % W)
-            memset(to, 0, size_t(ku * kPanel) * 4);
-        if (n_step == 1) {
-            for (int64_t u = 0; u < ku; ++u) {
-                uint32_t *row = to + u * kPanel;
-                const View from = x.at((half_ ? 2 * u : u) * k_step + c);
-                if (!half_) {
-                    const View packed = {reinterpret_cast<char *>(row), false};
-                    each_vector(
-                        cn, PONDER_EACH(e, w) { packed.put(e, from.get(e, w), w); });
-                    continue;
-                }
-                const bool pair = 2 * u + 1 < k;
-                const View next = pair ? from.at(k_step) : from;
-                const View packed = {reinterpret_cast<char *>(row), false};
-                if (x.narrow) {
-                    each_vector(
-                        cn, PONDER_EACH(e, w) {
-                            const vf hi = pair ? next.get(e, w) : set(0);
-                            packed.put(e, join_exact(from.get(e, w), hi), w);
-                        });
-                    continue;
-                }
-                each_vector(
-                    cn, PONDER_EACH(e, w) {
-                        const vf hi = pair ? next.get(e, w) : set(0);
-                        packed.put(e, interleave(from.get(e, w), hi), w);
-                    });
-            }
-        } else {
-            for (int64_t j = 0; j < cn; ++j) {
-                const View from = x.at((c + j) * n_step);
-                for (int64_t u = 0; u < ku; ++u) {
-                    uint32_t bits;
-                    if (half_) {
-                        const half lo = to_half(from.one(2 * u * k_step));
-                        const half hi =
-                            2 * u + 1 < k ? to_half(from.one((2 * u + 1) * k_step)) : half{0};
-                        bits = uint32_t(hi.bits) << 16 | lo.bits;
-                    } else {
-                        const float f = from.one(u * k_step);
-                        memcpy(&bits, &f, 4);
-                    }
-                    to[u * kPanel + j] = bits;
-                }
-            }
-        }
-    }
-}
-
-namespace {
-
-struct WeightContext {
-    View w;
-    int64_t k, n;
-    bool transposed;
-};
-
-void pack_weight_now(void *to, const void *context) {
-    const WeightContext &c = *static_cast<const WeightContext *>(context);
-    pack_b(static_cast<uint32_t *>(to), c.w, c.transposed ? 1 : c.n, c.transposed ? c.k : 1, c.k,
-           c.n, c.w.narrow);
-}
-
-} // namespace
-
-const uint32_t *pack_weight(const Call &c, const void *w, int32_t dtype, int64_t k, int64_t n,
-                            bool transposed) {
-    const bool half_ = dtype == kBF16;
-    const WeightContext context = {View::of(const_cast<void *>(w), dtype), k, n, transposed};
-    const uint64_t layout =
-        uint64_t(k) << 32 | uint64_t(n) << 2 | uint64_t(half_) << 1 | transposed;
-    return static_cast<const uint32_t *>(packed_weight(
-        c.device, w, layout, 4 * b_units(units(k, half_), n), pack_weight_now, &context));
 }
 
 } // namespace ponder::cpu::PONDER_ISA

@@ -20,8 +20,15 @@ constexpr int64_t kChunk = 64, kStride = 80;
 constexpr int64_t kSpare = 2;
 constexpr int64_t kChunkUnits = (kTile + kSpare) * kStride;
 
-// Units of k elements.
-PONDER_INLINE int64_t units(int64_t k, bool half_) { return half_ ? (k + 1) / 2 : k; }
+// Units of k elements. AMX takes 16 at a time: the rest of the last 16 is zero in both operands.
+#if defined(__AMX_BF16__)
+constexpr int64_t kHalfStep = 16;
+#else
+constexpr int64_t kHalfStep = 1;
+#endif
+PONDER_INLINE int64_t units(int64_t k, bool half_) {
+    return half_ ? tiles(k, 2 * kHalfStep) * kHalfStep : k;
+}
 PONDER_INLINE size_t a_rows_units(int64_t k_units) {
     return size_t(tiles(k_units, kChunk) * kChunkUnits);
 }
@@ -65,7 +72,8 @@ void product(const Product &p, int64_t m, int64_t n);
 // A in the rows layout from x[m, k], rows `step` apart.
 void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_);
 
-// Packed panels of B from x[k, n]: element (k, j) is x[k * k_step + j * n_step].
+// Packed panels of B from x[k, n]: element (k, j) is x[k * k_step + j * n_step], and one of the
+// steps is 1.
 void pack_b(uint32_t *to, View x, int64_t k_step, int64_t n_step, int64_t k, int64_t n, bool half_);
 
 // The packed form of a frozen weight w[k, n], or of w^T from w[n, k]; its type decides the units.

@@ -1,0 +1,181 @@
+// Operands of the products in gemm.hpp's layouts.
+#include "gemm.hpp"
+
+namespace ponder::cpu::PONDER_ISA {
+namespace {
+
+// r[i][j] becomes r[j][i].
+#if defined(__AVX512F__)
+PONDER_INLINE void transpose(vf (&r)[W]) {
+    __m512d t[W];
+    vf u[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i += 2) {
+        t[i] = _mm512_castps_pd(_mm512_unpacklo_ps(r[i], r[i + 1]));
+        t[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(r[i], r[i + 1]));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i += 4) {
+        u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(t[i], t[i + 2]));
+        u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(t[i], t[i + 2]));
+        u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(t[i + 1], t[i + 3]));
+        u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(t[i + 1], t[i + 3]));
+    }
+    // Quarter l of u[4 i + c] holds column 4 l + c of rows 4 i ... 4 i + 3.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const vf a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+        const vf b = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+        const vf d = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+        const vf e = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+        r[c] = _mm512_shuffle_f32x4(a, d, 0x88);
+        r[4 + c] = _mm512_shuffle_f32x4(b, e, 0x88);
+        r[8 + c] = _mm512_shuffle_f32x4(a, d, 0xdd);
+        r[12 + c] = _mm512_shuffle_f32x4(b, e, 0xdd);
+    }
+}
+#else
+PONDER_INLINE void transpose(vf (&r)[W]) {
+    __m256d t[W];
+    vf u[W];
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i += 2) {
+        t[i] = _mm256_castps_pd(_mm256_unpacklo_ps(r[i], r[i + 1]));
+        t[i + 1] = _mm256_castps_pd(_mm256_unpackhi_ps(r[i], r[i + 1]));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < W; i += 4) {
+        u[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(t[i], t[i + 2]));
+        u[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(t[i], t[i + 2]));
+        u[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(t[i + 1], t[i + 3]));
+        u[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(t[i + 1], t[i + 3]));
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        r[c] = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+        r[4 + c] = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
+    }
+}
+#endif
+
+// W units of consecutive elements x[at...], of which `left` exist.
+PONDER_INLINE vf take_units(View x, int64_t at, int64_t left, bool half_) {
+    if (!half_)
+        return left >= W ? x.get(at) : x.get(at, int(larger(left, 0)));
+    half u[2 * W];
+    if (left >= 2 * W && x.narrow) {
+        memcpy(u, x.at(at).data, sizeof u);
+    } else if (left >= 2 * W) {
+        store(u, x.get(at));
+        store(u + W, x.get(at + W));
+    } else {
+        for (int64_t i = 0; i < 2 * W; ++i)
+            u[i] = i < left ? to_half(x.one(at + i)) : half{0};
+    }
+    return load(reinterpret_cast<const float *>(u));
+}
+
+// A panel of n columns whose elements lie along k.
+void pack_along(uint32_t *to, View x, int64_t n_step, int64_t k, int64_t n, bool half_) {
+    const int64_t ku = units(k, half_);
+    for (int64_t j = 0; j < n; j += W)
+        for (int64_t u = 0; u < ku; u += W) {
+            vf r[W];
+            const int64_t at = half_ ? 2 * u : u;
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i)
+                r[i] = j + i < n ? take_units(x, (j + i) * n_step + at, k - at, half_) : set(0);
+            transpose(r);
+            const int64_t un = smaller(W, ku - u);
+            for (int64_t i = 0; i < un; ++i)
+                store(reinterpret_cast<float *>(to + (u + i) * kPanel + j), r[i]);
+        }
+}
+
+// A panel of n columns whose elements lie across k.
+void pack_across(uint32_t *to, View x, int64_t k_step, int64_t k, int64_t n, bool half_) {
+    const int64_t ku = units(k, half_);
+    for (int64_t u = 0; u < ku; ++u) {
+        const View row = View::of(to + u * kPanel, kF32);
+        const int64_t at = half_ ? 2 * u : u;
+        const View from = x.at(at * k_step), next = from.at(k_step);
+        if (!half_)
+            each_vector(
+                n, PONDER_EACH(i, w) { row.put(i, from.get(i, w), w); });
+        else if (at + 1 < k)
+            each_vector(
+                n, PONDER_EACH(i, w) {
+                    const vf lo = from.get(i, w), hi = next.get(i, w);
+                    row.put(i, x.narrow ? join_exact(lo, hi) : interleave(lo, hi), w);
+                });
+        else
+            each_vector(
+                n, PONDER_EACH(i, w) {
+                    row.put(i, at < k ? interleave(from.get(i, w), set(0)) : set(0), w);
+                });
+    }
+}
+
+} // namespace
+
+void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_) {
+    const int64_t chunk = half_ ? 2 * kChunk : kChunk;
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t k0 = 0; k0 < k; k0 += chunk) {
+            const int64_t kn = smaller(k - k0, chunk);
+            uint32_t *row = to + k0 / chunk * kChunkUnits + i * kStride;
+            const View from = x.at(i * step + k0);
+            if (half_)
+                for (int64_t u = kn / 2; u < units(kn, true); ++u)
+                    row[u] = 0;
+            const View packed = {reinterpret_cast<char *>(row), half_};
+            if (half_ && from.narrow)
+                memcpy(row, from.data, size_t(kn) * 2);
+            else
+                each_vector(
+                    kn, PONDER_EACH(e, n) { packed.put(e, from.get(e, n), n); });
+        }
+}
+
+void pack_b(uint32_t *to, View x, int64_t k_step, int64_t n_step, int64_t k, int64_t n,
+            bool half_) {
+    const int64_t panel = units(k, half_) * kPanel;
+    for (int64_t c = 0; c < n; c += kPanel, to += panel) {
+        const int64_t cn = smaller(n - c, kPanel);
+        if (n_step == 1) {
+            if (cn % W)
+                memset(to, 0, size_t(panel) * 4);
+            pack_across(to, x.at(c), k_step, k, cn, half_);
+        } else {
+            pack_along(to, x.at(c * n_step), n_step, k, cn, half_);
+        }
+    }
+}
+
+namespace {
+
+struct WeightContext {
+    View w;
+    int64_t k, n;
+    bool transposed;
+};
+
+void pack_weight_now(void *to, const void *context) {
+    const WeightContext &c = *static_cast<const WeightContext *>(context);
+    pack_b(static_cast<uint32_t *>(to), c.w, c.transposed ? 1 : c.n, c.transposed ? c.k : 1, c.k,
+           c.n, c.w.narrow);
+}
+
+} // namespace
+
+const uint32_t *pack_weight(const Call &c, const void *w, int32_t dtype, int64_t k, int64_t n,
+                            bool transposed) {
+    const bool half_ = dtype == kBF16;
+    const WeightContext context = {View::of(const_cast<void *>(w), dtype), k, n, transposed};
+    const uint64_t layout =
+        uint64_t(k) << 34 | uint64_t(n) << 2 | uint64_t(half_) << 1 | transposed;
+    return static_cast<const uint32_t *>(packed_weight(
+        c.device, w, layout, 4 * b_units(units(k, half_), n), pack_weight_now, &context));
+}
+
+} // namespace ponder::cpu::PONDER_ISA
