@@ -32,7 +32,7 @@ size_t work(const Attention &t, void *workspace, Work *w) {
     w->q = c.take<uint32_t>(b_units(d, kTile));
     w->k = c.take<uint32_t>(a_rows_units(d));
     w->st = c.take<float>(a_columns_units(kKeys));
-    w->pairs = c.take<uint32_t>(t.half_ ? a_columns_units(units(kKeys, true)) : 0);
+    w->pairs = c.take<uint32_t>(t.half_ ? a_transposed_units(kKeys) : 0);
     w->v = c.take<uint32_t>(b_units(units(kKeys, t.half_), t.head));
     w->o = c.take<float>(size_t(kTile * t.head));
     w->top = c.take<float>(kTile);
@@ -69,17 +69,6 @@ void softmax_step(const Work &w, int64_t key, int64_t keys, int64_t query) {
     }
 }
 
-// bf16 pairs of two keys: what the columns layout wants.
-void pair_keys(const Work &w, int64_t keys) {
-    for (int64_t u = 0; u < units(keys, true); ++u)
-        for (int64_t q = 0; q < kTile; q += W) {
-            const float *st = w.st + 2 * u * kStride + q;
-            const vf even = 2 * u < keys ? load(st) : set(0);
-            const vf odd = 2 * u + 1 < keys ? load(st + kStride) : set(0);
-            store(reinterpret_cast<float *>(w.pairs) + u * kStride + q, interleave(even, odd));
-        }
-}
-
 void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t task) {
     const Attention &t = *static_cast<const Attention *>(kernel);
     Work w;
@@ -100,7 +89,7 @@ void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t t
     scores.alpha = 1 / __builtin_sqrtf(float(d));
     scores.y_row = kStride;
     scores.part[0] = packed_part(w.k, w.q, units(d, t.half_));
-    output.columns = true;
+    output.columns = !t.half_ || kTransposedIsColumns;
     output.y = View::of(w.o, kF32), output.y_row = d;
     for (int64_t key = 0; key < query + m; key += kKeys) {
         const int64_t keys = smaller(kKeys, query + m - key);
@@ -113,7 +102,7 @@ void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t t
         softmax_step(w, key, keys, query);
         const int64_t depth = units(keys, t.half_);
         if (t.half_)
-            pair_keys(w, keys);
+            pack_a_transposed(w.pairs, w.st, keys, m);
         const uint32_t *p = t.half_ ? w.pairs : reinterpret_cast<const uint32_t *>(w.st);
         if (!t.half_ && d % kPanel == 0) {
             output.part[0] =

@@ -44,7 +44,7 @@ size_t work(const AttentionVjp &t, void *workspace, Work *w) {
     w->ds = c.take<float>(size_t(kChunkUnits));
     w->p_left = c.take<uint32_t>(t.half_ ? left : 0);
     w->ds_left = c.take<uint32_t>(t.half_ ? left : 0);
-    w->ds_columns = c.take<uint32_t>(t.half_ ? a_columns_units(units(kTile, true)) : 0);
+    w->ds_columns = c.take<uint32_t>(t.half_ ? a_transposed_units(kTile) : 0);
     w->delta = c.take<float>(size_t(n * kTile));
     w->dq = c.take<float>(size_t(t.tokens * t.head));
     w->dk = c.take<float>(size_t(kTile * t.head));
@@ -85,13 +85,7 @@ void scores(const Work &w, const float *lse, const float *delta, float scale, in
             store(reinterpret_cast<half *>(w.p_left + j * kStride) + q, p);
             store(reinterpret_cast<half *>(w.ds_left + j * kStride) + q, ds);
         }
-    for (int64_t u = 0; u < units(keys, true); ++u)
-        for (int64_t q = 0; q < queries; q += W) {
-            const float *ds = w.ds + 2 * u * kStride + q;
-            const vf even = 2 * u < keys ? load(ds) : set(0);
-            const vf odd = 2 * u + 1 < keys ? load(ds + kStride) : set(0);
-            store(reinterpret_cast<float *>(w.ds_columns) + u * kStride + q, interleave(even, odd));
-        }
+    pack_a_transposed(w.ds_columns, w.ds, keys, queries);
 }
 
 // The right operand x[n, D]: where it stands, or packed, which is done when it is `fresh`.
@@ -150,7 +144,7 @@ void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t t
     st.y_row = dp.y_row = kStride;
     add_dv.y = View::of(w.dv, kF32), add_dk.y = View::of(w.dk, kF32);
     add_dv.y_row = add_dk.y_row = add_dq.y_row = d;
-    add_dq.columns = true;
+    add_dq.columns = !t.half_ || kTransposedIsColumns;
 
     for (int64_t j = 0; j < n; ++j) {
         const int64_t key = j * kTile, keys = smaller(kTile, tokens - key);

@@ -82,28 +82,58 @@ PONDER_INLINE void multiply(vf (&sum)[M][N], const Part &part, const uint32_t *a
     }
 }
 
-// y = alpha sum + bias + add (+ y) for `width` columns of a row.
-PONDER_INLINE void finish(const Product &p, vf sum, int64_t row, int64_t column, int width) {
-    const int64_t at = row * p.y_row + column;
-    vf x = sum * set(p.alpha);
-    if (width == W) {
-        if (p.bias.data)
-            x += p.bias.get(column);
-        if (p.add)
-            x += load(p.add + row * p.add_row + column);
+// y = alpha sum + bias + add (+ y) for rows [r, r + m) and `width` columns; sum(i) is row i's.
+// What the call does without is decided once for all rows.
+template <bool Plain, bool Narrow, class Sum>
+PONDER_INLINE void finish_rows(const Product &p, Sum sum, int64_t r, int64_t m, int64_t column,
+                               int width) {
+    const vf alpha = set(p.alpha);
+    vf bias = set(0);
+    if (p.bias.data)
+        bias = width == W ? p.bias.get(column) : p.bias.get(column, width);
+    const View y = {p.y.data, Narrow};
+#pragma GCC unroll 16
+    for (int i = 0; i < Sum::rows; ++i) {
+        if (i >= m)
+            break;
+        const int64_t at = (r + i) * p.y_row + column;
+        vf x = fma(sum(i), alpha, bias);
+        if (Plain) {
+            y.put(at, x);
+            continue;
+        }
+        if (p.add) {
+            const float *add = p.add + (r + i) * p.add_row + column;
+            x += width == W ? load(add) : load(add, width);
+        }
         if (p.accumulate)
-            x += p.y.get(at);
-        p.y.put(at, x);
-    } else {
-        if (p.bias.data)
-            x += p.bias.get(column, width);
-        if (p.add)
-            x += load(p.add + row * p.add_row + column, width);
-        if (p.accumulate)
-            x += p.y.get(at, width);
-        p.y.put(at, x, width);
+            x += width == W ? y.get(at) : y.get(at, width);
+        if (width == W)
+            y.put(at, x);
+        else
+            y.put(at, x, width);
     }
 }
+
+template <class Sum>
+PONDER_INLINE void finish(const Product &p, Sum sum, int64_t r, int64_t m, int64_t column,
+                          int width) {
+    const bool plain = width == W && !p.add && !p.accumulate;
+    if (p.y.narrow)
+        plain ? finish_rows<true, true>(p, sum, r, m, column, width)
+              : finish_rows<false, true>(p, sum, r, m, column, width);
+    else
+        plain ? finish_rows<true, false>(p, sum, r, m, column, width)
+              : finish_rows<false, false>(p, sum, r, m, column, width);
+}
+
+// Sums in registers, column j of the block.
+template <int M, int N> struct InRegisters {
+    static constexpr int rows = M;
+    const vf (&sum)[M][N];
+    int j;
+    __attribute__((always_inline)) vf operator()(int i) const { return sum[i][j]; }
+};
 
 // Rows [r, r + m) of M and columns [c, c + n) of N vectors.
 template <int M, int N, bool Half, bool Columns>
@@ -121,10 +151,7 @@ __attribute__((noinline)) void block(const Product &p, int64_t r, int64_t m, int
     const int widths[2] = {int(smaller(n, W)), int(n - W)};
 #pragma GCC unroll 2
     for (int j = 0; j < N; ++j)
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i)
-            if (i < m)
-                finish(p, sum[i][j], r + i, c + j * W, widths[j]);
+        finish(p, InRegisters<M, N>{sum, j}, r, m, c + j * W, widths[j]);
 }
 
 template <int M, bool Half, bool Columns>
@@ -187,6 +214,12 @@ PONDER_INLINE void amx_block(const Product &p, int64_t r, int64_t panel, float *
         _tile_stored(3, sums + 16 * 32 + 16, 128);
 }
 
+struct InMemory {
+    static constexpr int rows = 32;
+    const float *sums;
+    __attribute__((always_inline)) vf operator()(int i) const { return load(sums + i * 32); }
+};
+
 void amx_tile(const Product &p, int64_t m, int64_t n) {
     static constexpr TileShapes shapes;
     alignas(64) float sums[32 * 32];
@@ -203,11 +236,8 @@ void amx_tile(const Product &p, int64_t m, int64_t n) {
                 amx_block<false, true>(p, r, panel, sums);
             else
                 amx_block<false, false>(p, r, panel, sums);
-            for (int64_t j = 0; j < cn; j += W) {
-                const int width = int(smaller(cn - j, W));
-                for (int64_t i = 0; i < rn; ++i)
-                    finish(p, load(sums + i * 32 + j), r + i, c + j, width);
-            }
+            for (int64_t j = 0; j < cn; j += W)
+                finish(p, InMemory{sums + j}, r, rn, c + j, int(smaller(cn - j, W)));
         }
     }
     _tile_release();

@@ -137,6 +137,32 @@ void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_
         }
 }
 
+void pack_a_transposed(uint32_t *to, const float *x, int64_t k, int64_t m) {
+    const auto pair = [&](int64_t u, int64_t q) __attribute__((always_inline)) {
+        const float *at = x + 2 * u * kStride + q;
+        const vf even = 2 * u < k ? load(at) : set(0);
+        return interleave(even, 2 * u + 1 < k ? load(at + kStride) : set(0));
+    };
+    const int64_t ku = units(k, true);
+    for (int64_t q = 0; q < m; q += W) {
+        if (kTransposedIsColumns) {
+            for (int64_t u = 0; u < ku; ++u)
+                store(reinterpret_cast<float *>(to) + u * kStride + q, pair(u, q));
+            continue;
+        }
+        for (int64_t u = 0; u < ku; u += W) {
+            vf r[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i)
+                r[i] = pair(u + i, q);
+            transpose(r);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i)
+                store(reinterpret_cast<float *>(to) + (q + i) * kStride + u, r[i]);
+        }
+    }
+}
+
 void pack_b(uint32_t *to, View x, int64_t k_step, int64_t n_step, int64_t k, int64_t n,
             bool half_) {
     const int64_t panel = units(k, half_) * kPanel;

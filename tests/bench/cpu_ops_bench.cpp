@@ -243,6 +243,7 @@ void bench_ops(const Model &m, DType act, const std::string &filter) {
     };
     const Tensor wide(f32, {1, t, c}), x(act, {1, t, c}), y(act, {1, t, c}),
         inner(act, {1, t, 4 * c});
+    const Tensor inner2(act, {1, t, 4 * c});
     const Tensor qkv(act, {1, t, 3 * c}), g(f32, {c}), stats(f32, {1, t, 2}), u(act, {1, t, r});
     const Tensor lse(f32, {1, m.heads, t}), row(f32, {1, t});
     const Tensor ids(DType::i32, {1, t}), none;
@@ -251,8 +252,8 @@ void bench_ops(const Model &m, DType act, const std::string &filter) {
     go("layer_norm_vjp", [&] {
         return make("layer_norm_vjp", {x, wide, g, stats, wide}, {wide}, {});
     });
-    go("gelu", [&] { return make("gelu", {inner}, {inner}, {}); });
-    go("gelu_vjp", [&] { return make("gelu_vjp", {inner, inner}, {inner}, {}); });
+    go("gelu", [&] { return make("gelu", {inner}, {inner2}, {}); });
+    go("gelu_vjp", [&] { return make("gelu_vjp", {inner, inner}, {inner2}, {}); });
     go("linear", [&] {
         return make("linear", {x, weight(c, 3 * c), Tensor(f32, {3 * c}), none}, {qkv}, {0},
                     6 * tc * double(c));
@@ -274,7 +275,7 @@ void bench_ops(const Model &m, DType act, const std::string &filter) {
                     {qkv, u}, {1}, 6 * tc * double(c) + low);
     });
     go("lora_linear_vjp", [&] {
-        return make("lora_linear_vjp", {qkv, weight(c, 3 * c), a, bb}, {x, u}, {1},
+        return make("lora_linear_vjp", {qkv, weight(c, 3 * c), a, bb}, {y, u}, {1},
                     6 * tc * double(c) + low);
     });
     go("matmul_tn", [&] {
