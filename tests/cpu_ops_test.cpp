@@ -354,6 +354,26 @@ TEST_P(CpuOps, MatmulTn) {
           1e-4, "long and mixed");
 }
 
+TEST_P(CpuOps, TttLinear) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half})
+            for (int64_t d : {8, 20, 64, 96})
+                for (double form : {0.0, 1.0}) {
+                    const int64_t heads = d == 64 ? 3 : 2, c = heads * d, m = d == 20 ? 5 : 16;
+                    const Shape rows = {n.s, n.t, c}, w = {n.s, heads, d, d}, b = {n.s, heads, d};
+                    const Tensor lr = random(act, {n.s, n.t, heads});
+                    for (int64_t i = 0; i < lr.count(); ++i)
+                        lr.set(i, 0.5 + 0.4 * lr.at(i));
+                    check({"ttt_linear",
+                           {random(act, rows), random(act, rows), random(act, rows), lr,
+                            random(f32, {m}, 0.05), random(f32, {heads, d}),
+                            random(f32, {heads, d}), random(f32, w, 0.1), random(f32, b, 0.1)},
+                           {{act, rows}, {f32, w}, {f32, b}, {f32, {n.s, 3}}},
+                           {form, 1.0 / double(d), form * 0.1, 1e-6, form * 2, -form}},
+                          limit(act, true), shape_name(act, n.s, n.t) + " D=" + std::to_string(d));
+                }
+}
+
 TEST_P(CpuOps, LeavesTheRestToTheReference) {
     std::vector<Tensor> results;
     std::string why;

@@ -24,6 +24,7 @@ constexpr Op ops[] = {
     {"attention_vjp", plan_attention_vjp},
     {"conv1d", plan_conv1d},
     {"rope", plan_rope},
+    {"ttt_linear", plan_ttt_linear},
     {"mean", plan_mean},
     {"mean_vjp", plan_mean_vjp},
     {"fill", plan_fill},
