@@ -1,0 +1,29 @@
+// From Settings to a runtime, options and a loaded model.
+#pragma once
+
+#include "common.hpp"
+#include "settings.hpp"
+
+namespace tool {
+
+Runtime open_runtime(const Settings &settings);
+
+// --model, or the folder that comes with the tool. Throws Failure(exit_file).
+std::string model_folder(const Settings &settings);
+
+// The options in force: the command's own defaults, then what the user gave.
+Options make_options(const Settings &settings);
+
+// Throws Failure(exit_backend) when --backend or --dtype is not there: never a fallback.
+void require_backend(const ponder_runtime *runtime, const Settings &settings);
+
+Model load_model(ponder_runtime *runtime, const std::string &folder, const Settings &settings);
+ponder_model_options model_options(const Settings &settings);
+Session make_session(const ponder_model *model, const ponder_options *options);
+
+// "lora always, 2 steps"
+std::string method_text(const ponder_options *options);
+
+uint64_t peak_rss_bytes();
+
+} // namespace tool
