@@ -1,0 +1,406 @@
+/* ponder/ponder.h - adaptive test-time training of language models. C99.
+ *
+ * A frozen backbone reads a stream of tokens. A small set of fast weights keeps
+ * learning from what was read, and a policy decides when and how much.
+ *
+ *     ponder_runtime   settings, memory, threads, backends. No globals.
+ *     ponder_model     a backbone: immutable after load, shareable between threads
+ *     ponder_options   hyperparameters by name, from one table
+ *     ponder_session   one stream: fast weights, optimizer, policy, open chunk
+ *
+ * Conventions, true for every function unless its comment says otherwise:
+ *
+ * - Errors. The result is a ponder_status, PONDER_OK = 0. The last argument may
+ *   point to a ponder_error, owned by the caller, with struct_size set; it receives
+ *   code and message. On error, outputs are untouched and the objects are as before.
+ *   The library never prints, aborts, exits or throws.
+ * - Handles. A NULL, destroyed or wrong-kind handle gives PONDER_E_ARGUMENT (a
+ *   destroyed one as far as its memory still tells). Destroy functions accept NULL.
+ * - Threads. `const` in a signature means that concurrent calls are allowed. An
+ *   object passed without const is used by one thread at a time, any thread.
+ *   Distinct sessions of one model run concurrently.
+ * - Structs start with struct_size = sizeof(the struct). They only grow at the end.
+ *   A smaller struct (older client) gets defaults for its missing tail; a larger one
+ *   is accepted if its unknown tail is zero. Zeroed fields mean defaults.
+ * - Strings are UTF-8, NUL-terminated; text to tokenise is any bytes with a length.
+ * - Pointers that the library returns are owned by the object they came from.
+ */
+#ifndef PONDER_H
+#define PONDER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PONDER_VERSION "0.1.0"
+#define PONDER_ABI 0
+
+#if defined(_WIN32)
+#define PONDER_API
+#else
+#define PONDER_API __attribute__((visibility("default")))
+#endif
+
+/* ---- Status and errors ------------------------------------------------- */
+
+typedef int32_t ponder_status;
+
+enum ponder_status_code {
+    PONDER_OK = 0,
+    PONDER_E_ARGUMENT = 1,    /* NULL, wrong kind, out of range, unknown option or value */
+    PONDER_E_STATE = 2,       /* right call at the wrong time, e.g. learn before score */
+    PONDER_E_NOT_FOUND = 3,   /* no such file, folder, or backend */
+    PONDER_E_IO = 4,          /* reading or writing failed */
+    PONDER_E_FORMAT = 5,      /* a file's content is malformed */
+    PONDER_E_UNSUPPORTED = 6, /* well-formed, but not something this version does */
+    PONDER_E_MISMATCH = 7,    /* a snapshot or adapter of another model, format or options */
+    PONDER_E_NO_MEMORY = 8,   /* the allocator or the runtime's limit said no */
+    PONDER_E_BACKEND = 9,     /* a backend failed or has no kernel for a call */
+    PONDER_E_CANCELLED = 10,  /* by a progress callback or ponder_session_cancel */
+    PONDER_E_DEADLINE = 11,   /* the call's time was up */
+    PONDER_E_BUFFER = 12,     /* the caller's buffer is too small; the needed size was returned */
+    PONDER_E_INTERNAL = 13    /* a defect of the library */
+};
+
+typedef struct ponder_error {
+    uint32_t struct_size;
+    ponder_status code;
+    char message[504]; /* one line, NUL-terminated, cut if longer */
+} ponder_error;
+
+/* Static name of a status ("PONDER_E_FORMAT"); "unknown" for others. Any thread. */
+PONDER_API const char *ponder_status_name(ponder_status status);
+/* PONDER_VERSION and PONDER_ABI of the library that runs. Any thread. */
+PONDER_API const char *ponder_version(void);
+PONDER_API uint32_t ponder_abi_version(void);
+
+/* ---- Runtime ------------------------------------------------------------ */
+
+typedef struct ponder_runtime ponder_runtime;
+
+enum ponder_log_level {
+    PONDER_LOG_ERROR = 0,
+    PONDER_LOG_WARNING = 1,
+    PONDER_LOG_INFO = 2,
+    PONDER_LOG_DEBUG = 3
+};
+
+typedef struct ponder_runtime_options {
+    uint32_t struct_size;
+    uint32_t threads;       /* 1..256; 0 = cores this process may use. Caps all compute threads */
+    uint64_t memory_limit;  /* bytes for tensors and packed weights together; 0 = none */
+    const char *backend_path; /* folder with backend modules, tried first; NULL = default places:
+                                 PONDER_BACKEND_PATH (ignored for set-user-id programs), the
+                                 folder beside the library, the configured one */
+    void *user_data;        /* first argument of the callbacks below */
+    /* Memory for tensors; both or neither. Called from any thread. */
+    void *(*allocate)(void *user_data, size_t size, size_t alignment);
+    void (*release)(void *user_data, void *block);
+    /* The host's own thread pool: run task(context, i) for i in 0..count-1, at most
+     * `threads` at once, return when all are done. NULL = the runtime's pool. Called
+     * from the thread that called the library. */
+    void (*parallel_for)(void *user_data, uint32_t count, void (*task)(void *context, uint32_t i),
+                         void *context);
+    /* Called from the thread that called the library; must not call back. */
+    void (*log)(void *user_data, int32_t level, const char *message);
+} ponder_runtime_options;
+
+/* options may be NULL. *out is destroyed with ponder_runtime_destroy; models keep what
+ * they need of it alive. Loads backend modules, keeps the reason for each that failed. */
+PONDER_API ponder_status ponder_runtime_create(ponder_runtime **out,
+                                               const ponder_runtime_options *options,
+                                               ponder_error *error);
+PONDER_API void ponder_runtime_destroy(ponder_runtime *runtime);
+
+typedef struct ponder_backend_info {
+    uint32_t struct_size;
+    int32_t available;   /* 1 if a model can run on it */
+    const char *name;    /* "reference", "cpu", ...; file name if the module did not load */
+    const char *version; /* of the module, "" if it did not load */
+    const char *isa;     /* instruction set in use, "" if not available */
+    const char *path;    /* of the module, "" for built-in */
+    const char *reason;  /* why not, "" if available */
+    int32_t bf16;        /* 1 if dtype bf16 is supported */
+    int32_t priority;
+} ponder_backend_info;
+
+/* Backends and failed candidates, best first, 0 <= index < count. Strings live as long as
+ * the runtime. */
+PONDER_API uint32_t ponder_backend_count(const ponder_runtime *runtime);
+PONDER_API ponder_status ponder_backend_get(const ponder_runtime *runtime, uint32_t index,
+                                            ponder_backend_info *out, ponder_error *error);
+
+/* ---- Options ------------------------------------------------------------ */
+
+/* Hyperparameters of a session, by name. Defaults come from the option table. */
+typedef struct ponder_options ponder_options;
+
+enum ponder_option_type {
+    PONDER_OPTION_INTEGER = 0,
+    PONDER_OPTION_NUMBER = 1,
+    PONDER_OPTION_BOOLEAN = 2, /* 0 or 1 */
+    PONDER_OPTION_TEXT = 3
+};
+
+typedef struct ponder_option_info {
+    uint32_t struct_size;
+    int32_t type;            /* enum ponder_option_type */
+    const char *name;        /* "lora.rank" */
+    const char *default_value;
+    const char *unit;        /* "" if none */
+    const char *doc;         /* one line */
+    double minimum, maximum; /* inclusive; for INTEGER and NUMBER */
+    const char *choices;     /* TEXT: accepted forms, separated by '|', "" if free */
+} ponder_option_info;
+
+/* The option table: 0 <= index < count, in documentation order. Any thread. */
+PONDER_API uint32_t ponder_option_count(void);
+PONDER_API ponder_status ponder_option_get(uint32_t index, ponder_option_info *out,
+                                           ponder_error *error);
+
+PONDER_API ponder_status ponder_options_create(ponder_options **out, ponder_error *error);
+PONDER_API void ponder_options_destroy(ponder_options *options);
+/* Value as text ("16", "3e-3", "last:5"). Checked here against type, range and choices. */
+PONDER_API ponder_status ponder_options_set(ponder_options *options, const char *name,
+                                            const char *value, ponder_error *error);
+/* The value as text; valid until the next set on these options. */
+PONDER_API ponder_status ponder_options_value(const ponder_options *options, const char *name,
+                                              const char **value, ponder_error *error);
+
+/* ---- Long calls --------------------------------------------------------- */
+
+/* Passed to calls that can take long; NULL = no limit. */
+typedef struct ponder_call {
+    uint32_t struct_size;
+    uint32_t reserved;      /* 0 */
+    uint64_t timeout_ns;    /* from the start of the call; 0 = none */
+    void *user_data;
+    /* done and total in the unit of the call (bytes loaded, tokens processed). Returns
+     * non-zero to cancel. Called from the calling thread; must not use the same object. */
+    int32_t (*progress)(void *user_data, uint64_t done, uint64_t total);
+} ponder_call;
+
+/* ---- Model -------------------------------------------------------------- */
+
+typedef struct ponder_model ponder_model;
+
+typedef struct ponder_model_options {
+    uint32_t struct_size;
+    int32_t reserved;    /* 0 */
+    const char *backend; /* "auto" (NULL), "reference", "cpu", ... A name that is not
+                            available is PONDER_E_NOT_FOUND, never a fallback */
+    const char *dtype;   /* "f32" (NULL) or "bf16": storage of frozen weights and activations.
+                            Not supported by the backend: PONDER_E_UNSUPPORTED */
+} ponder_model_options;
+
+/* Loads a Hugging Face folder (config.json; model.safetensors or shards with
+ * model.safetensors.index.json; tokenizer.json, or vocab.json with merges.txt) with
+ * architecture GPT-2. Needs no network and runs nothing from the folder. The model holds a
+ * reference to the runtime. Files may be removed after the load. */
+PONDER_API ponder_status ponder_model_load(ponder_model **out, ponder_runtime *runtime,
+                                           const char *path, const ponder_model_options *options,
+                                           const ponder_call *call, ponder_error *error);
+/* One more owner / one less; the last one frees. Any thread. */
+PONDER_API ponder_status ponder_model_retain(const ponder_model *model, ponder_error *error);
+PONDER_API void ponder_model_release(const ponder_model *model);
+
+typedef struct ponder_model_info {
+    uint32_t struct_size;
+    int32_t layers, width, heads, vocabulary, context, inner_width;
+    uint64_t parameters;      /* tied embeddings counted once */
+    const char *architecture; /* "gpt2" */
+    const char *dtype;        /* as loaded: "f32", "bf16" */
+    const char *backend, *isa;
+    const char *hash;         /* hex, of config and weights; snapshots and adapters carry it */
+    int32_t has_tokenizer;
+    int32_t end_of_text;      /* id of <|endoftext|>, -1 if there is none */
+} ponder_model_info;
+
+/* Strings live as long as the model. */
+PONDER_API ponder_status ponder_model_get(const ponder_model *model, ponder_model_info *out,
+                                          ponder_error *error);
+
+/* Token ids of any bytes. `count` receives how many there are; with capacity below that,
+ * nothing is written and the result is PONDER_E_BUFFER (ids may be NULL with capacity 0).
+ * No special tokens are recognised in or added to the text. Time is linear in `size`. */
+PONDER_API ponder_status ponder_model_tokenize(const ponder_model *model, const char *text,
+                                               size_t size, int32_t *ids, size_t capacity,
+                                               size_t *count, ponder_error *error);
+/* The bytes of one token, not NUL-terminated; they live as long as the model. */
+PONDER_API ponder_status ponder_model_token_bytes(const ponder_model *model, int32_t id,
+                                                  const char **bytes, size_t *size,
+                                                  ponder_error *error);
+
+/* What a session will need, in bytes. */
+typedef struct ponder_memory_plan {
+    uint32_t struct_size;
+    uint32_t reserved;
+    uint64_t weights;        /* frozen weights as stored */
+    uint64_t packed_weights; /* the backend's packed copies, for this session's passes */
+    uint64_t fast_weights;   /* fast weights and their shadow */
+    uint64_t optimizer;      /* gradients and moments, with their shadow */
+    uint64_t activations;    /* arena of the largest pass */
+    uint64_t workspace;      /* of all workers */
+    uint64_t total;
+    uint64_t fast_parameters;    /* count */
+    uint64_t flops_score;        /* of one full chunk; 2 per multiply-add */
+    uint64_t flops_step;         /* what one inner step adds */
+} ponder_memory_plan;
+
+/* Plans from the files' headers alone: no weight is read, nothing large is allocated.
+ * options may be NULL. */
+PONDER_API ponder_status ponder_plan_memory(ponder_runtime *runtime, const char *path,
+                                            const ponder_model_options *model_options,
+                                            const ponder_options *options,
+                                            ponder_memory_plan *out, ponder_error *error);
+
+/* ---- Session ------------------------------------------------------------ */
+
+typedef struct ponder_session ponder_session;
+
+enum ponder_record_flag {
+    PONDER_RECORD_UPDATED = 1,      /* fast weights changed */
+    PONDER_RECORD_ROLLED_BACK = 2,  /* a step was not finite or broke the norm bound */
+    PONDER_RECORD_OVER_BUDGET = 4,  /* the policy wanted more steps than the budget had */
+    PONDER_RECORD_CALIBRATING = 8,  /* decided by the policy's warm-up */
+    PONDER_RECORD_SCORED_ONLY = 16, /* learn has not been called for it yet */
+    PONDER_RECORD_NOT_CAUSAL = 32   /* analysis: the decision read the chunk it changed */
+};
+
+/* What happened with one chunk. NaN where a value was not computed. */
+typedef struct ponder_record {
+    uint32_t struct_size;
+    uint32_t flags;          /* enum ponder_record_flag */
+    uint64_t chunk;          /* 0, 1, ... in the stream */
+    uint64_t first_token;    /* position of the chunk's first token in the stream */
+    uint32_t tokens;         /* in the chunk */
+    uint32_t predictions;    /* tokens - 1: losses inside the chunk */
+    int32_t steps_wanted;    /* by the policy */
+    int32_t steps;           /* inner steps taken, K */
+    double loss_before;      /* mean next-token loss in nats, with the weights of the time */
+    double loss_after;       /* after the update, if known */
+    double entropy;          /* mean of the predicted distributions, nats */
+    double reconstruction;   /* TTT layers: reconstruction loss before each step, mean */
+    double gradient_norm;    /* of all fast weights before clipping, first step */
+    double update_norm;      /* |new - old| of all fast weights */
+    double gate_score;       /* the signal that the policy compared */
+    double gate_threshold;
+    double update_rate;      /* the policy's running rate */
+    uint64_t flops;          /* executed matrix products, 2 per multiply-add */
+    uint64_t score_ns, decide_ns, learn_ns;
+    uint64_t bytes;          /* activations and workspace in use */
+} ponder_record;
+
+/* options may be NULL (defaults); they are copied. The session holds a reference to the
+ * model. Allocates everything it will need for full chunks. */
+PONDER_API ponder_status ponder_session_create(ponder_session **out, const ponder_model *model,
+                                               const ponder_options *options,
+                                               ponder_error *error);
+PONDER_API void ponder_session_destroy(ponder_session *session);
+/* Back to the state after create: same initial fast weights, same random numbers. Buffers
+ * are kept. */
+PONDER_API ponder_status ponder_session_reset(ponder_session *session, ponder_error *error);
+/* An independent session in the same state; continues bit for bit like the original. */
+PONDER_API ponder_status ponder_session_fork(ponder_session **out, const ponder_session *session,
+                                             ponder_error *error);
+
+/* Declares how many chunks this stream will have, for policies that need it (first:P).
+ * 0 = unknown. Reset clears it. */
+PONDER_API ponder_status ponder_session_expect(ponder_session *session, uint64_t chunks,
+                                               ponder_error *error);
+/* Appends tokens; computes nothing. Ids outside the vocabulary refuse the whole call. At
+ * most 2^24 tokens wait at a time (PONDER_E_BUFFER). */
+PONDER_API ponder_status ponder_session_feed(ponder_session *session, const int32_t *ids,
+                                             size_t count, ponder_error *error);
+
+typedef struct ponder_session_info {
+    uint32_t struct_size;
+    uint32_t chunk_tokens;     /* the chunk option */
+    uint64_t tokens_fed, chunks_scored, chunks_updated, steps;
+    uint64_t tokens_waiting;   /* fed, not yet scored */
+    int32_t scored_open;       /* 1: a scored chunk waits for learn */
+    int32_t has_fast_weights;
+    uint64_t records;          /* in the ring */
+    double budget_left;        /* steps; infinity when off */
+} ponder_session_info;
+PONDER_API ponder_status ponder_session_get(const ponder_session *session,
+                                            ponder_session_info *out, ponder_error *error);
+
+/* Scores the next chunk of each session with its weights of now. `done[i]` (may be NULL)
+ * becomes 1 if session i had a full chunk waiting, else 0. A scored chunk must be learned
+ * (or skipped) before the next one: PONDER_E_STATE otherwise. All sessions belong to one
+ * model and differ. If one session fails, those before it have their results. */
+PONDER_API ponder_status ponder_score(ponder_session *const *sessions, uint32_t count,
+                                      uint8_t *done, const ponder_call *call,
+                                      ponder_error *error);
+/* Decides K for the chunk just scored and takes K steps on it. steps = NULL: the policy
+ * decides; else steps[i] >= 0 replaces its wish (the budget still holds). TTT layers
+ * decided before scoring and commit here. Sessions without a scored chunk are left alone. */
+PONDER_API ponder_status ponder_learn(ponder_session *const *sessions, uint32_t count,
+                                      const int32_t *steps, const ponder_call *call,
+                                      ponder_error *error);
+/* Adaptive forward: feed, then score and learn every full chunk. On cancel or deadline the
+ * chunks finished so far stay, the rest waits in the session. ids may be NULL with count 0. */
+PONDER_API ponder_status ponder_session_adapt(ponder_session *session, const int32_t *ids,
+                                              size_t count, const ponder_call *call,
+                                              ponder_error *error);
+/* Scores and learns the open, shorter chunk, if it has at least 2 tokens; the stream may go
+ * on afterwards. */
+PONDER_API ponder_status ponder_session_flush(ponder_session *session, const ponder_call *call,
+                                              ponder_error *error);
+
+/* Losses in nats of the chunk scored last: nll[t] is that of its token t + 1 given what
+ * came before. `count` receives predictions; PONDER_E_BUFFER if capacity is below. */
+PONDER_API ponder_status ponder_session_losses(const ponder_session *session, float *nll,
+                                               size_t capacity, size_t *count,
+                                               ponder_error *error);
+/* The newest records, oldest first; the ring keeps `record.ring` of them. `chunk` is the
+ * first chunk wanted; `count` receives how many were written. */
+PONDER_API ponder_status ponder_session_records(const ponder_session *session, uint64_t chunk,
+                                                ponder_record *records, size_t capacity,
+                                                size_t *count, ponder_error *error);
+/* Makes the long call now running on the session end with PONDER_E_CANCELLED. Safe from any
+ * thread and from signal handlers while the session exists. */
+PONDER_API void ponder_session_cancel(const ponder_session *session);
+
+/* Snapshots: everything needed to go on bit for bit, waiting tokens and open chunk
+ * included. They contain traces of what was read. Refused (PONDER_E_MISMATCH) by a session
+ * of another model, dtype or option set. The file is replaced atomically. */
+PONDER_API ponder_status ponder_session_save(const ponder_session *session, const char *path,
+                                             ponder_error *error);
+PONDER_API ponder_status ponder_session_load(ponder_session *session, const char *path,
+                                             ponder_error *error);
+/* The same in memory: `size` receives the bytes needed; PONDER_E_BUFFER below that. */
+PONDER_API ponder_status ponder_session_save_memory(const ponder_session *session, void *data,
+                                                    size_t capacity, size_t *size,
+                                                    ponder_error *error);
+PONDER_API ponder_status ponder_session_load_memory(ponder_session *session, const void *data,
+                                                    size_t size, ponder_error *error);
+
+/* ---- Measuring ---------------------------------------------------------- */
+
+/* Seconds spent in each op of the last pass kind, for profiles. */
+typedef struct ponder_profile_entry {
+    uint32_t struct_size;
+    uint32_t calls;
+    const char *op;     /* "linear", ... */
+    const char *where;  /* "score" or "learn" */
+    const char *backend;/* that ran it */
+    uint64_t flops;     /* of those calls, once each */
+    uint64_t ns;        /* of those calls, once each, summed over threads */
+} ponder_profile_entry;
+
+/* Runs the passes of the chunk now open `repeat` times, each op call timed apart (no chains
+ * across ops), fast weights untouched. `count` receives the number of entries;
+ * PONDER_E_BUFFER if capacity is below. Needs a chunk that was scored at least once. */
+PONDER_API ponder_status ponder_session_profile(ponder_session *session, uint32_t repeat,
+                                                ponder_profile_entry *entries, size_t capacity,
+                                                size_t *count, ponder_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
