@@ -95,7 +95,7 @@ void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t t
         const int64_t keys = smaller(kKeys, query + m - key);
         for (int64_t j = 0; j < keys; j += kTile) {
             const int64_t n = smaller(kTile, keys - j);
-            pack_a(w.k, k.at((key + j) * row), row, n, d, t.half_);
+            left_operand(scores.part[0], w.k, k.at((key + j) * row), row, n, d, t.half_);
             scores.y = View::of(w.st + j * kStride, kF32);
             product(scores, n, m);
         }

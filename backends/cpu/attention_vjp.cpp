@@ -148,15 +148,17 @@ void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t t
 
     for (int64_t j = 0; j < n; ++j) {
         const int64_t key = j * kTile, keys = smaller(kTile, tokens - key);
-        pack_a(w.k_left, k.at(key * row), row, keys, d, t.half_);
-        pack_a(w.v_left, v.at(key * row), row, keys, d, t.half_);
+        st.part[0] = packed_part(w.k_left, w.qt, depth);
+        dp.part[0] = packed_part(w.v_left, w.gt, depth);
+        left_operand(st.part[0], w.k_left, k.at(key * row), row, keys, d, t.half_);
+        left_operand(dp.part[0], w.v_left, v.at(key * row), row, keys, d, t.half_);
         add_dq.part[0] = straight(t, ds_columns, w.k, k.at(key * row), row, keys, true);
         add_dv.accumulate = add_dk.accumulate = false;
         add_dq.accumulate = j > 0;
         for (int64_t i = j; i < n; ++i) {
             const int64_t query = i * kTile, m = smaller(kTile, tokens - query);
-            st.part[0] = packed_part(w.k_left, w.qt + i * w.across, depth);
-            dp.part[0] = packed_part(w.v_left, w.gt + i * w.across, depth);
+            st.part[0].b = w.qt + i * w.across;
+            dp.part[0].b = w.gt + i * w.across;
             product(st, keys, m);
             product(dp, keys, m);
             scores(w, lse + query, w.delta + query, scale, key, keys, query, m, t.half_);

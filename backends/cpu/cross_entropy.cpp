@@ -73,13 +73,15 @@ void forward(const Kernel *kernel, void *const *buffers, void *workspace, uint32
     for (int64_t i = 0; i < m; ++i)
         sums.top[i] = -3e38f, sums.z[i] = sums.weighted[i] = sums.target[i] = 0;
 
-    pack_a(a, View::of(buffers[0], k.h).at(s.begin * k.width), k.width, m, k.width, k.half_);
     Product product_;
     product_.half = k.half_;
     product_.y = View::of(logits, kF32), product_.y_row = kRow;
+    product_.part[0] = packed_part(a, k.table, depth);
+    left_operand(product_.part[0], a, View::of(buffers[0], k.h).at(s.begin * k.width), k.width, m,
+                 k.width, k.half_);
     for (int64_t c = 0; c < v; c += kColumns) {
         const int64_t n = smaller(v - c, kColumns);
-        product_.part[0] = packed_part(a, k.table + c * depth, depth);
+        product_.part[0].b = k.table + c * depth;
         product(product_, m, n);
         for (int64_t i = 0; i < m; ++i) {
             if (target[i] >= c && target[i] < c + n)
@@ -121,9 +123,9 @@ void backward(const Kernel *kernel, void *const *buffers, void *workspace, uint3
     p.y = View::of(sums, kF32), p.y_row = c;
     for (int64_t j = 0; j < v; j += step) {
         const int64_t n = smaller(v - j, step), first = units(j, k.half_);
-        pack_a(a, View::of(buffers[0], k.p).at(s.begin * v + j), v, m, n, k.half_);
         p.part[0] = packed_part(a, k.table + first * kPanel, units(n, k.half_));
         p.part[0].b_panel = kPanel * depth;
+        left_operand(p.part[0], a, View::of(buffers[0], k.p).at(s.begin * v + j), v, m, n, k.half_);
         product(p, m, c);
         p.accumulate = true;
     }

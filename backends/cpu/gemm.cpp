@@ -174,7 +174,7 @@ struct alignas(64) TileShapes {
 // C[32, 32] in tiles 0-3, A in 4 and 5, B in 6 and 7. Down and Across say whether the second row
 // and column of tiles are needed.
 template <bool Down, bool Across>
-PONDER_INLINE void amx_block(const Product &p, int64_t r, int64_t panel, float *sums) {
+PONDER_INLINE void amx_sum(const Product &p, int64_t r, int64_t panel) {
     _tile_zero(0);
     if (Across)
         _tile_zero(1);
@@ -184,20 +184,20 @@ PONDER_INLINE void amx_block(const Product &p, int64_t r, int64_t panel, float *
         _tile_zero(3);
     for (int s = 0; s < p.parts; ++s) {
         const Part &part = p.part[s];
-        const uint32_t *a = part.a + r * kStride, *b = part.b + panel * part.b_panel;
-        const int64_t b_bytes = part.b_step * 4;
-        for (int64_t k0 = 0; k0 < part.k; k0 += kChunk, a += kChunkUnits) {
+        const uint32_t *a = part.a + r * part.a_row, *b = part.b + panel * part.b_panel;
+        const int64_t a_bytes = part.a_row * 4, b_bytes = part.b_step * 4;
+        for (int64_t k0 = 0; k0 < part.k; k0 += kChunk, a += part.a_chunk) {
             const int64_t kn = smaller(part.k - k0, kChunk);
             for (int64_t k = 0; k < kn; k += kHalfStep, b += kHalfStep * part.b_step) {
                 _tile_loadd(6, b, b_bytes);
-                _tile_loadd(4, a + k, kStride * 4);
+                _tile_loadd(4, a + k, a_bytes);
                 _tile_dpbf16ps(0, 4, 6);
                 if (Across) {
                     _tile_loadd(7, b + 16, b_bytes);
                     _tile_dpbf16ps(1, 4, 7);
                 }
                 if (Down) {
-                    _tile_loadd(5, a + 16 * kStride + k, kStride * 4);
+                    _tile_loadd(5, a + 16 * part.a_row + k, a_bytes);
                     _tile_dpbf16ps(2, 5, 6);
                     if (Across)
                         _tile_dpbf16ps(3, 5, 7);
@@ -205,12 +205,15 @@ PONDER_INLINE void amx_block(const Product &p, int64_t r, int64_t panel, float *
             }
         }
     }
+}
+
+PONDER_INLINE void amx_store(float *sums, bool down, bool across) {
     _tile_stored(0, sums, 128);
-    if (Across)
+    if (across)
         _tile_stored(1, sums + 16, 128);
-    if (Down)
+    if (down)
         _tile_stored(2, sums + 16 * 32, 128);
-    if (Down && Across)
+    if (down && across)
         _tile_stored(3, sums + 16 * 32 + 16, 128);
 }
 
@@ -220,26 +223,44 @@ struct InMemory {
     __attribute__((always_inline)) vf operator()(int i) const { return load(sums + i * 32); }
 };
 
+// A finished block of sums, rows [r, r + m) and columns [c, c + n).
+struct AmxBlock {
+    const float *sums;
+    int64_t r, m, c, n;
+};
+
+PONDER_INLINE void amx_finish(const Product &p, const AmxBlock &b) {
+    for (int64_t j = 0; j < b.n; j += W)
+        finish(p, InMemory{b.sums + j}, b.r, b.m, b.c + j, int(smaller(b.n - j, W)));
+}
+
+// A block is finished while the tiles of the next one are being multiplied.
 void amx_tile(const Product &p, int64_t m, int64_t n) {
     static constexpr TileShapes shapes;
-    alignas(64) float sums[32 * 32];
+    alignas(64) float sums[2][32 * 32];
+    AmxBlock before = {nullptr, 0, 0, 0, 0};
+    int buffer = 0;
     _tile_loadconfig(&shapes);
     for (int64_t c = 0; c < n; c += kPanel) {
         const int64_t cn = smaller(n - c, kPanel), panel = c / kPanel;
-        for (int64_t r = 0; r < m; r += 32) {
+        for (int64_t r = 0; r < m; r += 32, buffer ^= 1) {
             const int64_t rn = smaller(m - r, 32);
             if (rn > 16 && cn > 16)
-                amx_block<true, true>(p, r, panel, sums);
+                amx_sum<true, true>(p, r, panel);
             else if (rn > 16)
-                amx_block<true, false>(p, r, panel, sums);
+                amx_sum<true, false>(p, r, panel);
             else if (cn > 16)
-                amx_block<false, true>(p, r, panel, sums);
+                amx_sum<false, true>(p, r, panel);
             else
-                amx_block<false, false>(p, r, panel, sums);
-            for (int64_t j = 0; j < cn; j += W)
-                finish(p, InMemory{sums + j}, r, rn, c + j, int(smaller(cn - j, W)));
+                amx_sum<false, false>(p, r, panel);
+            if (before.sums)
+                amx_finish(p, before);
+            amx_store(sums[buffer], rn > 16, cn > 16);
+            before = {sums[buffer], r, rn, c, cn};
         }
     }
+    if (before.sums)
+        amx_finish(p, before);
     _tile_release();
 }
 

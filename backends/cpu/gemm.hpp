@@ -43,14 +43,16 @@ struct Part {
     int64_t k = 0;       // units
     int64_t b_step = 0;  // units from one k to the next
     int64_t b_panel = 0; // units from one panel to the next
+    // Only AMX reads A with other strides than those of its layout, see left_operand.
+    int64_t a_row = kStride, a_chunk = kChunkUnits;
 };
 
 PONDER_INLINE Part packed_part(const uint32_t *a, const uint32_t *b, int64_t k) {
-    return {a, b, k, kPanel, kPanel * k};
+    return {a, b, k, kPanel, kPanel * k, kStride, kChunkUnits};
 }
 // b f32[k, n] with rows `step` apart, n a multiple of kPanel.
 PONDER_INLINE Part direct_part(const uint32_t *a, const float *b, int64_t k, int64_t step) {
-    return {a, reinterpret_cast<const uint32_t *>(b), k, step, kPanel};
+    return {a, reinterpret_cast<const uint32_t *>(b), k, step, kPanel, kStride, kChunkUnits};
 }
 
 struct Product {
@@ -71,6 +73,20 @@ void product(const Product &p, int64_t m, int64_t n);
 
 // A in the rows layout from x[m, k], rows `step` apart.
 void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_);
+
+// Makes x[m, k] the left operand of a part: packed into `to`, or where it stands when AMX can load
+// it. A distance of a multiple of 4 KiB would put all rows of a tile into one cache set.
+PONDER_INLINE void left_operand(Part &part, uint32_t *to, View x, int64_t step, int64_t m,
+                                int64_t k, bool half_) {
+    part.a = to, part.a_row = kStride, part.a_chunk = kChunkUnits;
+    if (kHalfStep > 1 && half_ && x.narrow && m % 16 == 0 && k % (2 * kHalfStep) == 0 &&
+        step % 2048 != 0 && step % 2 == 0) {
+        part.a = reinterpret_cast<const uint32_t *>(x.data);
+        part.a_row = step / 2, part.a_chunk = kChunk;
+    } else {
+        pack_a(to, x, step, m, k, half_);
+    }
+}
 
 // A in bf16 from its transpose x f32[k, m], rows kStride apart, k <= 128: in the columns layout, or
 // in rows where AMX is to take it.

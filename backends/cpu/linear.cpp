@@ -17,10 +17,11 @@ void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t t
     const Linear &l = *static_cast<const Linear *>(kernel);
     const Span s = span(task, kTile, l.row_count);
     uint32_t *a = static_cast<uint32_t *>(workspace);
-    pack_a(a, View::of(buffers[0], l.x).at(s.begin * l.k), l.k, s.end - s.begin, l.k, l.half_);
     Product p;
     p.half = l.half_;
     p.part[0] = packed_part(a, l.w, units(l.k, l.half_));
+    left_operand(p.part[0], a, View::of(buffers[0], l.x).at(s.begin * l.k), l.k, s.end - s.begin,
+                 l.k, l.half_);
     p.bias = View::of(buffers[2], l.b);
     if (buffers[3])
         p.add = static_cast<const float *>(buffers[3]) + s.begin * l.n, p.add_row = l.n;

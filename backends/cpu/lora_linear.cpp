@@ -46,10 +46,10 @@ size_t work_bytes(const Lora &l) {
 // factors F and S.
 void rows_of_stream(const Lora &l, const Work &work, int64_t r, int64_t m, View x, View b,
                     const float *add, View y, View u, float alpha, float beta) {
-    pack_a(work.x, x.at(r * l.k), l.k, m, l.k, l.half_);
     Product low;
     low.half = l.half_;
     low.part[0] = packed_part(work.x, work.first, units(l.k, l.half_));
+    left_operand(low.part[0], work.x, x.at(r * l.k), l.k, m, l.k, l.half_);
     low.alpha = alpha;
     low.y = View::of(work.sums, kF32), low.y_row = l.rank;
     product(low, m, l.rank);

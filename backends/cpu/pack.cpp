@@ -116,6 +116,13 @@ void pack_across(uint32_t *to, View x, int64_t k_step, int64_t k, int64_t n, boo
     }
 }
 
+PONDER_INLINE void copy_chunk(uint32_t *to, const char *from) {
+    const View x = {const_cast<char *>(from), false}, y = {reinterpret_cast<char *>(to), false};
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kChunk; i += W)
+        y.put(i, x.get(i));
+}
+
 } // namespace
 
 void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_) {
@@ -129,7 +136,9 @@ void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_
                 for (int64_t u = kn / 2; u < units(kn, true); ++u)
                     row[u] = 0;
             const View packed = {reinterpret_cast<char *>(row), half_};
-            if (half_ && from.narrow)
+            if (half_ && from.narrow && kn == chunk)
+                copy_chunk(row, from.data);
+            else if (half_ && from.narrow)
                 memcpy(row, from.data, size_t(kn) * 2);
             else
                 each_vector(
