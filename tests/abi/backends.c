@@ -1,4 +1,5 @@
-/* Prints the path of each backend module that the library found without being told where. */
+/* Prints the path of each backend module that the library found, without being told where, and
+ * loaded. */
 #include <ponder/ponder.h>
 
 #include <stdio.h>
@@ -11,7 +12,7 @@ int main(void) {
         ponder_backend_info info = {0};
         info.struct_size = sizeof info;
         if (ponder_backend_get(runtime, i, &info, NULL) != PONDER_OK) return 1;
-        puts(info.path);
+        if (info.version[0]) puts(info.path); /* "" if it did not load */
     }
     ponder_runtime_destroy(runtime);
     return 0;
