@@ -102,7 +102,7 @@ void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t t
         softmax_step(w, key, keys, query);
         const int64_t depth = units(keys, t.half_);
         if (t.half_)
-            pack_a_transposed(w.pairs, w.st, keys, m);
+            pack_a_transposed(w.pairs, View::of(w.st, kF32), kStride, keys, m);
         const uint32_t *p = t.half_ ? w.pairs : reinterpret_cast<const uint32_t *>(w.st);
         if (!t.half_ && d % kPanel == 0) {
             output.part[0] =

@@ -85,7 +85,7 @@ void scores(const Work &w, const float *lse, const float *delta, float scale, in
             store(reinterpret_cast<half *>(w.p_left + j * kStride) + q, p);
             store(reinterpret_cast<half *>(w.ds_left + j * kStride) + q, ds);
         }
-    pack_a_transposed(w.ds_columns, w.ds, keys, queries);
+    pack_a_transposed(w.ds_columns, View::of(w.ds, kF32), kStride, keys, queries);
 }
 
 // The right operand x[n, D]: where it stands, or packed, which is done when it is `fresh`.

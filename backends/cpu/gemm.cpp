@@ -173,6 +173,15 @@ struct alignas(64) TileShapes {
 
 // C[32, 32] in tiles 0-3, A in 4 and 5, B in 6 and 7. Down and Across say whether the second row
 // and column of tiles are needed.
+// Asks for 16 rows of the next panel, which lies in the third-level cache or in memory.
+PONDER_INLINE void fetch(const uint32_t *b) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kHalfStep; ++i) {
+        _mm_prefetch(reinterpret_cast<const char *>(b + i * kPanel), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char *>(b + i * kPanel + W), _MM_HINT_T1);
+    }
+}
+
 template <bool Down, bool Across>
 PONDER_INLINE void amx_sum(const Product &p, int64_t r, int64_t panel) {
     _tile_zero(0);
@@ -189,6 +198,8 @@ PONDER_INLINE void amx_sum(const Product &p, int64_t r, int64_t panel) {
         for (int64_t k0 = 0; k0 < part.k; k0 += kChunk, a += part.a_chunk) {
             const int64_t kn = smaller(part.k - k0, kChunk);
             for (int64_t k = 0; k < kn; k += kHalfStep, b += kHalfStep * part.b_step) {
+                if (r == 0)
+                    fetch(b + part.b_panel);
                 _tile_loadd(6, b, b_bytes);
                 _tile_loadd(4, a + k, a_bytes);
                 _tile_dpbf16ps(0, 4, 6);

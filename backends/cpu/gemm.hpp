@@ -88,8 +88,8 @@ PONDER_INLINE void left_operand(Part &part, uint32_t *to, View x, int64_t step, 
     }
 }
 
-// A in bf16 from its transpose x f32[k, m], rows kStride apart, k <= 128: in the columns layout, or
-// in rows where AMX is to take it.
+// A in bf16 from its transpose x[k, m], rows `step` apart: in the columns layout, or in rows where
+// AMX is to take it.
 #if defined(__AMX_BF16__)
 constexpr bool kTransposedIsColumns = false;
 #else
@@ -98,7 +98,7 @@ constexpr bool kTransposedIsColumns = true;
 PONDER_INLINE size_t a_transposed_units(int64_t k) {
     return kTransposedIsColumns ? a_columns_units(units(k, true)) : a_rows_units(units(k, true));
 }
-void pack_a_transposed(uint32_t *to, const float *x, int64_t k, int64_t m);
+void pack_a_transposed(uint32_t *to, View x, int64_t step, int64_t k, int64_t m);
 
 // Packed panels of B from x[k, n]: element (k, j) is x[k * k_step + j * n_step], and one of the
 // steps is 1.

@@ -146,30 +146,35 @@ void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_
         }
 }
 
-void pack_a_transposed(uint32_t *to, const float *x, int64_t k, int64_t m) {
-    const auto pair = [&](int64_t u, int64_t q) __attribute__((always_inline)) {
-        const float *at = x + 2 * u * kStride + q;
-        const vf even = 2 * u < k ? load(at) : set(0);
-        return interleave(even, 2 * u + 1 < k ? load(at + kStride) : set(0));
+void pack_a_transposed(uint32_t *to, View x, int64_t step, int64_t k, int64_t m) {
+    const auto pair = [&](int64_t u, int64_t i, int n) __attribute__((always_inline)) {
+        const int64_t at = 2 * u * step + i;
+        if (2 * u + 1 < k) {
+            const vf even = x.get(at, n), odd = x.get(at + step, n);
+            return x.narrow ? join_exact(even, odd) : interleave(even, odd);
+        }
+        return 2 * u < k ? interleave(x.get(at, n), set(0)) : set(0);
     };
     const int64_t ku = units(k, true);
-    for (int64_t q = 0; q < m; q += W) {
-        if (kTransposedIsColumns) {
-            for (int64_t u = 0; u < ku; ++u)
-                store(reinterpret_cast<float *>(to) + u * kStride + q, pair(u, q));
-            continue;
-        }
-        for (int64_t u = 0; u < ku; u += W) {
-            vf r[W];
+    each_vector(
+        m, PONDER_EACH(i, n) {
+            if (kTransposedIsColumns) {
+                for (int64_t u = 0; u < ku; ++u)
+                    store(reinterpret_cast<float *>(to) + u * kStride + i, pair(u, i, n));
+                return;
+            }
+            for (int64_t u = 0; u < ku; u += W) {
+                uint32_t *at = to + u / kChunk * kChunkUnits + i * kStride + u % kChunk;
+                vf r[W];
 #pragma GCC unroll 16
-            for (int i = 0; i < W; ++i)
-                r[i] = pair(u + i, q);
-            transpose(r);
+                for (int j = 0; j < W; ++j)
+                    r[j] = pair(u + j, i, n);
+                transpose(r);
 #pragma GCC unroll 16
-            for (int i = 0; i < W; ++i)
-                store(reinterpret_cast<float *>(to) + (q + i) * kStride + u, r[i]);
-        }
-    }
+                for (int j = 0; j < W; ++j)
+                    store(reinterpret_cast<float *>(at) + j * kStride, r[j]);
+            }
+        });
 }
 
 void pack_b(uint32_t *to, View x, int64_t k_step, int64_t n_step, int64_t k, int64_t n,
