@@ -134,6 +134,35 @@ void gather(View from, int64_t step, int64_t n, int64_t d, float *x, uint32_t *l
         pack_a(left, plain(x), d, n, d, false);
 }
 
+// state += (-rate k)^T gz by 64 rows of the state, bias += -rate gz; `gz` is the right operand.
+void take_step(const Ttt &t, const Work &w, int64_t n, const Part &gz, float *state, float *bias) {
+    const int64_t d = t.d;
+    Product step;
+    step.columns = true, step.accumulate = true;
+    step.y_row = d;
+    step.part[0] = gz;
+    for (int64_t j = 0; j < n; ++j) {
+        const float rate = -t.scale * w.token[t.by_key ? j : n - 1] * w.eta[j];
+        for (int64_t i = 0; i < d; i += kTile) {
+            const View to =
+                plain(reinterpret_cast<float *>(w.k_columns) + (i / kTile * t.batch + j) * kStride);
+            each_vector(
+                smaller(kTile, d - i),
+                PONDER_EACH(c, m) { to.put(c, plain(w.k).get(j * d + i + c, m) * set(rate), m); });
+        }
+        each_vector(
+            d, PONDER_EACH(c, m) {
+                const vf v = fma(plain(w.gz).get(j * d + c, m), set(rate), plain(bias).get(c, m));
+                plain(bias).put(c, v, m);
+            });
+    }
+    for (int64_t i = 0; i < d; i += kTile) {
+        step.part[0].a = w.k_columns + i / kTile * t.batch * kStride;
+        step.y = plain(state + i * d);
+        product(step, smaller(kTile, d - i), d);
+    }
+}
+
 // One mini-batch of one head; state[D, D] and bias[D] take the step.
 void mini_batch(const Ttt &t, const Work &w, int64_t n, View g, View b, const float *first_state,
                 const float *first_bias, float *state, float *bias, View y, Losses &losses) {
@@ -182,31 +211,7 @@ void mini_batch(const Ttt &t, const Work &w, int64_t n, View g, View b, const fl
             });
     }
 
-    // The step: state += (-rate k)^T gz, by 64 rows of the state.
-    Product step;
-    step.columns = true, step.accumulate = true;
-    step.y_row = d;
-    step.part[0] = into_z.part[1];
-    for (int64_t j = 0; j < n; ++j) {
-        const float rate = -t.scale * w.token[t.by_key ? j : last] * w.eta[j];
-        for (int64_t i = 0; i < d; i += kTile) {
-            const View to =
-                plain(reinterpret_cast<float *>(w.k_columns) + (i / kTile * t.batch + j) * kStride);
-            each_vector(
-                smaller(kTile, d - i),
-                PONDER_EACH(c, m) { to.put(c, plain(w.k).get(j * d + i + c, m) * set(rate), m); });
-        }
-        each_vector(
-            d, PONDER_EACH(c, m) {
-                const vf v = fma(plain(w.gz).get(j * d + c, m), set(rate), plain(bias).get(c, m));
-                plain(bias).put(c, v, m);
-            });
-    }
-    for (int64_t i = 0; i < d; i += kTile) {
-        step.part[0].a = w.k_columns + i / kTile * t.batch * kStride;
-        step.y = plain(state + i * d);
-        product(step, smaller(kTile, d - i), d);
-    }
+    take_step(t, w, n, into_z.part[1], state, bias);
 
     // What the first and the new weights make of the last token.
     Product one;
