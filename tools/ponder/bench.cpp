@@ -37,7 +37,8 @@ private:
 };
 
 struct Timing {
-    double seconds = 0, flops = 0, score = 0, decide = 0, learn = 0; // of a chunk, median repeat
+    // Of a chunk, medians over the repeats. Overhead: what is neither score nor learn.
+    double seconds = 0, flops = 0, score = 0, decide = 0, learn = 0, overhead = 0;
 };
 
 double median(std::vector<double> values) {
@@ -66,17 +67,19 @@ public:
         score_.push_back(double(t.score_ns) * 1e-9 / chunks);
         decide_.push_back(double(t.decide_ns) * 1e-9 / chunks);
         learn_.push_back(double(t.learn_ns) * 1e-9 / chunks);
+        overhead_.push_back(seconds_.back() - score_.back() - learn_.back());
         flops_ = double(t.flops) / chunks;
         return true;
     }
     Timing timing() const {
-        return {median(seconds_), flops_, median(score_), median(decide_), median(learn_)};
+        return {median(seconds_), flops_,         median(score_),
+                median(decide_),  median(learn_), median(overhead_)};
     }
     ponder_session *session() const { return session_.get(); }
 
 private:
     Session session_;
-    std::vector<double> seconds_, score_, decide_, learn_;
+    std::vector<double> seconds_, score_, decide_, learn_, overhead_;
     double flops_ = 0;
 };
 
@@ -108,8 +111,6 @@ struct BenchResult {
 
     double rate(const Timing &t) const { return t.flops / t.seconds; }
     double tokens_per_second(const Timing &t) const { return double(chunk) / t.seconds; }
-    // What a chunk costs beyond its passes: deciding, recording, the call itself.
-    double overhead(const Timing &t) const { return t.seconds - t.score - t.learn; }
 };
 
 BenchResult measure(const ponder_model *model, const Settings &settings) {
@@ -148,7 +149,7 @@ void timing_json(JsonWriter &json, const char *name, const BenchResult &b, const
     json.member("decide_seconds", t.decide).member("learn_seconds", t.learn);
     json.member("flops_per_chunk", t.flops).member("gflops_per_second", b.rate(t) * 1e-9);
     json.member("share_of_matrix_rate", b.rate(t) / b.matrix_rate);
-    json.member("overhead_seconds", b.overhead(t)).end();
+    json.member("overhead_seconds", t.overhead).end();
 }
 
 void print_json(const BenchResult &b, const ponder_model_info &model, const std::string &method,
@@ -165,7 +166,7 @@ void print_json(const BenchResult &b, const ponder_model_info &model, const std:
     timing_json(json, "skip", b, b.skip);
     timing_json(json, "update", b, b.update);
     json.member("update_over_skip", b.update.seconds / b.skip.seconds);
-    json.member("overhead_share_of_skip", b.overhead(b.update) / b.skip.seconds);
+    json.member("overhead_share_of_skip", b.update.overhead / b.skip.seconds);
     json.member("matrix_gflops_per_second", b.matrix_rate * 1e-9);
     json.key("profile").array();
     for (const ponder_profile_entry &e : b.profile) {
@@ -186,7 +187,7 @@ void print_table(const BenchResult &b, const ponder_model_info &model, const std
         table.row({name, with_commas(uint64_t(b.tokens_per_second(t))),
                    format("%.2f", 1e3 * t.seconds), format("%.1f", b.rate(t) * 1e-9),
                    format("%.0f %%", 100 * b.rate(t) / b.matrix_rate),
-                   format("%.2f %%", 100 * b.overhead(t) / b.skip.seconds)});
+                   format("%.2f %%", 100 * t.overhead / b.skip.seconds)});
     std::printf("%s\n", table.text().c_str());
     std::printf("  An update pass takes %.2f times SKIP.\n", b.update.seconds / b.skip.seconds);
     std::printf("  of products: of the rate that the matrix products alone reach, %.1f GFLOP/s\n"

@@ -13,10 +13,10 @@ namespace tool {
 namespace {
 
 const char *const about =
-    "ponder reads text with a small language model that keeps learning from what it read.\n"
-    "\n"
-    "A frozen backbone scores each chunk of a stream. What it got wrong then changes a few fast\n"
-    "weights, so that the rest of the stream becomes easier. `ponder run` shows by how much.";
+    "ponder reads text with a small language model that keeps learning from what it\n"
+    "read. A frozen backbone scores each chunk of a stream; what it got wrong then\n"
+    "changes a few fast weights, so that the rest of the stream becomes easier.\n"
+    "`ponder run` shows by how much.\n";
 
 const char *const exit_codes =
     "Exit status: 0 ok, 1 failure, 2 usage, 3 model or file, 4 backend unavailable,\n"
@@ -30,9 +30,10 @@ const char *const main_examples =
     "  ponder info                         the model, and the memory a session will need\n";
 
 const char *const run_help =
-    "Reads files, directories (in a stable order, without binary files and what .gitignore\n"
-    "names) or - for standard input as one stream: first adapting, then once more frozen\n"
-    "(SKIP). Each chunk is scored before it is learned from, so every loss is a prediction.";
+    "Reads files, directories (in a stable order, without binary files and what\n"
+    ".gitignore names) or - for standard input as one stream: first adapting, then once\n"
+    "more frozen (SKIP). Each chunk is scored before it is learned from, so every loss\n"
+    "is that of a prediction.";
 
 const char *const run_examples =
     "Examples:\n"
@@ -42,20 +43,24 @@ const char *const run_examples =
     "  ponder run docs --steps 2 --set lora.rank=32 --html report.html\n";
 
 const char *const eval_help =
-    "The measuring instrument. Each package of the stream starts fresh, is cut into chunks, and\n"
-    "is carried along; the result is the mean chunk loss with its cost. By default a chunk\n"
-    "attends to itself alone (--context = --chunk), the norm bound and the budget are off.";
+    "The measuring instrument. Each package of the stream starts fresh and is cut into\n"
+    "chunks; fast weights are carried along it. The result is the mean chunk loss with\n"
+    "its cost. By default a chunk attends to itself alone (--context = --chunk), and the\n"
+    "norm bound and the budget are off.";
 
 const char *const eval_examples =
     "Lines of the stream are objects with \"package\", \"path\" and \"text\", .jsonl or .jsonl.xz.\n"
     "\n"
     "Examples:\n"
     "  ponder eval --stream go.test.jsonl.xz --adapter none --json\n"
-    "  ponder eval --stream go.test.jsonl.xz --steps 2 --set lora.layers=last:5 --json\n";
+    "  ponder eval --stream go.test.jsonl.xz --steps 2 --set lora.rank=32 --json\n";
 
-const char *const option_order =
-    "--set reaches every hyperparameter below and wins over the flags. Names, defaults and\n"
-    "documentation come from the library's option table.\n";
+constexpr size_t help_column = 28, help_width = 84;
+
+std::string wrapped(const std::string &text) {
+    const std::string hung = hanging("", text, 0, help_width - help_column);
+    return hung.substr(0, hung.size() - 1);
+}
 
 // Sizes such as 512M; the library counts bytes.
 uint64_t parse_size(const std::string &text) {
@@ -88,19 +93,31 @@ std::vector<ponder_option_info> option_table() {
     return table;
 }
 
+std::string document(const ponder_option_info &option) {
+    std::string text = option.doc;
+    if (option.unit[0]) text += std::string(" [") + option.unit + "]";
+    if (option.choices[0]) text += std::string(": ") + option.choices;
+    // Long lists of choices may be broken between them.
+    for (size_t at = 0; (at = text.find('|', at)) != std::string::npos; at += 3)
+        text.replace(at, 1, " | ");
+    return text;
+}
+
+bool has_flag(const ponder_option_info &option) {
+    return std::string_view(option.name).find('.') == std::string_view::npos;
+}
+
 // `  lora.rank=16      what it is (1..256)`, for the end of the help.
 std::string describe(const ponder_option_info &option) {
-    std::string doc = option.doc;
-    if (option.choices[0]) doc += std::string("; ") + option.choices;
-    if (option.unit[0]) doc += std::string(" [") + option.unit + "]";
     const std::string head = std::string("  ") + option.name + "=" + option.default_value;
-    return hanging(head, doc, 30, 90);
+    return hanging(head, document(option), help_column, help_width);
 }
 
 std::string option_help(const std::vector<ponder_option_info> &table) {
-    std::string text = std::string("Hyperparameters:\n") + option_order;
+    std::string text = "Hyperparameters and their defaults, for --set NAME=VALUE (which also takes the\n"
+                       "names of the flags above, and wins over them):\n";
     for (const ponder_option_info &option : table)
-        text += describe(option);
+        if (!has_flag(option)) text += describe(option);
     return text;
 }
 
@@ -113,11 +130,21 @@ struct Raw {
     bool no_baseline = false, no_load = false;
 };
 
+// Without the range in the list of flags; errors still name it.
+template <class Check> CLI::Validator unnamed(Check check) {
+    CLI::Validator validator = check;
+    validator.description("");
+    return validator;
+}
+
 void add_machine(CLI::App &app, Settings &s, Raw &raw) {
     app.add_option("--threads", s.threads, "compute threads; 0 = the cores it may use")
-        ->check(CLI::Range(0, 256));
-    app.add_option("--backend-path", s.backend_path, "folder with backend modules, tried first");
-    app.add_option("--memory-limit", raw.memory_limit, "for tensors and weights, such as 512M");
+        ->check(unnamed(CLI::Range(0, 256)))
+        ->type_name("N");
+    app.add_option("--backend-path", s.backend_path, "folder with backend modules, tried first")
+        ->type_name("DIR");
+    app.add_option("--memory-limit", raw.memory_limit, "for tensors and weights, such as 512M")
+        ->type_name("SIZE");
 }
 
 void add_output(CLI::App &app, Settings &s) {
@@ -126,26 +153,31 @@ void add_output(CLI::App &app, Settings &s) {
 }
 
 void add_model(CLI::App &app, Settings &s) {
-    app.add_option("--model", s.model, "Hugging Face folder; default: code-10m of this tool");
-    app.add_option("--backend", s.backend, "auto, or a name from `ponder backends`");
+    app.add_option("--model", s.model, "Hugging Face folder; default: code-10m of this tool")
+        ->type_name("DIR");
+    app.add_option("--backend", s.backend, "auto, or a name from `ponder backends`")
+        ->type_name("NAME");
     app.add_option("--dtype", s.dtype, "of frozen weights: f32 or bf16")
-        ->check(CLI::IsMember({"f32", "bf16"}));
+        ->check(unnamed(CLI::IsMember({"f32", "bf16"})))
+        ->type_name("TYPE");
 }
 
 // Flags for the table's short names; the dotted ones are reached with --set.
 void add_hyperparameters(CLI::App &app, Raw &raw, const std::vector<ponder_option_info> &table) {
     for (const ponder_option_info &option : table) {
         const std::string name = option.name;
-        if (name.find('.') != std::string::npos) continue;
+        if (!has_flag(option)) continue;
+        const std::string group = "Adapting";
         if (option.type == PONDER_OPTION_BOOLEAN)
-            app.add_flag("--" + name, raw.switches[name], option.doc)->group("Adapting");
+            app.add_flag("--" + name, raw.switches[name], wrapped(option.doc))->group(group);
         else
-            app.add_option("--" + name, raw.flags[name],
-                           std::string(option.doc) + " (" + option.default_value + ")")
-                ->group("Adapting");
+            app.add_option("--" + name, raw.flags[name], wrapped(document(option)))
+                ->group(group)
+                ->type_name("(" + std::string(option.default_value) + ")");
     }
-    app.add_option("--set", raw.sets, "NAME=VALUE: any hyperparameter; may be repeated")
+    app.add_option("--set", raw.sets, "any hyperparameter; may be repeated")
         ->group("Adapting")
+        ->type_name("NAME=VALUE")
         ->expected(1)
         ->take_all();
 }
@@ -174,22 +206,28 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     app.set_version_flag("--version", std::string("ponder ") + ponder_version());
     app.require_subcommand(1);
     app.footer(std::string("\n") + main_examples + "\n" + exit_codes);
-    app.get_formatter()->column_width(28);
+    app.get_formatter()->column_width(help_column);
     const std::string hyper = option_help(table);
 
     CLI::App *run = app.add_subcommand("run", "stream text, adapt to it, show what was gained");
-    run->add_option("PATH", s.paths, "files, directories, - for stdin; default: this directory");
+    run->add_option("PATH", s.paths, "files, directories, - for stdin; default: this directory")
+        ->type_name("");
     add_output(*run, s);
-    run->add_option("--html", s.html, "write a self-contained page to this file");
+    run->add_option("--html", s.html, "write a self-contained page to this file")->type_name("FILE");
+    run->add_flag("--list", s.list, "print the files that would be read, and stop");
     run->add_flag("--no-baseline", raw.no_baseline, "leave the frozen SKIP pass out");
     run->footer("\n" + std::string(run_examples) + "\n" + hyper + "\n" + exit_codes);
 
     CLI::App *eval = app.add_subcommand("eval", "measure a method on package streams");
-    eval->add_option("--stream", s.stream, "FILE.jsonl or FILE.jsonl.xz")->required();
+    eval->add_option("--stream", s.stream, "package stream, .jsonl or .jsonl.xz")
+        ->required()
+        ->type_name("FILE");
     add_output(*eval, s);
-    eval->add_option("--min-chunks", s.min_chunks, "packages with fewer are skipped (8)");
+    eval->add_option("--min-chunks", s.min_chunks, "packages with fewer are skipped (8)")
+        ->type_name("N");
     eval->add_option("--max-chunks", s.max_chunks, "read of a package at most (48)")
-        ->check(CLI::Range(uint64_t(1), uint64_t(1) << 40));
+        ->check(unnamed(CLI::Range(uint64_t(1), uint64_t(1) << 40)))
+        ->type_name("N");
     eval->footer("\n" + std::string(eval_examples) + "\n" + hyper + "\n" + exit_codes);
 
     CLI::App *info = app.add_subcommand("info", "model, adapter and memory plan");
@@ -203,9 +241,11 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     CLI::App *bench = app.add_subcommand("bench", "speed of SKIP and of one update, by op");
     add_output(*bench, s);
     bench->add_option("--chunks", s.bench_chunks, "chunks in each repeat (4)")
-        ->check(CLI::Range(1, 100000));
+        ->check(unnamed(CLI::Range(1, 100000)))
+        ->type_name("N");
     bench->add_option("--repeats", s.bench_repeats, "SKIP and update, by turns; medians (5)")
-        ->check(CLI::Range(1, 1000));
+        ->check(unnamed(CLI::Range(1, 1000)))
+        ->type_name("N");
     bench->footer("\n" + hyper + "\n" + exit_codes);
 
     for (CLI::App *sub : {run, eval, info, backends, bench}) {
@@ -214,6 +254,10 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
         if (sub != backends) add_hyperparameters(*sub, raw, table);
     }
 
+    if (argc > 1 && argv[1][0] != '-' && argv[1][0] != '\0' &&
+        app.get_subcommands([&](CLI::App *sub) { return sub->get_name() == argv[1]; }).empty())
+        throw Failure(exit_usage, "'" + std::string(argv[1]) + "' is no command; there are " +
+                                      "run, eval, info, backends, bench (see ponder --help)");
     const std::map<const CLI::App *, Command> commands{{run, Command::run},
                                                        {eval, Command::eval},
                                                        {info, Command::info},
@@ -226,8 +270,10 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
         if (s.command != Command::backends) take_hyperparameters(s, raw, *chosen);
     } catch (const CLI::CallForHelp &) {
         // The list of subcommands has one line each; their own help says more.
-        run->description(run_help);
-        eval->description(eval_help);
+        const std::vector<CLI::App *> chosen = app.get_subcommands();
+        for (const auto &[command, text] : {std::pair(run, run_help), std::pair(eval, eval_help)})
+            if (!chosen.empty() && chosen.front() == command)
+                command->description(std::string(text) + "\n");
         std::fputs(app.help().c_str(), stdout);
         return std::nullopt;
     } catch (const CLI::CallForVersion &version) {

@@ -35,28 +35,38 @@ uint32_t decode(std::string_view sequence) {
     }
 }
 
-std::string visible(std::string_view bytes) {
-    std::string html;
-    while (!bytes.empty()) {
-        const size_t size = utf8_sequence(bytes);
-        if (size == 0) { // a byte of its own, or a part of a character cut by the tokens
-            html += format("<u>\\x%02x</u>", unsigned(static_cast<unsigned char>(bytes[0])));
-            bytes.remove_prefix(1);
-            continue;
-        }
-        const std::string_view sequence = bytes.substr(0, size);
-        if (sequence == "\n")
-            html += "<u>&#x21b5;</u>\n";
-        else if (sequence == "\t")
-            html += "\t";
-        else if (const std::string mark = symbol(decode(sequence)); !mark.empty())
-            html += mark;
-        else
-            html += html_escape(sequence);
-        bytes.remove_prefix(size);
-    }
-    return html;
+std::string character(std::string_view sequence) {
+    if (sequence == "\n") return "<u>&#x21b5;</u>\n";
+    if (sequence == "\t") return "\t";
+    const std::string mark = symbol(decode(sequence));
+    return mark.empty() ? html_escape(sequence) : mark;
 }
+
+// Shows text token by token. A character whose bytes are spread over several tokens stands in
+// the first of them; the others get a dot.
+class VisibleText {
+public:
+    explicit VisibleText(std::string text) : text_(std::move(text)) {}
+    std::string take(size_t bytes) { // the next token's
+        begin_ += bytes;
+        std::string html;
+        for (; at_ < begin_;) {
+            const std::string_view rest = std::string_view(text_).substr(at_);
+            const size_t size = utf8_sequence(rest);
+            html += size > 0 ? character(rest.substr(0, size))
+                             : format("<u>\\x%02x</u>", unsigned(static_cast<unsigned char>(rest[0])));
+            at_ += size > 0 ? size : 1;
+        }
+        return html.empty() ? "<u>&middot;</u>" : html;
+    }
+
+private:
+    std::string text_;
+    size_t begin_ = 0; // of the token after the one that was taken last
+    size_t at_ = 0;    // what has been shown; beyond begin_ inside a spread character
+};
+
+std::string visible(const std::string &text) { return VisibleText(text).take(text.size()); }
 
 // Class of a token by how much easier it became, in nats.
 const char *shade(double gain) {
@@ -67,10 +77,14 @@ const char *shade(double gain) {
     return std::isnan(gain) ? "" : gain >= 0 ? easier[level] : harder[level];
 }
 
-std::string token_html(const RunResult &run, const ponder_model *model, size_t position) {
+std::string_view token_bytes(const ponder_model *model, int32_t id) {
     const char *bytes = nullptr;
     size_t size = 0;
-    call(ponder_model_token_bytes, model, run.tokens[position], &bytes, &size);
+    call(ponder_model_token_bytes, model, id, &bytes, &size);
+    return {bytes, size};
+}
+
+std::string token_html(const RunResult &run, size_t position, const std::string &text) {
     const double adapted = run.losses[position];
     const double skip = position < run.skip_losses.size() ? run.skip_losses[position] : NAN;
     std::string html = "<i";
@@ -79,7 +93,7 @@ std::string token_html(const RunResult &run, const ponder_model *model, size_t p
     if (!std::isnan(adapted))
         html += std::isnan(skip) ? format(" data-l=\"- %.2f\"", adapted)
                                  : format(" data-l=\"%.2f %.2f\"", skip, adapted);
-    return html + ">" + visible({bytes, size}) + "</i>";
+    return html + ">" + text + "</i>";
 }
 
 std::string chunk_html(const RunResult &run, const ponder_model *model, size_t index,
@@ -94,14 +108,17 @@ std::string chunk_html(const RunResult &run, const ponder_model *model, size_t i
                        chunk.skip_loss >= r.loss_before ? "easier" : "harder");
     html += format(" &middot; K = %d</div><pre tabindex=0 aria-label=\"chunk %llu\">", int(r.steps),
                    (unsigned long long)r.chunk);
-    // pre swallows a newline at its very start; a token never begins the element's text itself.
     const size_t end = size_t(r.first_token + r.tokens);
+    std::string bytes;
+    for (size_t t = size_t(r.first_token); t < end; ++t)
+        bytes += token_bytes(model, run.tokens[t]);
+    VisibleText text(std::move(bytes));
     while (document < run.documents.size() && run.documents[document].token < r.first_token)
         ++document;
     for (size_t t = size_t(r.first_token); t < end; ++t) {
         for (; document < run.documents.size() && run.documents[document].token == t; ++document)
             html += "<span class=file>" + visible(run.documents[document].path) + "</span> ";
-        html += token_html(run, model, t);
+        html += token_html(run, t, text.take(token_bytes(model, run.tokens[t]).size()));
     }
     return html + "</pre>\n";
 }

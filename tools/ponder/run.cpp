@@ -1,6 +1,7 @@
 // `ponder run`: files -> one stream; adapt along it, then score it again frozen (SKIP).
 #include "commands.hpp"
 #include "interrupt.hpp"
+#include "json_out.hpp"
 #include "run_result.hpp"
 #include "setup.hpp"
 #include "source.hpp"
@@ -12,6 +13,7 @@
 #include "write_file.hpp"
 
 #include <algorithm>
+#include <cstdio>
 
 namespace tool {
 
@@ -45,6 +47,8 @@ public:
         }
         return false;
     }
+    // To read everything a second time; standard input only gives its text once.
+    void keep_standard_input() { keep_stdin_ = true; }
     void rewind() {
         at_ = 0;
         done_ = used_ = left_out_ = 0;
@@ -56,7 +60,6 @@ public:
 
 private:
     bool read(const FileItem &file, std::string &text) {
-        // Standard input can be read once only.
         if (file.path == "-" && have_stdin_) {
             text = stdin_;
         } else if (read_whole(file.path, text) == ReadResult::too_large) {
@@ -64,7 +67,7 @@ private:
                              "; left out");
             text.clear();
             return false;
-        } else if (file.path == "-" && keep_stdin) {
+        } else if (file.path == "-" && keep_stdin_) {
             stdin_ = text;
             have_stdin_ = true;
         }
@@ -76,15 +79,12 @@ private:
     size_t at_ = 0;
     uint64_t total_ = 0, done_ = 0, used_ = 0, left_out_ = 0;
     std::string stdin_;
-    bool have_stdin_ = false;
-
-public:
-    bool keep_stdin = false;
+    bool keep_stdin_ = false, have_stdin_ = false;
 };
 
 // Some policies need the length of the stream, which only tokenising it can tell.
 uint64_t count_chunks(Documents &documents, const DocumentTokens &tokens, size_t chunk) {
-    documents.keep_stdin = true;
+    documents.keep_standard_input();
     uint64_t count = 0;
     std::string path, text;
     std::vector<int32_t> ids;
@@ -99,10 +99,10 @@ uint64_t count_chunks(Documents &documents, const DocumentTokens &tokens, size_t
 class AdaptivePass {
 public:
     AdaptivePass(const ponder_model *model, const ponder_options *options,
-                 const Settings &settings, RunResult &result)
+                 Documents &documents, bool quiet, RunResult &result)
         : result_(result), session_(make_session(model, options)), cancel_(session_.get()),
-          stepper_(session_.get()), tokens_(model), documents_(settings),
-          progress_(settings.quiet), start_(std::chrono::steady_clock::now()) {
+          stepper_(session_.get()), tokens_(model), documents_(documents), progress_(quiet),
+          start_(std::chrono::steady_clock::now()) {
         result_.chunk_tokens = info_of(session_.get()).chunk_tokens;
         if (result_.policy.rfind("first:", 0) == 0)
             call(ponder_session_expect, session_.get(),
@@ -162,7 +162,7 @@ private:
     CancelOnInterrupt cancel_;
     Stepper stepper_;
     DocumentTokens tokens_;
-    Documents documents_;
+    Documents &documents_;
     Progress progress_;
     std::chrono::steady_clock::time_point start_;
 };
@@ -198,9 +198,27 @@ void run_baseline(const ponder_model *model, const Settings &settings, RunResult
 
 } // namespace
 
+// No model is needed to say what would be read.
+static int list_command(const Settings &settings) {
+    Documents documents(settings);
+    JsonWriter json;
+    json.object().member("schema_version", 1).member("command", "run --list");
+    json.key("files").array();
+    std::string path, text;
+    while (!interrupted() && documents.next(path, text)) {
+        json.object(true).member("path", path).member("bytes", uint64_t(text.size())).end();
+        if (!settings.json) std::printf("%s\n", path.c_str());
+    }
+    json.end().member("files_left_out", documents.left_out()).end();
+    if (settings.json) json.print();
+    return interrupted() ? exit_interrupted : exit_ok;
+}
+
 int run_command(const Settings &settings) {
+    if (settings.list) return list_command(settings);
     const Runtime runtime = open_runtime(settings);
     const Options options = make_options(settings);
+    Documents documents(settings); // a wrong path shows before a large model is loaded
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
     RunResult result{};
     result.model = info_of(model.get());
@@ -209,7 +227,7 @@ int run_command(const Settings &settings) {
     result.context_tokens = uint64_t(std::stoull(value_of(options.get(), "context")));
     if (result.context_tokens == 0) result.context_tokens = uint64_t(result.model.context);
 
-    AdaptivePass(model.get(), options.get(), settings, result).run();
+    AdaptivePass(model.get(), options.get(), documents, settings.quiet, result).run();
     if (settings.baseline && !interrupted()) {
         if (!result.all_kept)
             note(settings.quiet, "a long stream: SKIP and the page cover its first " +

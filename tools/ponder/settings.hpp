@@ -25,6 +25,7 @@ struct Settings {
     bool quiet = false;
 
     std::vector<std::string> paths; // run; empty = the current directory
+    bool list = false;              // run: only say which files would be read
     bool baseline = true;           // run
     std::string html;               // run; empty = no page
 

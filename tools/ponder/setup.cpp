@@ -25,6 +25,19 @@ void log_to_stderr(void *user_data, int32_t level, const char *message) {
     if (level <= PONDER_LOG_WARNING) note(quiet, message);
 }
 
+// The reference kernels are there to compare with. Whoever did not ask for them should know.
+void warn_if_slow(const ponder_runtime *runtime, const ponder_model_info &model,
+                  const Settings &settings) {
+    if (settings.backend != "auto" || std::string(model.backend) != "reference") return;
+    std::string why = "no other backend was found";
+    for (uint32_t i = 0; i < ponder_backend_count(runtime); ++i) {
+        auto backend = sized<ponder_backend_info>();
+        call(ponder_backend_get, runtime, i, &backend);
+        if (!backend.available) why = std::string(backend.name) + ": " + backend.reason;
+    }
+    note(settings.quiet, "running on the slow reference kernels (" + why + ")");
+}
+
 int32_t stop_when_interrupted(void *, uint64_t, uint64_t) { return interrupted(); }
 
 } // namespace
@@ -118,7 +131,9 @@ Model load_model(ponder_runtime *runtime, const std::string &folder, const Setti
     limits.progress = stop_when_interrupted;
     ponder_model *model = nullptr;
     call(ponder_model_load, &model, runtime, folder.c_str(), &options, &limits);
-    return Model(model);
+    Model loaded(model);
+    warn_if_slow(runtime, info_of(model), settings);
+    return loaded;
 }
 
 Session make_session(const ponder_model *model, const ponder_options *options) {

@@ -1,6 +1,7 @@
 #include "source.hpp"
 
 #include "common.hpp"
+#include "interrupt.hpp"
 
 #include <algorithm>
 #include <cerrno>
@@ -22,6 +23,7 @@ struct Close {
 using File = std::unique_ptr<std::FILE, Close>;
 
 [[noreturn]] void fail(const std::string &path, const std::string &what) {
+    if (interrupted()) throw Failure(exit_interrupted, "interrupted while reading");
     throw Failure(exit_file, (path == "-" ? "standard input" : path) + ": " + what);
 }
 

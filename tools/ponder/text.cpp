@@ -72,7 +72,7 @@ size_t display_width(std::string_view utf8) {
 std::string hanging(std::string head, std::string_view body, size_t indent, size_t width) {
     std::string text = std::move(head);
     size_t column = display_width(text);
-    if (column + 2 > indent) {
+    if (column > 0 && column + 2 > indent) {
         text += '\n';
         column = 0;
     }
