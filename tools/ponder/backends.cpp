@@ -24,8 +24,10 @@ int backends_command(const Settings &settings) {
             json.object().member("name", b.name).member("available", b.available != 0);
             json.member("version", b.version).member("isa", b.isa);
             json.key("dtypes").array(true);
-            if (b.available) json.value("f32");
-            if (b.bf16) json.value("bf16");
+            if (b.available)
+                json.value("f32");
+            if (b.bf16)
+                json.value("bf16");
             json.end().member("priority", int64_t(b.priority)).member("path", b.path);
             json.member("reason", b.reason).end();
         }
@@ -36,11 +38,14 @@ int backends_command(const Settings &settings) {
     table.row({"backend", "usable", "instructions", "dtypes"});
     for (const ponder_backend_info &b : backends)
         table.row({b.name, b.available ? "yes" : "no", b.isa,
-                   !b.available ? "" : b.bf16 ? "f32 bf16" : "f32"});
+                   !b.available ? ""
+                   : b.bf16     ? "f32 bf16"
+                                : "f32"});
     std::printf("%s\n", table.text(0).c_str());
     for (const ponder_backend_info &b : backends) {
         std::printf("%s: %s\n", b.name, b.path[0] ? b.path : "built in");
-        if (b.reason[0]) std::printf("    not usable: %s\n", b.reason);
+        if (b.reason[0])
+            std::printf("    not usable: %s\n", b.reason);
     }
     return exit_ok;
 }

@@ -42,7 +42,8 @@ struct Timing {
 };
 
 double median(std::vector<double> values) {
-    if (values.empty()) return NAN;
+    if (values.empty())
+        return NAN;
     std::sort(values.begin(), values.end());
     const size_t n = values.size();
     return (values[(n - 1) / 2] + values[n / 2]) / 2;
@@ -59,8 +60,10 @@ public:
         Stepper stepper(session_.get());
         stepper.restart(ids.size() / chunk);
         for (size_t at = 0; at < ids.size(); at += chunk)
-            if (interrupted() || !stepper.chunk(std::span(ids).subspan(at, chunk))) return false;
-        if (!count) return true;
+            if (interrupted() || !stepper.chunk(std::span(ids).subspan(at, chunk)))
+                return false;
+        if (!count)
+            return true;
         const Totals &t = stepper.totals();
         const double chunks = double(t.chunks);
         seconds_.push_back(t.seconds() / chunks);
@@ -85,7 +88,8 @@ private:
 
 bool is_matrix_product(const char *op) {
     for (const char *name : {"linear", "lora_linear", "cross_entropy", "matmul"})
-        if (std::strncmp(op, name, std::strlen(name)) == 0) return true;
+        if (std::strncmp(op, name, std::strlen(name)) == 0)
+            return true;
     return false;
 }
 
@@ -135,10 +139,12 @@ BenchResult measure(const ponder_model *model, const Settings &settings) {
     }
     result.skip = skip_side.timing();
     result.update = update_side.timing();
-    if (result.complete) result.profile = profile_of(update_side.session());
+    if (result.complete)
+        result.profile = profile_of(update_side.session());
     double flops = 0, ns = 0;
     for (const ponder_profile_entry &entry : result.profile)
-        if (is_matrix_product(entry.op)) flops += double(entry.flops), ns += double(entry.ns);
+        if (is_matrix_product(entry.op))
+            flops += double(entry.flops), ns += double(entry.ns);
     result.matrix_rate = ns > 0 ? flops / ns * 1e9 : NAN;
     return result;
 }
@@ -179,8 +185,8 @@ void print_json(const BenchResult &b, const ponder_model_info &model, const std:
 }
 
 void print_table(const BenchResult &b, const ponder_model_info &model, const std::string &method) {
-    std::printf("%s on %s (%s), %s: chunks of %zu tokens, median of %u repeats\n\n",
-                method.c_str(), model.backend, model.isa, model.dtype, b.chunk, b.repeats);
+    std::printf("%s on %s (%s), %s: chunks of %zu tokens, median of %u repeats\n\n", method.c_str(),
+                model.backend, model.isa, model.dtype, b.chunk, b.repeats);
     Table table("lrrrrr");
     table.row({"", "tokens/s", "ms/chunk", "GFLOP/s", "of products", "overhead"});
     for (const auto &[name, t] : {std::pair("SKIP", b.skip), std::pair("update", b.update)})
@@ -212,7 +218,8 @@ int bench_command(const Settings &settings) {
     const Options options = make_options(settings);
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
     const BenchResult result = measure(model.get(), settings);
-    if (!result.complete) note(settings.quiet, "interrupted; this is what was done so far");
+    if (!result.complete)
+        note(settings.quiet, "interrupted; this is what was done so far");
     std::string method = method_text(options.get());
     if (value_of(options.get(), "adapter") == "lora")
         method += ", layers " + value_of(options.get(), "lora.layers");

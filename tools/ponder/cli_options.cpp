@@ -49,7 +49,8 @@ const char *const eval_help =
     "norm bound and the budget are off.";
 
 const char *const eval_examples =
-    "Lines of the stream are objects with \"package\", \"path\" and \"text\", .jsonl or .jsonl.xz.\n"
+    "Lines of the stream are objects with \"package\", \"path\" and \"text\", .jsonl or "
+    ".jsonl.xz.\n"
     "\n"
     "Examples:\n"
     "  ponder eval --stream go.test.jsonl.xz --adapter none --json\n"
@@ -73,8 +74,10 @@ uint64_t parse_size(const std::string &text) {
         throw Failure(exit_usage, "--memory-limit: '" + text + "' is no size");
     }
     std::string unit = text.substr(used);
-    if (!unit.empty() && (unit.back() == 'B' || unit.back() == 'b')) unit.pop_back();
-    if (!unit.empty() && (unit.back() == 'i')) unit.pop_back();
+    if (!unit.empty() && (unit.back() == 'B' || unit.back() == 'b'))
+        unit.pop_back();
+    if (!unit.empty() && (unit.back() == 'i'))
+        unit.pop_back();
     if (unit.size() == 1 && shifts.count(char(std::tolower(unit[0]))))
         value *= double(uint64_t(1) << shifts.at(char(std::tolower(unit[0]))));
     else if (!unit.empty())
@@ -95,8 +98,10 @@ std::vector<ponder_option_info> option_table() {
 
 std::string document(const ponder_option_info &option) {
     std::string text = option.doc;
-    if (option.unit[0]) text += std::string(" [") + option.unit + "]";
-    if (option.choices[0]) text += std::string(": ") + option.choices;
+    if (option.unit[0])
+        text += std::string(" [") + option.unit + "]";
+    if (option.choices[0])
+        text += std::string(": ") + option.choices;
     // Long lists of choices may be broken between them.
     for (size_t at = 0; (at = text.find('|', at)) != std::string::npos; at += 3)
         text.replace(at, 1, " | ");
@@ -114,10 +119,12 @@ std::string describe(const ponder_option_info &option) {
 }
 
 std::string option_help(const std::vector<ponder_option_info> &table) {
-    std::string text = "Hyperparameters and their defaults, for --set NAME=VALUE (which also takes the\n"
-                       "names of the flags above, and wins over them):\n";
+    std::string text =
+        "Hyperparameters and their defaults, for --set NAME=VALUE (which also takes the\n"
+        "names of the flags above, and wins over them):\n";
     for (const ponder_option_info &option : table)
-        if (!has_flag(option)) text += describe(option);
+        if (!has_flag(option))
+            text += describe(option);
     return text;
 }
 
@@ -166,7 +173,8 @@ void add_model(CLI::App &app, Settings &s) {
 void add_hyperparameters(CLI::App &app, Raw &raw, const std::vector<ponder_option_info> &table) {
     for (const ponder_option_info &option : table) {
         const std::string name = option.name;
-        if (!has_flag(option)) continue;
+        if (!has_flag(option))
+            continue;
         const std::string group = "Adapting";
         if (option.type == PONDER_OPTION_BOOLEAN)
             app.add_flag("--" + name, raw.switches[name], wrapped(option.doc))->group(group);
@@ -187,7 +195,8 @@ void take_hyperparameters(Settings &s, const Raw &raw, const CLI::App &app) {
         if (app.get_option_no_throw("--" + name) && app.count("--" + name))
             s.options.emplace_back(name, value);
     for (const auto &[name, on] : raw.switches)
-        if (on) s.options.emplace_back(name, "1");
+        if (on)
+            s.options.emplace_back(name, "1");
     for (const std::string &text : raw.sets) {
         const size_t equals = text.find('=');
         if (equals == std::string::npos || equals == 0)
@@ -196,24 +205,17 @@ void take_hyperparameters(Settings &s, const Raw &raw, const CLI::App &app) {
     }
 }
 
-} // namespace
+struct Subcommands {
+    CLI::App *run, *eval, *info, *backends, *bench;
+};
 
-std::optional<Settings> parse_command_line(int argc, char **argv) {
-    const std::vector<ponder_option_info> table = option_table();
-    Settings s;
-    Raw raw;
-    CLI::App app(about, "ponder");
-    app.set_version_flag("--version", std::string("ponder ") + ponder_version());
-    app.require_subcommand(1);
-    app.footer(std::string("\n") + main_examples + "\n" + exit_codes);
-    app.get_formatter()->column_width(help_column);
-    const std::string hyper = option_help(table);
-
+Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
     CLI::App *run = app.add_subcommand("run", "stream text, adapt to it, show what was gained");
     run->add_option("PATH", s.paths, "files, directories, - for stdin; default: this directory")
         ->type_name("");
     add_output(*run, s);
-    run->add_option("--html", s.html, "write a self-contained page to this file")->type_name("FILE");
+    run->add_option("--html", s.html, "write a self-contained page to this file")
+        ->type_name("FILE");
     run->add_flag("--list", s.list, "print the files that would be read, and stop");
     run->add_flag("--no-baseline", raw.no_baseline, "leave the frozen SKIP pass out");
     run->footer("\n" + std::string(run_examples) + "\n" + hyper + "\n" + exit_codes);
@@ -247,34 +249,56 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
         ->check(unnamed(CLI::Range(1, 1000)))
         ->type_name("N");
     bench->footer("\n" + hyper + "\n" + exit_codes);
+    return {run, eval, info, backends, bench};
+}
 
-    for (CLI::App *sub : {run, eval, info, backends, bench}) {
-        if (sub != backends) add_model(*sub, s);
+// The list of subcommands has one line each; their own help says more.
+void print_help(CLI::App &app, const Subcommands &all) {
+    const std::vector<CLI::App *> chosen = app.get_subcommands();
+    for (const auto &[command, text] :
+         {std::pair(all.run, run_help), std::pair(all.eval, eval_help)})
+        if (!chosen.empty() && chosen.front() == command)
+            command->description(std::string(text) + "\n");
+    std::fputs(app.help().c_str(), stdout);
+}
+
+} // namespace
+
+std::optional<Settings> parse_command_line(int argc, char **argv) {
+    const std::vector<ponder_option_info> table = option_table();
+    Settings s;
+    Raw raw;
+    CLI::App app(about, "ponder");
+    app.set_version_flag("--version", std::string("ponder ") + ponder_version());
+    app.require_subcommand(1);
+    app.footer(std::string("\n") + main_examples + "\n" + exit_codes);
+    app.get_formatter()->column_width(help_column);
+    const auto all = add_subcommands(app, s, raw, option_help(table));
+    for (CLI::App *sub : {all.run, all.eval, all.info, all.backends, all.bench}) {
+        if (sub != all.backends)
+            add_model(*sub, s);
         add_machine(*sub, s, raw);
-        if (sub != backends) add_hyperparameters(*sub, raw, table);
+        if (sub != all.backends)
+            add_hyperparameters(*sub, raw, table);
     }
 
     if (argc > 1 && argv[1][0] != '-' && argv[1][0] != '\0' &&
         app.get_subcommands([&](CLI::App *sub) { return sub->get_name() == argv[1]; }).empty())
         throw Failure(exit_usage, "'" + std::string(argv[1]) + "' is no command; there are " +
                                       "run, eval, info, backends, bench (see ponder --help)");
-    const std::map<const CLI::App *, Command> commands{{run, Command::run},
-                                                       {eval, Command::eval},
-                                                       {info, Command::info},
-                                                       {backends, Command::backends},
-                                                       {bench, Command::bench}};
+    const std::map<const CLI::App *, Command> commands{{all.run, Command::run},
+                                                       {all.eval, Command::eval},
+                                                       {all.info, Command::info},
+                                                       {all.backends, Command::backends},
+                                                       {all.bench, Command::bench}};
     try {
         app.parse(argc, argv);
         const CLI::App *chosen = app.get_subcommands().front();
         s.command = commands.at(chosen);
-        if (s.command != Command::backends) take_hyperparameters(s, raw, *chosen);
+        if (s.command != Command::backends)
+            take_hyperparameters(s, raw, *chosen);
     } catch (const CLI::CallForHelp &) {
-        // The list of subcommands has one line each; their own help says more.
-        const std::vector<CLI::App *> chosen = app.get_subcommands();
-        for (const auto &[command, text] : {std::pair(run, run_help), std::pair(eval, eval_help)})
-            if (!chosen.empty() && chosen.front() == command)
-                command->description(std::string(text) + "\n");
-        std::fputs(app.help().c_str(), stdout);
+        print_help(app, all);
         return std::nullopt;
     } catch (const CLI::CallForVersion &version) {
         std::printf("%s\n", version.what());
@@ -284,7 +308,8 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     }
     s.baseline = !raw.no_baseline;
     s.load = !raw.no_load;
-    if (!raw.memory_limit.empty()) s.memory_limit = parse_size(raw.memory_limit);
+    if (!raw.memory_limit.empty())
+        s.memory_limit = parse_size(raw.memory_limit);
     return s;
 }
 

@@ -31,29 +31,36 @@ using Model = std::unique_ptr<const ponder_model, Destroy>;
 
 inline ExitCode exit_code_of(ponder_status status) {
     switch (status) {
-    case PONDER_OK: return exit_ok;
-    case PONDER_E_ARGUMENT: return exit_usage;
+    case PONDER_OK:
+        return exit_ok;
+    case PONDER_E_ARGUMENT:
+        return exit_usage;
     case PONDER_E_NOT_FOUND:
     case PONDER_E_IO:
     case PONDER_E_FORMAT:
     case PONDER_E_UNSUPPORTED:
-    case PONDER_E_MISMATCH: return exit_file;
-    case PONDER_E_NO_MEMORY: return exit_memory;
-    case PONDER_E_BACKEND: return exit_backend;
-    case PONDER_E_CANCELLED: return exit_interrupted;
-    default: return exit_failure;
+    case PONDER_E_MISMATCH:
+        return exit_file;
+    case PONDER_E_NO_MEMORY:
+        return exit_memory;
+    case PONDER_E_BACKEND:
+        return exit_backend;
+    case PONDER_E_CANCELLED:
+        return exit_interrupted;
+    default:
+        return exit_failure;
     }
 }
 
 inline void check(ponder_status status, const ponder_error &error) {
-    if (status == PONDER_OK) return;
+    if (status == PONDER_OK)
+        return;
     const std::string message = error.message[0] ? error.message : ponder_status_name(status);
     throw Failure(exit_code_of(status), message);
 }
 
 // call(ponder_model_get, model, &info): any function whose last argument is the error.
-template <class Function, class... Arguments>
-void call(Function function, Arguments... arguments) {
+template <class Function, class... Arguments> void call(Function function, Arguments... arguments) {
     ponder_error error{};
     error.struct_size = sizeof error;
     check(function(arguments..., &error), error);

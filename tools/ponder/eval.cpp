@@ -35,12 +35,14 @@ public:
         more_ = read();
     }
     bool next(std::string &name, std::vector<int32_t> &ids) {
-        if (!more_) return false;
+        if (!more_)
+            return false;
         name = document_.package;
         ids.clear();
         do {
             // What comes after the last chunk that counts is read, but not tokenised.
-            if (ids.size() < most_) tokens_.append(document_.text, ids);
+            if (ids.size() < most_)
+                tokens_.append(document_.text, ids);
             more_ = read();
         } while (more_ && document_.package == name && !interrupted());
         return true;
@@ -51,7 +53,8 @@ private:
     bool read() {
         std::string line;
         while (lines_.next(line)) {
-            if (line.find_first_not_of(" \t") == std::string::npos) continue;
+            if (line.find_first_not_of(" \t") == std::string::npos)
+                continue;
             try {
                 document_ = parse_document(line);
             } catch (const std::exception &error) {
@@ -108,7 +111,8 @@ Evaluation evaluate(const ponder_model *model, const ponder_options *options,
         PackageResult package{name, 0, 0};
         for (uint64_t i = 0; i < chunks && !interrupted(); ++i) {
             const auto record = stepper.chunk(std::span(ids).subspan(i * chunk, chunk));
-            if (!record) break;
+            if (!record)
+                break;
             const size_t place = i / position_width;
             if (place >= result.position_sum.size()) {
                 result.position_sum.push_back(0);
@@ -121,7 +125,8 @@ Evaluation evaluate(const ponder_model *model, const ponder_options *options,
             if (progress.due())
                 progress.show(progress_line(stepper.totals(), packages.share(), name));
         }
-        if (package.chunks == 0) break;
+        if (package.chunks == 0)
+            break;
         package.loss /= double(package.chunks);
         result.packages.push_back(package);
     }
@@ -130,8 +135,8 @@ Evaluation evaluate(const ponder_model *model, const ponder_options *options,
     return result;
 }
 
-void print_json(const Evaluation &e, const ponder_model_info &model,
-                const ponder_options *options, const Settings &settings) {
+void print_json(const Evaluation &e, const ponder_model_info &model, const ponder_options *options,
+                const Settings &settings) {
     const Totals &t = e.totals;
     JsonWriter json;
     json.object().member("schema_version", 1).member("command", "eval");
@@ -205,7 +210,8 @@ int eval_command(const Settings &settings) {
     const Options options = make_options(settings);
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
     const Evaluation result = evaluate(model.get(), options.get(), settings);
-    if (!result.complete) note(settings.quiet, "interrupted; this is what was done so far");
+    if (!result.complete)
+        note(settings.quiet, "interrupted; this is what was done so far");
     if (result.packages_skipped > 0)
         note(settings.quiet, format("%llu packages with fewer than %llu chunks were left out",
                                     (unsigned long long)result.packages_skipped,

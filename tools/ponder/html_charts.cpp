@@ -11,12 +11,23 @@ std::string html_escape(std::string_view text) {
     std::string escaped;
     for (const char c : text) {
         switch (c) {
-        case '&': escaped += "&amp;"; break;
-        case '<': escaped += "&lt;"; break;
-        case '>': escaped += "&gt;"; break;
-        case '"': escaped += "&quot;"; break;
-        case '\'': escaped += "&#39;"; break;
-        default: escaped += c;
+        case '&':
+            escaped += "&amp;";
+            break;
+        case '<':
+            escaped += "&lt;";
+            break;
+        case '>':
+            escaped += "&gt;";
+            break;
+        case '"':
+            escaped += "&quot;";
+            break;
+        case '\'':
+            escaped += "&#39;";
+            break;
+        default:
+            escaped += c;
         }
     }
     return escaped;
@@ -27,16 +38,18 @@ namespace {
 // Losses on a vertical axis: from a round number below to one above.
 struct Axis {
     double low, high, step, top, bottom; // top, bottom: pixels
-    double y(double value) const {
-        return bottom - (value - low) / (high - low) * (bottom - top);
-    }
+    double y(double value) const { return bottom - (value - low) / (high - low) * (bottom - top); }
 };
 
 Axis make_axis(double least, double most, double top, double bottom, int lines) {
     const double range = std::max(most - least, 1e-6);
     const double raw = range / lines, power = std::pow(10, std::floor(std::log10(raw)));
-    const double step = power * (raw / power <= 1 ? 1 : raw / power <= 2 ? 2 : raw / power <= 5 ? 5 : 10);
-    return {std::floor(least / step) * step, std::ceil(most / step + 1e-9) * step, step, top, bottom};
+    const double step = power * (raw / power <= 1   ? 1
+                                 : raw / power <= 2 ? 2
+                                 : raw / power <= 5 ? 5
+                                                    : 10);
+    return {std::floor(least / step) * step, std::ceil(most / step + 1e-9) * step, step, top,
+            bottom};
 }
 
 std::string grid(const Axis &axis, double left, double right) {
@@ -57,7 +70,8 @@ std::vector<double> smooth(const std::vector<double> &values, size_t width) {
         const size_t begin = i > half ? i - half : 0, end = std::min(values.size(), i + half + 1);
         double sum = 0, count = 0;
         for (size_t j = begin; j < end; ++j)
-            if (!std::isnan(values[j])) sum += values[j], count += 1;
+            if (!std::isnan(values[j]))
+                sum += values[j], count += 1;
         result.push_back(std::isnan(values[i]) ? NAN : sum / count);
     }
     return result;
@@ -80,7 +94,8 @@ double biggest_chunk_loss(const RunResult &run) {
     double most = 0.1;
     for (const RunChunk &chunk : run.chunks)
         for (const double loss : {chunk.record.loss_before, chunk.skip_loss})
-            if (std::isfinite(loss)) most = std::max(most, loss);
+            if (std::isfinite(loss))
+                most = std::max(most, loss);
     return most;
 }
 
@@ -98,21 +113,27 @@ std::string loss_curve(const RunResult &run) {
     double least = 1e9, most = 0;
     for (const auto &values : {smooth_skip, smooth_adapted, adapted})
         for (const double v : values)
-            if (std::isfinite(v)) least = std::min(least, v), most = std::max(most, v);
-    if (least > most) return "";
+            if (std::isfinite(v))
+                least = std::min(least, v), most = std::max(most, v);
+    if (least > most)
+        return "";
     const Axis axis = make_axis(least, most, top, bottom, 5);
     std::string svg = format("<svg viewBox=\"0 0 %.0f %.0f\" width=\"100%%\" role=img "
                              "aria-label=\"Loss over the stream, SKIP and adapted\">",
                              width, height);
     svg += grid(axis, left, right);
-    if (window > 1) svg += polyline("raw", adapted, axis);
-    if (run.has_skip()) svg += polyline("skip", smooth_skip, axis);
+    if (window > 1)
+        svg += polyline("raw", adapted, axis);
+    if (run.has_skip())
+        svg += polyline("skip", smooth_skip, axis);
     svg += polyline("adapted", smooth_adapted, axis);
     for (int i = 0; i <= 4; ++i)
-        svg += format("<text x=%.0f y=%.0f text-anchor=%s>%s</text>",
-                      left + (right - left) * i / 4, bottom + 18,
-                      i == 0 ? "start" : i == 4 ? "end" : "middle",
-                      count_text(double(run.adapted.tokens) * i / 4).c_str());
+        svg += format("<text x=%.0f y=%.0f text-anchor=%s>%s</text>", left + (right - left) * i / 4,
+                      bottom + 18,
+                      i == 0   ? "start"
+                      : i == 4 ? "end"
+                               : "middle",
+                      with_commas(run.adapted.tokens * uint64_t(i) / 4).c_str());
     svg += format("<text x=%.0f y=%.0f text-anchor=middle>tokens read</text></svg>",
                   (left + right) / 2, bottom + 34);
     return svg;
@@ -129,7 +150,8 @@ struct GateLane {
     explicit GateLane(const RunResult &run) {
         for (const RunChunk &chunk : run.chunks)
             for (const double v : {chunk.record.gate_score, chunk.record.gate_threshold})
-                if (std::isfinite(v)) low = std::min(low, v), high = std::max(high, v);
+                if (std::isfinite(v))
+                    low = std::min(low, v), high = std::max(high, v);
     }
     bool used() const { return low <= high; }
     double y(double v) const {
@@ -144,17 +166,17 @@ std::string number_or_dash(double value) {
 std::string one_bar(const RunChunk &chunk, double x, const Axis &axis, const GateLane &gate) {
     const ponder_record &r = chunk.record;
     const double y = axis.y(std::isfinite(r.loss_before) ? r.loss_before : 0);
-    const char *style = std::isnan(chunk.skip_loss)           ? "n"
+    const char *style = std::isnan(chunk.skip_loss)        ? "n"
                         : chunk.skip_loss >= r.loss_before ? "b"
                                                            : "w";
-    std::string svg = format("<g><title>chunk %llu: loss %.3f, SKIP %s, K = %d, gate score %s, "
-                             "threshold %s%s%s</title>",
-                             (unsigned long long)r.chunk, r.loss_before,
-                             number_or_dash(chunk.skip_loss).c_str(), int(r.steps),
-                             number_or_dash(r.gate_score).c_str(),
-                             number_or_dash(r.gate_threshold).c_str(),
-                             r.flags & PONDER_RECORD_ROLLED_BACK ? ", rolled back" : "",
-                             r.flags & PONDER_RECORD_OVER_BUDGET ? ", over budget" : "");
+    std::string svg =
+        format("<g><title>chunk %llu: loss %.3f, SKIP %s, K = %d, gate score %s, "
+               "threshold %s%s%s</title>",
+               (unsigned long long)r.chunk, r.loss_before, number_or_dash(chunk.skip_loss).c_str(),
+               int(r.steps), number_or_dash(r.gate_score).c_str(),
+               number_or_dash(r.gate_threshold).c_str(),
+               r.flags & PONDER_RECORD_ROLLED_BACK ? ", rolled back" : "",
+               r.flags & PONDER_RECORD_OVER_BUDGET ? ", over budget" : "");
     svg += format("<rect class=%s x=%.1f y=%.1f width=%.0f height=%.1f />", style, x, y, bar_width,
                   axis.bottom - y);
     if (std::isfinite(chunk.skip_loss))
@@ -178,7 +200,8 @@ std::string chunk_bars(const RunResult &run) {
     const size_t count = run.chunks.size();
     std::vector<size_t> shown;
     for (size_t i = 0; i < count; ++i)
-        if (i < most || i + most >= count) shown.push_back(i);
+        if (i < most || i + most >= count)
+            shown.push_back(i);
     const GateLane gate(run);
     const Axis axis = make_axis(0, biggest_chunk_loss(run), bar_top, bar_bottom, 4);
     const double end = bar_left + bar_step * double(shown.size()) + 8;
@@ -189,9 +212,10 @@ std::string chunk_bars(const RunResult &run) {
     svg += grid(axis, bar_left, end);
     svg += format("<text x=%.0f y=%.0f text-anchor=end>K</text>", bar_left - 6, k_line);
     if (gate.used())
-        svg += format("<text x=%.0f y=%.0f text-anchor=end>%.3g</text>"
-                      "<text x=%.0f y=%.0f text-anchor=end>%.3g</text>",
-                      bar_left - 6, gate_top + 4, gate.high, bar_left - 6, gate_bottom + 4, gate.low);
+        svg +=
+            format("<text x=%.0f y=%.0f text-anchor=end>%.3g</text>"
+                   "<text x=%.0f y=%.0f text-anchor=end>%.3g</text>",
+                   bar_left - 6, gate_top + 4, gate.high, bar_left - 6, gate_bottom + 4, gate.low);
     for (size_t i = 0; i < shown.size(); ++i)
         svg += one_bar(run.chunks[shown[i]], bar_left + 3 + bar_step * double(i), axis, gate);
     svg += "</svg>";

@@ -17,9 +17,9 @@ body{margin:0 auto;max-width:70rem;padding:1.5rem 1.25rem 5rem;background:var(--
 font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
 p{margin:.3rem 0 .8rem;max-width:48rem}.soft{color:var(--soft)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.75rem;margin:1.2rem 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.8rem,1fr));gap:.75rem;margin:1.2rem 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.7rem .9rem}
-.card b{display:block;font-size:1.45rem;line-height:1.3}
+.card b{display:block;font-size:1.3rem;line-height:1.3}
 .card small{color:var(--soft);font-size:.85rem}.good{color:var(--good)}.bad{color:var(--bad)}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px;background:var(--card)}
 .scroll:focus-visible,pre:focus-visible{outline:2px solid var(--good);outline-offset:2px}
@@ -29,7 +29,7 @@ svg .b{fill:var(--good)}svg .w{fill:var(--bad)}svg .n{fill:var(--skip)}
 svg .s{stroke:var(--fg);stroke-width:2}svg .gate{fill:var(--fg)}svg .limit{stroke:var(--soft)}
 svg .skip{fill:none;stroke:var(--skip);stroke-width:2;stroke-dasharray:5 3}
 svg .adapted{fill:none;stroke:var(--good);stroke-width:2.5}
-svg .raw{fill:none;stroke:var(--good);opacity:.25}
+svg .raw{fill:none;stroke:var(--good);opacity:.4}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.4rem 0;font-size:.9rem;color:var(--soft)}
 .key span{white-space:nowrap}.sw{display:inline-block;width:1.6em;height:.9em;vertical-align:-.1em;
 border:1px solid var(--line);margin-right:.15em}

@@ -20,18 +20,30 @@ std::vector<std::string> split(std::string_view text) {
 }
 
 bool in_class(std::string_view name, unsigned char c) {
-    if (name == "alnum") return std::isalnum(c);
-    if (name == "alpha") return std::isalpha(c);
-    if (name == "blank") return c == ' ' || c == '\t';
-    if (name == "cntrl") return std::iscntrl(c);
-    if (name == "digit") return std::isdigit(c);
-    if (name == "graph") return std::isgraph(c);
-    if (name == "lower") return std::islower(c);
-    if (name == "print") return std::isprint(c);
-    if (name == "punct") return std::ispunct(c);
-    if (name == "space") return std::isspace(c);
-    if (name == "upper") return std::isupper(c);
-    if (name == "xdigit") return std::isxdigit(c);
+    if (name == "alnum")
+        return std::isalnum(c);
+    if (name == "alpha")
+        return std::isalpha(c);
+    if (name == "blank")
+        return c == ' ' || c == '\t';
+    if (name == "cntrl")
+        return std::iscntrl(c);
+    if (name == "digit")
+        return std::isdigit(c);
+    if (name == "graph")
+        return std::isgraph(c);
+    if (name == "lower")
+        return std::islower(c);
+    if (name == "print")
+        return std::isprint(c);
+    if (name == "punct")
+        return std::ispunct(c);
+    if (name == "space")
+        return std::isspace(c);
+    if (name == "upper")
+        return std::isupper(c);
+    if (name == "xdigit")
+        return std::isxdigit(c);
     return false;
 }
 
@@ -43,8 +55,10 @@ std::optional<bool> match_set(std::string_view &pattern, unsigned char c) {
     i += negated;
     bool found = false, first = true;
     for (;; first = false) {
-        if (i >= pattern.size()) return std::nullopt;
-        if (pattern[i] == ']' && !first) break;
+        if (i >= pattern.size())
+            return std::nullopt;
+        if (pattern[i] == ']' && !first)
+            break;
         if (pattern.substr(i, 2) == "[:") {
             const size_t end = pattern.find(":]", i + 2);
             if (end != std::string_view::npos) {
@@ -54,7 +68,8 @@ std::optional<bool> match_set(std::string_view &pattern, unsigned char c) {
             }
         }
         const auto member = [&]() -> unsigned char {
-            if (pattern[i] == '\\' && i + 1 < pattern.size()) ++i;
+            if (pattern[i] == '\\' && i + 1 < pattern.size())
+                ++i;
             return static_cast<unsigned char>(pattern[i++]);
         };
         const unsigned char low = member();
@@ -75,13 +90,16 @@ bool match_one(std::string_view &pattern, char c) {
         pattern.remove_prefix(1);
         return true;
     }
-    if (pattern[0] == '[') return match_set(pattern, static_cast<unsigned char>(c)) == true;
+    if (pattern[0] == '[')
+        return match_set(pattern, static_cast<unsigned char>(c)) == true;
     if (pattern[0] == '\\') {
-        if (pattern.size() < 2 || pattern[1] != c) return false;
+        if (pattern.size() < 2 || pattern[1] != c)
+            return false;
         pattern.remove_prefix(2);
         return true;
     }
-    if (pattern[0] != c) return false;
+    if (pattern[0] != c)
+        return false;
     pattern.remove_prefix(1);
     return true;
 }
@@ -95,7 +113,8 @@ bool match_parts(std::span<const std::string> pattern, std::span<const std::stri
         if (p < pattern.size() && pattern[p] == "**") {
             star = p++;
             after_star = n;
-            if (p == pattern.size()) return true; // "a/**": everything inside a
+            if (p == pattern.size())
+                return true; // "a/**": everything inside a
         } else if (p < pattern.size() && glob_match(pattern[p], names[n])) {
             ++p, ++n;
         } else if (star < pattern.size()) {
@@ -147,14 +166,17 @@ bool glob_match(std::string_view pattern, std::string_view name) {
 }
 
 IgnoreFile::IgnoreFile(std::string_view text) {
-    if (text.substr(0, 3) == "\xef\xbb\xbf") text.remove_prefix(3);
+    if (text.substr(0, 3) == "\xef\xbb\xbf")
+        text.remove_prefix(3);
     while (!text.empty()) {
         const size_t end = std::min(text.find('\n'), text.size());
         std::string_view line = text.substr(0, end);
         text.remove_prefix(std::min(end + 1, text.size()));
-        if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+        if (!line.empty() && line.back() == '\r')
+            line.remove_suffix(1);
         line = without_trailing_spaces(line);
-        if (line.empty() || line[0] == '#') continue;
+        if (line.empty() || line[0] == '#')
+            continue;
         Pattern pattern;
         if (line[0] == '!') {
             pattern.negated = true;
@@ -165,8 +187,10 @@ IgnoreFile::IgnoreFile(std::string_view text) {
             line.remove_suffix(1);
         }
         pattern.anchored = line.find('/') != std::string_view::npos;
-        if (!line.empty() && line[0] == '/') line.remove_prefix(1);
-        if (line.empty()) continue;
+        if (!line.empty() && line[0] == '/')
+            line.remove_prefix(1);
+        if (line.empty())
+            continue;
         pattern.parts = split(line);
         patterns_.push_back(std::move(pattern));
     }
@@ -175,7 +199,8 @@ IgnoreFile::IgnoreFile(std::string_view text) {
 IgnoreFile::Verdict IgnoreFile::verdict(std::string_view path, bool folder) const {
     const std::vector<std::string> names = split(path);
     for (auto pattern = patterns_.rbegin(); pattern != patterns_.rend(); ++pattern) {
-        if (pattern->folders_only && !folder) continue;
+        if (pattern->folders_only && !folder)
+            continue;
         const std::span<const std::string> all = names;
         if (pattern->anchored ? match_parts(pattern->parts, all)
                               : glob_match(pattern->parts[0], names.back()))

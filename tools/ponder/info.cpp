@@ -36,7 +36,8 @@ void print_plan(const ponder_memory_plan &plan, const std::string &folder,
         table.row({row.name, bytes_text(plan.*row.bytes), row.what});
     std::printf("%s\nA chunk of %s tokens, context %s\n", table.text().c_str(),
                 value_of(options, "chunk").c_str(),
-                value_of(options, "context") == "0" ? "full" : value_of(options, "context").c_str());
+                value_of(options, "context") == "0" ? "full"
+                                                    : value_of(options, "context").c_str());
     Table compute("lrl");
     compute.row({"score", flops_text(double(plan.flops_score)), "one forward pass"});
     compute.row({"a step adds", flops_text(double(plan.flops_step)),
@@ -49,11 +50,11 @@ void print_plan(const ponder_memory_plan &plan, const std::string &folder,
 
 void print_model(const ponder_model_info &m) {
     Table table("ll");
-    table.row({"architecture", format("%s, %d layers, width %d, %d heads, inner %d",
-                                      m.architecture, m.layers, m.width, m.heads, m.inner_width)});
+    table.row({"architecture", format("%s, %d layers, width %d, %d heads, inner %d", m.architecture,
+                                      m.layers, m.width, m.heads, m.inner_width)});
     table.row({"parameters", with_commas(m.parameters)});
-    table.row({"vocabulary", with_commas(uint64_t(m.vocabulary)) +
-                                 (m.has_tokenizer ? "" : ", no tokenizer")});
+    table.row({"vocabulary",
+               with_commas(uint64_t(m.vocabulary)) + (m.has_tokenizer ? "" : ", no tokenizer")});
     table.row({"context", with_commas(uint64_t(m.context)) + " tokens"});
     table.row({"runs on", format("%s (%s), %s", m.backend, m.isa, m.dtype)});
     table.row({"hash", m.hash});
@@ -97,16 +98,19 @@ int info_command(const Settings &settings) {
         std::fflush(stdout);
     }
     Model model;
-    if (settings.load) model = load_model(runtime.get(), folder, settings);
+    if (settings.load)
+        model = load_model(runtime.get(), folder, settings);
     if (!settings.json) {
-        if (model) print_model(info_of(model.get()));
+        if (model)
+            print_model(info_of(model.get()));
         print_options(options.get());
         return exit_ok;
     }
     JsonWriter json;
     json.object().member("schema_version", 1).member("command", "info");
     json.member("path", folder).member("adapter", method_text(options.get()));
-    if (model) model_json(json, info_of(model.get()));
+    if (model)
+        model_json(json, info_of(model.get()));
     json.key("memory_plan").object();
     for (const PlanRow &row : plan_rows)
         json.member(row.key, plan.*row.bytes);

@@ -14,7 +14,8 @@ static_assert(std::atomic<const ponder_session *>::is_always_lock_free &&
 
 void on_interrupt(int) {
     flag.store(true);
-    if (const ponder_session *session = current.load()) ponder_session_cancel(session);
+    if (const ponder_session *session = current.load())
+        ponder_session_cancel(session);
 }
 
 } // namespace

@@ -22,13 +22,16 @@ struct DocumentReader : nlohmann::json_sax<Json> {
         const char *const names[] = {"package", "path", "text"};
         std::string *const places[] = {&document.package, &document.path, &document.text};
         for (which = 0; which < 3; ++which)
-            if (depth == 1 && name == names[which]) return places[which];
+            if (depth == 1 && name == names[which])
+                return places[which];
         return nullptr;
     }
     bool other() {
         int which;
-        if (depth == 0) throw std::runtime_error("the line is no object");
-        if (wanted(which)) throw std::runtime_error("\"" + name + "\" is no string");
+        if (depth == 0)
+            throw std::runtime_error("the line is no object");
+        if (wanted(which))
+            throw std::runtime_error("\"" + name + "\" is no string");
         return true;
     }
     bool null() override { return other(); }
@@ -39,16 +42,19 @@ struct DocumentReader : nlohmann::json_sax<Json> {
     bool binary(binary_t &) override { return other(); }
     bool string(string_t &value) override {
         int which;
-        if (depth == 0) throw std::runtime_error("the line is no object");
+        if (depth == 0)
+            throw std::runtime_error("the line is no object");
         if (std::string *place = wanted(which)) {
-            if (seen[which]) throw std::runtime_error("\"" + name + "\" stands there twice");
+            if (seen[which])
+                throw std::runtime_error("\"" + name + "\" stands there twice");
             seen[which] = true;
             *place = std::move(value);
         }
         return true;
     }
     bool start_object(std::size_t) override {
-        if (depth > 0) other();
+        if (depth > 0)
+            other();
         ++depth;
         return true;
     }
@@ -60,7 +66,8 @@ struct DocumentReader : nlohmann::json_sax<Json> {
     }
     bool end_array() override { return --depth, true; }
     bool key(string_t &value) override {
-        if (depth == 1) name = std::move(value);
+        if (depth == 1)
+            name = std::move(value);
         return true;
     }
     bool parse_error(std::size_t position, const std::string &,
@@ -74,8 +81,10 @@ struct DocumentReader : nlohmann::json_sax<Json> {
 Document parse_document(std::string_view line) {
     DocumentReader reader;
     Json::sax_parse(line.begin(), line.end(), &reader);
-    if (!reader.seen[0]) throw std::runtime_error("\"package\" is missing");
-    if (!reader.seen[2]) throw std::runtime_error("\"text\" is missing");
+    if (!reader.seen[0])
+        throw std::runtime_error("\"package\" is missing");
+    if (!reader.seen[2])
+        throw std::runtime_error("\"text\" is missing");
     return std::move(reader.document);
 }
 

@@ -19,7 +19,8 @@ JsonWriter &JsonWriter::open(char bracket, bool inline_) {
 JsonWriter &JsonWriter::end() {
     const Level level = levels_.back();
     levels_.pop_back();
-    if (!level.empty && !level.inline_) new_line();
+    if (!level.empty && !level.inline_)
+        new_line();
     text_ += level.close;
     return *this;
 }
@@ -34,10 +35,13 @@ void JsonWriter::separate() {
         after_key_ = false;
         return;
     }
-    if (levels_.empty()) return;
+    if (levels_.empty())
+        return;
     Level &level = levels_.back();
-    if (!level.empty) text_ += level.inline_ ? ", " : ",";
-    if (!level.inline_) new_line();
+    if (!level.empty)
+        text_ += level.inline_ ? ", " : ",";
+    if (!level.inline_)
+        new_line();
     level.empty = false;
 }
 

@@ -13,14 +13,20 @@ namespace {
 
 int run(int argc, char **argv) {
     const std::optional<Settings> settings = parse_command_line(argc, argv);
-    if (!settings) return exit_ok;
+    if (!settings)
+        return exit_ok;
     catch_interrupts();
     switch (settings->command) {
-    case Command::run: return run_command(*settings);
-    case Command::eval: return eval_command(*settings);
-    case Command::info: return info_command(*settings);
-    case Command::backends: return backends_command(*settings);
-    case Command::bench: return bench_command(*settings);
+    case Command::run:
+        return run_command(*settings);
+    case Command::eval:
+        return eval_command(*settings);
+    case Command::info:
+        return info_command(*settings);
+    case Command::backends:
+        return backends_command(*settings);
+    case Command::bench:
+        return bench_command(*settings);
     }
     return exit_failure;
 }

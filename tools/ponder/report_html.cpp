@@ -15,8 +15,10 @@ constexpr size_t first_tokens = 36'000, last_tokens = 18'000;
 
 // What would be invisible, or would change how the text around it is shown, becomes a symbol.
 std::string symbol(uint32_t code) {
-    if (code < 0x20) return format("<u>&#x%x;</u>", 0x2400 + code);
-    if (code == 0x7f) return "<u>&#x2421;</u>";
+    if (code < 0x20)
+        return format("<u>&#x%x;</u>", 0x2400 + code);
+    if (code == 0x7f)
+        return "<u>&#x2421;</u>";
     const bool hidden = (code >= 0x80 && code < 0xa0) || code == 0xad || code == 0x061c ||
                         (code >= 0x200b && code <= 0x200f) || (code >= 0x2028 && code <= 0x202e) ||
                         (code >= 0x2060 && code <= 0x206f) || code == 0xfeff ||
@@ -27,17 +29,22 @@ std::string symbol(uint32_t code) {
 uint32_t decode(std::string_view sequence) {
     const auto at = [&](size_t i) { return uint32_t(static_cast<unsigned char>(sequence[i])); };
     switch (sequence.size()) {
-    case 1: return at(0);
-    case 2: return (at(0) & 0x1f) << 6 | (at(1) & 0x3f);
-    case 3: return (at(0) & 0x0f) << 12 | (at(1) & 0x3f) << 6 | (at(2) & 0x3f);
+    case 1:
+        return at(0);
+    case 2:
+        return (at(0) & 0x1f) << 6 | (at(1) & 0x3f);
+    case 3:
+        return (at(0) & 0x0f) << 12 | (at(1) & 0x3f) << 6 | (at(2) & 0x3f);
     default:
         return (at(0) & 0x07) << 18 | (at(1) & 0x3f) << 12 | (at(2) & 0x3f) << 6 | (at(3) & 0x3f);
     }
 }
 
 std::string character(std::string_view sequence) {
-    if (sequence == "\n") return "<u>&#x21b5;</u>\n";
-    if (sequence == "\t") return "\t";
+    if (sequence == "\n")
+        return "<u>&#x21b5;</u>\n";
+    if (sequence == "\t")
+        return "\t";
     const std::string mark = symbol(decode(sequence));
     return mark.empty() ? html_escape(sequence) : mark;
 }
@@ -53,8 +60,9 @@ public:
         for (; at_ < begin_;) {
             const std::string_view rest = std::string_view(text_).substr(at_);
             const size_t size = utf8_sequence(rest);
-            html += size > 0 ? character(rest.substr(0, size))
-                             : format("<u>\\x%02x</u>", unsigned(static_cast<unsigned char>(rest[0])));
+            html += size > 0
+                        ? character(rest.substr(0, size))
+                        : format("<u>\\x%02x</u>", unsigned(static_cast<unsigned char>(rest[0])));
             at_ += size > 0 ? size : 1;
         }
         return html.empty() ? "<u>&middot;</u>" : html;
@@ -89,11 +97,18 @@ std::string token_html(const RunResult &run, size_t position, const std::string 
     const double skip = position < run.skip_losses.size() ? run.skip_losses[position] : NAN;
     std::string html = "<i";
     const std::string style = shade(skip - adapted);
-    if (!style.empty()) html += " class=" + style;
+    if (!style.empty())
+        html += " class=" + style;
     if (!std::isnan(adapted))
         html += std::isnan(skip) ? format(" data-l=\"- %.2f\"", adapted)
                                  : format(" data-l=\"%.2f %.2f\"", skip, adapted);
     return html + ">" + text + "</i>";
+}
+
+std::string difference(double gain) {
+    if (std::abs(gain) < 0.0005)
+        return "the same";
+    return format("%.3f %s", std::abs(gain), gain > 0 ? "easier" : "harder");
 }
 
 std::string chunk_html(const RunResult &run, const ponder_model *model, size_t index,
@@ -103,9 +118,8 @@ std::string chunk_html(const RunResult &run, const ponder_model *model, size_t i
     std::string html = format("<div class=chunk>chunk <b>%llu</b> &middot; loss <b>%.3f</b>",
                               (unsigned long long)r.chunk, r.loss_before);
     if (std::isfinite(chunk.skip_loss))
-        html += format(" &middot; SKIP %.3f &middot; %.3f %s", chunk.skip_loss,
-                       std::abs(chunk.skip_loss - r.loss_before),
-                       chunk.skip_loss >= r.loss_before ? "easier" : "harder");
+        html += format(" &middot; SKIP %.3f &middot; ", chunk.skip_loss) +
+                difference(chunk.skip_loss - r.loss_before);
     html += format(" &middot; K = %d</div><pre tabindex=0 aria-label=\"chunk %llu\">", int(r.steps),
                    (unsigned long long)r.chunk);
     const size_t end = size_t(r.first_token + r.tokens);
@@ -142,8 +156,9 @@ std::string tokens_html(const RunResult &run, const ponder_model *model) {
     for (size_t i = 0; i < run.chunks.size(); ++i) {
         const ponder_record &r = run.chunks[i].record;
         const uint64_t end = r.first_token + r.tokens;
-        const bool shown = end <= run.tokens.size() &&
-                           (end <= first_tokens || r.first_token + last_tokens >= run.adapted.tokens);
+        const bool shown =
+            end <= run.tokens.size() &&
+            (end <= first_tokens || r.first_token + last_tokens >= run.adapted.tokens);
         if (!shown) {
             left_out += 1;
             continue;
@@ -161,8 +176,9 @@ std::string tokens_html(const RunResult &run, const ponder_model *model) {
 
 std::string card(const char *what, const std::string &value, const std::string &detail,
                  const char *style = "") {
-    return format("<div class=card><small>%s</small><b class=\"%s\">%s</b><small>%s</small></div>\n",
-                  what, style, value.c_str(), detail.c_str());
+    return format(
+        "<div class=card><small>%s</small><b class=\"%s\">%s</b><small>%s</small></div>\n", what,
+        style, value.c_str(), detail.c_str());
 }
 
 std::string summary_html(const RunResult &run) {
@@ -171,10 +187,11 @@ std::string summary_html(const RunResult &run) {
     const double gain = both.skip - both.adapted;
     std::string html = "<div class=cards>";
     if (run.has_skip()) {
-        html += card("Gain", format("%+.3f nats", -gain),
-                     format("%.1f %% of the loss, per token", 100 * gain / both.skip),
+        html += card("Gain", format("%.3f nats", gain),
+                     format("a token; %.1f %% of the loss", 100 * gain / both.skip),
                      gain >= 0 ? "good" : "bad");
-        html += card("Loss", format("%.3f &rarr; %.3f", both.skip, both.adapted), "SKIP &rarr; adapted");
+        html += card("Loss", format("%.3f &rarr; %.3f", both.skip, both.adapted),
+                     "SKIP &rarr; adapted");
         html += card("Perplexity",
                      format("%.2f &rarr; %.2f", std::exp(both.skip), std::exp(both.adapted)),
                      "SKIP &rarr; adapted");
@@ -229,11 +246,14 @@ std::string html_report(const RunResult &run, const ponder_model *model) {
                    with_commas(run.context_tokens).c_str(), html_escape(run.model.backend).c_str(),
                    html_escape(run.model.isa).c_str(), html_escape(run.model.dtype).c_str(),
                    run.adapted.causal ? "" : " &middot; <b>not causal (analysis)</b>");
-    if (run.interrupted) html += "<p><b>Interrupted: the part that was done.</b></p>\n";
-    if (run.chunks.empty()) return html + "<p>No chunk was read.</p></body></html>\n";
+    if (run.interrupted)
+        html += "<p><b>Interrupted: the part that was done.</b></p>\n";
+    if (run.chunks.empty())
+        return html + "<p>No chunk was read.</p></body></html>\n";
     html += summary_html(run);
     html += "<h2>Loss over the stream</h2>\n<div class=key>";
-    if (run.has_skip()) html += "<span>- - SKIP: the frozen model</span>";
+    if (run.has_skip())
+        html += "<span>- - SKIP: the frozen model</span>";
     html += "<span class=good>&mdash; adapted, before it learned from the chunk</span>"
             "<span>nats per token, moving average</span></div>\n";
     html += loss_curve(run);

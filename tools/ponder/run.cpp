@@ -37,12 +37,14 @@ public:
             FileItem &file = files_[at_++];
             path = file.path;
             const bool usable = read(file, text);
-            if (path == "-") path = "standard input";
+            if (path == "-")
+                path = "standard input";
             // What was expected to be read and what was there may differ.
             total_ = total_ - file.size + text.size();
             file.size = text.size();
             done_ += text.size();
-            if (usable) return ++used_, true;
+            if (usable)
+                return ++used_, true;
             ++left_out_;
         }
         return false;
@@ -63,8 +65,8 @@ private:
         if (file.path == "-" && have_stdin_) {
             text = stdin_;
         } else if (read_whole(file.path, text) == ReadResult::too_large) {
-            note(quiet_, file.path + ": larger than " + bytes_text(largest_document) +
-                             "; left out");
+            note(quiet_,
+                 file.path + ": larger than " + bytes_text(largest_document) + "; left out");
             text.clear();
             return false;
         } else if (file.path == "-" && keep_stdin_) {
@@ -98,8 +100,8 @@ uint64_t count_chunks(Documents &documents, const DocumentTokens &tokens, size_t
 
 class AdaptivePass {
 public:
-    AdaptivePass(const ponder_model *model, const ponder_options *options,
-                 Documents &documents, bool quiet, RunResult &result)
+    AdaptivePass(const ponder_model *model, const ponder_options *options, Documents &documents,
+                 bool quiet, RunResult &result)
         : result_(result), session_(make_session(model, options)), cancel_(session_.get()),
           stepper_(session_.get()), tokens_(model), documents_(documents), progress_(quiet),
           start_(std::chrono::steady_clock::now()) {
@@ -120,13 +122,16 @@ public:
             size_t used = 0;
             for (; waiting.size() - used >= chunk && !interrupted(); used += chunk) {
                 const auto ids = std::span(waiting).subspan(used, chunk);
-                if (!keep(stepper_.chunk(ids), ids)) break;
-                const double left = double(waiting.size() - used) / double(std::max<size_t>(added, 1));
+                if (!keep(stepper_.chunk(ids), ids))
+                    break;
+                const double left =
+                    double(waiting.size() - used) / double(std::max<size_t>(added, 1));
                 show(double(documents_.done()) - std::min(left, 1.0) * double(text.size()));
             }
             waiting.erase(waiting.begin(), waiting.begin() + std::ptrdiff_t(used));
         }
-        if (!interrupted()) keep(stepper_.last(waiting), waiting);
+        if (!interrupted())
+            keep(stepper_.last(waiting), waiting);
         result_.files = documents_.used();
         result_.files_left_out = documents_.left_out();
         result_.bytes = documents_.done();
@@ -135,10 +140,12 @@ public:
 
 private:
     bool keep(const std::optional<ponder_record> &record, std::span<const int32_t> ids) {
-        if (!record) return false;
+        if (!record)
+            return false;
         result_.chunks.push_back({*record, NAN});
         result_.adapted = stepper_.totals();
-        if (result_.tokens.size() + ids.size() > most_kept) result_.all_kept = false;
+        if (result_.tokens.size() + ids.size() > most_kept)
+            result_.all_kept = false;
         if (result_.all_kept) {
             result_.tokens.insert(result_.tokens.end(), ids.begin(), ids.end());
             stepper_.append_losses(*record, result_.losses);
@@ -146,15 +153,17 @@ private:
         return true;
     }
     void show(double bytes_done) {
-        if (!progress_.due()) return;
+        if (!progress_.due())
+            return;
         const Totals &t = result_.adapted;
         const double share = bytes_done / double(std::max<uint64_t>(documents_.total(), 1));
         const double elapsed =
             std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-        progress_.show(format("adapting %s %3.0f %%  %.0f tok/s  loss %.3f  updates %.0f %%  ETA %s",
-                              progress_bar(share, 14).c_str(), 100 * share, t.tokens_per_second(),
-                              t.token_loss(), 100 * t.per_chunk(double(t.updates)),
-                              duration_text(elapsed * (1 - share) / share).c_str()));
+        progress_.show(
+            format("adapting %s %3.0f %%  %.0f tok/s  loss %.3f  updates %.0f %%  ETA %s",
+                   progress_bar(share, 14).c_str(), 100 * share, t.tokens_per_second(),
+                   t.token_loss(), 100 * t.per_chunk(double(t.updates)),
+                   duration_text(elapsed * (1 - share) / share).c_str()));
     }
 
     RunResult &result_;
@@ -181,11 +190,13 @@ void run_baseline(const ponder_model *model, const Settings &settings, RunResult
     for (size_t at = 0, i = 0; at < tokens.size() && !interrupted(); at += chunk, ++i) {
         const auto ids = tokens.subspan(at, std::min(chunk, tokens.size() - at));
         const auto record = ids.size() == chunk ? stepper.chunk(ids) : stepper.last(ids);
-        if (!record) break;
+        if (!record)
+            break;
         result.chunks[i].skip_loss = record->loss_before;
         stepper.append_losses(*record, result.skip_losses);
         const Totals &t = stepper.totals();
-        if (!progress.due()) continue;
+        if (!progress.due())
+            continue;
         const double share = double(t.tokens) / double(tokens.size());
         progress.show(format("SKIP     %s %3.0f %%  %.0f tok/s  loss %.3f  ETA %s",
                              progress_bar(share, 14).c_str(), 100 * share, t.tokens_per_second(),
@@ -207,15 +218,18 @@ static int list_command(const Settings &settings) {
     std::string path, text;
     while (!interrupted() && documents.next(path, text)) {
         json.object(true).member("path", path).member("bytes", uint64_t(text.size())).end();
-        if (!settings.json) std::printf("%s\n", path.c_str());
+        if (!settings.json)
+            std::printf("%s\n", path.c_str());
     }
     json.end().member("files_left_out", documents.left_out()).end();
-    if (settings.json) json.print();
+    if (settings.json)
+        json.print();
     return interrupted() ? exit_interrupted : exit_ok;
 }
 
 int run_command(const Settings &settings) {
-    if (settings.list) return list_command(settings);
+    if (settings.list)
+        return list_command(settings);
     const Runtime runtime = open_runtime(settings);
     const Options options = make_options(settings);
     Documents documents(settings); // a wrong path shows before a large model is loaded
@@ -225,7 +239,8 @@ int run_command(const Settings &settings) {
     result.method = method_text(options.get());
     result.policy = value_of(options.get(), "policy");
     result.context_tokens = uint64_t(std::stoull(value_of(options.get(), "context")));
-    if (result.context_tokens == 0) result.context_tokens = uint64_t(result.model.context);
+    if (result.context_tokens == 0)
+        result.context_tokens = uint64_t(result.model.context);
 
     AdaptivePass(model.get(), options.get(), documents, settings.quiet, result).run();
     if (settings.baseline && !interrupted()) {
@@ -234,12 +249,16 @@ int run_command(const Settings &settings) {
                                      with_commas(result.tokens.size()) + " tokens");
         run_baseline(model.get(), settings, result);
     }
-    if (result.interrupted) note(settings.quiet, "interrupted; this is what was done so far");
+    if (result.interrupted)
+        note(settings.quiet, "interrupted; this is what was done so far");
     if (!result.interrupted && result.chunks.empty())
         throw Failure(exit_file, result.files_left_out
                                      ? "nothing to read: only binary or too large files"
                                      : "nothing to read: no text with two tokens");
-    if (!settings.html.empty()) write_file(settings.html, html_report(result, model.get()));
+    if (!settings.html.empty()) {
+        write_file(settings.html, html_report(result, model.get()));
+        note(settings.quiet, "wrote " + settings.html);
+    }
     if (settings.json)
         print_run_json(result, options.get());
     else

@@ -46,7 +46,8 @@ struct Colours {
     const char *good, *bad, *strong, *off;
 };
 Colours colours() {
-    if (!stdout_has_colour()) return {"", "", "", ""};
+    if (!stdout_has_colour())
+        return {"", "", "", ""};
     return {"\033[34m", "\033[33m", "\033[1m", "\033[0m"}; // as on the page: blue, orange
 }
 
@@ -72,8 +73,8 @@ void print_summary(const RunResult &run) {
     row("tokens/s", with_commas(uint64_t(s.tokens_per_second())),
         with_commas(uint64_t(a.tokens_per_second())), "");
     row("compute", flops_text(double(s.flops)), flops_text(double(a.flops)),
-        format("%.2f times SKIP", double(a.flops) / double(a.tokens) * double(s.tokens) /
-                                      double(s.flops)));
+        format("%.2f times SKIP",
+               double(a.flops) / double(a.tokens) * double(s.tokens) / double(s.flops)));
     const std::string text = table.text();
     const Colours c = colours();
     const std::string &gain_colour = gain >= 0 ? c.good : c.bad;
@@ -89,7 +90,8 @@ void print_summary(const RunResult &run) {
 
 void print_positions(const RunResult &run) {
     const std::vector<RangeLoss> parts = ranges(run);
-    if (parts.size() < 2) return;
+    if (parts.size() < 2)
+        return;
     double best = 1e-9;
     for (const RangeLoss &part : parts)
         best = std::max(best, std::abs(part.skip - part.adapted));
@@ -101,9 +103,10 @@ void print_positions(const RunResult &run) {
     const Colours c = colours();
     for (const RangeLoss &part : parts) {
         const uint64_t last = part.first + part.count - 1;
-        const std::string name = part.count == 1 ? format("%llu", (unsigned long long)last)
-                                                 : format("%llu-%llu", (unsigned long long)part.first,
-                                                          (unsigned long long)last);
+        const std::string name =
+            part.count == 1
+                ? format("%llu", (unsigned long long)last)
+                : format("%llu-%llu", (unsigned long long)part.first, (unsigned long long)last);
         const std::string adapted = format("%.3f", part.adapted);
         const double gain = part.skip - part.adapted;
         if (run.has_skip() && std::isnan(gain))
@@ -127,15 +130,18 @@ void print_run_table(const RunResult &run) {
                 (unsigned long long)run.chunk_tokens);
     std::printf("%s (%s), %s, context %s%s\n\n", run.model.backend, run.model.isa, run.model.dtype,
                 with_commas(run.context_tokens).c_str(), a.causal ? "" : ", NOT CAUSAL (analysis)");
-    if (run.chunks.empty()) return;
+    if (run.chunks.empty())
+        return;
     print_summary(run);
     print_positions(run);
     std::printf("\nUpdates: %s of %s (%.0f %%), %s (cost %.2f a chunk)",
                 with_commas(a.updates).c_str(), plural(a.chunks, "chunk").c_str(),
                 100 * a.per_chunk(double(a.updates)), plural(a.steps, "step").c_str(),
                 a.per_chunk(double(a.steps)));
-    if (a.rollbacks) std::printf(", %s rolled back", with_commas(a.rollbacks).c_str());
-    if (a.over_budget) std::printf(", %s over budget", with_commas(a.over_budget).c_str());
+    if (a.rollbacks)
+        std::printf(", %s rolled back", with_commas(a.rollbacks).c_str());
+    if (a.over_budget)
+        std::printf(", %s over budget", with_commas(a.over_budget).c_str());
     std::printf("\n");
     if (run.has_skip() && run.skip.chunks < a.chunks)
         std::printf("SKIP has seen the first %s only; losses are compared on those.\n",

@@ -13,12 +13,12 @@ enum class Command { run, eval, info, backends, bench };
 struct Settings {
     Command command = Command::run;
 
-    std::string model;             // folder; empty = the one that comes with the tool
+    std::string model; // folder; empty = the one that comes with the tool
     std::string backend = "auto";
     std::string dtype = "f32";
-    std::string backend_path;      // empty = the library's places
-    uint32_t threads = 0;          // 0 = cores this process may use
-    uint64_t memory_limit = 0;     // bytes, 0 = none
+    std::string backend_path;                                 // empty = the library's places
+    uint32_t threads = 0;                                     // 0 = cores this process may use
+    uint64_t memory_limit = 0;                                // bytes, 0 = none
     std::vector<std::pair<std::string, std::string>> options; // flags, then --set, in order
 
     bool json = false;

@@ -16,24 +16,28 @@ namespace {
 
 bool given(const Settings &settings, const std::string &name) {
     for (const auto &option : settings.options)
-        if (option.first == name) return true;
+        if (option.first == name)
+            return true;
     return false;
 }
 
 void log_to_stderr(void *user_data, int32_t level, const char *message) {
     const bool quiet = *static_cast<const bool *>(user_data);
-    if (level <= PONDER_LOG_WARNING) note(quiet, message);
+    if (level <= PONDER_LOG_WARNING)
+        note(quiet, message);
 }
 
 // The reference kernels are there to compare with. Whoever did not ask for them should know.
 void warn_if_slow(const ponder_runtime *runtime, const ponder_model_info &model,
                   const Settings &settings) {
-    if (settings.backend != "auto" || std::string(model.backend) != "reference") return;
+    if (settings.backend != "auto" || std::string(model.backend) != "reference")
+        return;
     std::string why = "no other backend was found";
     for (uint32_t i = 0; i < ponder_backend_count(runtime); ++i) {
         auto backend = sized<ponder_backend_info>();
         call(ponder_backend_get, runtime, i, &backend);
-        if (!backend.available) why = std::string(backend.name) + ": " + backend.reason;
+        if (!backend.available)
+            why = std::string(backend.name) + ": " + backend.reason;
     }
     note(settings.quiet, "running on the slow reference kernels (" + why + ")");
 }
@@ -55,13 +59,15 @@ Runtime open_runtime(const Settings &settings) {
 }
 
 std::string model_folder(const Settings &settings) {
-    if (!settings.model.empty()) return settings.model;
+    if (!settings.model.empty())
+        return settings.model;
     std::error_code ignored;
     const fs::path here = fs::read_symlink("/proc/self/exe", ignored).parent_path();
     const fs::path candidates[] = {here / "models/code-10m", here / PONDER_MODEL_FROM_BINDIR,
                                    PONDER_SOURCE_MODEL};
     for (const fs::path &folder : candidates)
-        if (fs::exists(folder / "config.json", ignored)) return folder.lexically_normal().string();
+        if (fs::exists(folder / "config.json", ignored))
+            return folder.lexically_normal().string();
     throw Failure(exit_file, "no default model beside this tool (looked in " +
                                  candidates[0].string() + " and " +
                                  candidates[1].lexically_normal().string() +
@@ -100,7 +106,8 @@ void require_backend(const ponder_runtime *runtime, const Settings &settings) {
             some_bf16 |= backend.bf16 != 0;
             names += (names.empty() ? "" : ", ") + std::string(backend.name);
         }
-        if (settings.backend != backend.name) continue;
+        if (settings.backend != backend.name)
+            continue;
         if (!backend.available)
             throw Failure(exit_backend,
                           "backend '" + settings.backend + "' cannot be used: " + backend.reason);
@@ -145,8 +152,10 @@ Session make_session(const ponder_model *model, const ponder_options *options) {
 std::string method_text(const ponder_options *options) {
     const std::string adapter = value_of(options, "adapter"), policy = value_of(options, "policy");
     const std::string steps = value_of(options, "steps");
-    if (adapter == "none") return "skip";
-    if (policy == "skip" || steps == "1") return adapter + " " + policy;
+    if (adapter == "none")
+        return "skip";
+    if (policy == "skip" || steps == "1")
+        return adapter + " " + policy;
     return adapter + " " + policy + ", " + steps + " steps";
 }
 

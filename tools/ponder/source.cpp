@@ -17,19 +17,22 @@ namespace {
 
 struct Close {
     void operator()(std::FILE *file) const {
-        if (file != stdin) std::fclose(file);
+        if (file != stdin)
+            std::fclose(file);
     }
 };
 using File = std::unique_ptr<std::FILE, Close>;
 
 [[noreturn]] void fail(const std::string &path, const std::string &what) {
-    if (interrupted()) throw Failure(exit_interrupted, "interrupted while reading");
+    if (interrupted())
+        throw Failure(exit_interrupted, "interrupted while reading");
     throw Failure(exit_file, (path == "-" ? "standard input" : path) + ": " + what);
 }
 
 File open_file(const std::string &path) {
     File file(path == "-" ? stdin : std::fopen(path.c_str(), "rb"));
-    if (!file) fail(path, std::strerror(errno));
+    if (!file)
+        fail(path, std::strerror(errno));
     struct stat facts {};
     if (fstat(fileno(file.get()), &facts) == 0 && S_ISDIR(facts.st_mode))
         fail(path, "is a directory");
@@ -50,10 +53,13 @@ ReadResult read_whole(const std::string &path, std::string &text) {
         text.resize(before + block);
         const size_t got = std::fread(text.data() + before, 1, block, file.get());
         text.resize(before + got);
-        if (text.size() > largest_document) return ReadResult::too_large;
-        if (got < block) break;
+        if (text.size() > largest_document)
+            return ReadResult::too_large;
+        if (got < block)
+            break;
     }
-    if (std::ferror(file.get())) fail(path, std::strerror(errno));
+    if (std::ferror(file.get()))
+        fail(path, std::strerror(errno));
     return ReadResult::ok;
 }
 
@@ -76,12 +82,14 @@ LineReader::LineReader(const std::string &path) : path_(path), decoder_(new Deco
     Decoder &d = *decoder_;
     d.file = open_file(path);
     struct stat facts {};
-    if (fstat(fileno(d.file.get()), &facts) == 0) d.size = uint64_t(facts.st_size);
+    if (fstat(fileno(d.file.get()), &facts) == 0)
+        d.size = uint64_t(facts.st_size);
     d.waiting = std::fread(d.input, 1, block, d.file.get());
     d.done = d.waiting;
     const uint8_t magic[] = {0xfd, '7', 'z', 'X', 'Z', 0};
     d.compressed = d.waiting >= sizeof magic && std::memcmp(d.input, magic, sizeof magic) == 0;
-    if (!d.compressed) return;
+    if (!d.compressed)
+        return;
     if (lzma_stream_decoder(&d.xz, decoder_memory, LZMA_CONCATENATED) != LZMA_OK)
         throw Failure(exit_memory, "no memory to decompress " + path);
     d.xz.next_in = d.input;
@@ -100,17 +108,20 @@ bool LineReader::fill() {
     buffer_.erase(0, at_);
     at_ = 0;
     const size_t before = buffer_.size();
-    if (before > longest_line) fail(path_, "line " + std::to_string(line_ + 1) + " is too long");
+    if (before > longest_line)
+        fail(path_, "line " + std::to_string(line_ + 1) + " is too long");
     if (!d.compressed) {
         if (d.waiting == 0) {
             d.waiting = std::fread(d.input, 1, block, d.file.get());
             d.done += d.waiting;
-            if (std::ferror(d.file.get())) fail(path_, std::strerror(errno));
+            if (std::ferror(d.file.get()))
+                fail(path_, std::strerror(errno));
         }
         buffer_.append(reinterpret_cast<const char *>(d.input), d.waiting);
         return std::exchange(d.waiting, 0) > 0;
     }
-    if (d.finished) return false;
+    if (d.finished)
+        return false;
     buffer_.resize(before + block);
     d.xz.next_out = reinterpret_cast<uint8_t *>(buffer_.data()) + before;
     d.xz.avail_out = block;
@@ -119,7 +130,8 @@ bool LineReader::fill() {
             d.xz.next_in = d.input;
             d.xz.avail_in = std::fread(d.input, 1, block, d.file.get());
             d.done += d.xz.avail_in;
-            if (std::ferror(d.file.get())) fail(path_, std::strerror(errno));
+            if (std::ferror(d.file.get()))
+                fail(path_, std::strerror(errno));
         }
         const lzma_ret result = lzma_code(&d.xz, d.xz.avail_in == 0 ? LZMA_FINISH : LZMA_RUN);
         d.finished = result == LZMA_STREAM_END;
@@ -142,11 +154,13 @@ bool LineReader::next(std::string &line) {
         searched = open;
     }
     if (newline == std::string::npos) {
-        if (at_ == buffer_.size()) return false;
+        if (at_ == buffer_.size())
+            return false;
         newline = buffer_.size();
     }
     line.assign(buffer_, at_, newline - at_);
-    if (!line.empty() && line.back() == '\r') line.pop_back();
+    if (!line.empty() && line.back() == '\r')
+        line.pop_back();
     at_ = std::min(newline + 1, buffer_.size());
     ++line_;
     return true;

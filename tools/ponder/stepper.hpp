@@ -23,11 +23,11 @@ public:
     }
     // The stream's end: fewer tokens than a chunk. Nothing also if there are fewer than two.
     std::optional<ponder_record> last(std::span<const int32_t> ids) {
-        if (ids.size() < 2) return std::nullopt;
+        if (ids.size() < 2)
+            return std::nullopt;
         call(ponder_session_feed, session_, ids.data(), ids.size());
-        return timed([&](ponder_error *error) {
-            return ponder_session_flush(session_, nullptr, error);
-        });
+        return timed(
+            [&](ponder_error *error) { return ponder_session_flush(session_, nullptr, error); });
     }
     // Appends a loss for every token of the chunk; its first token has none (NaN).
     void append_losses(const ponder_record &record, std::vector<float> &to) const {
@@ -57,9 +57,11 @@ private:
         if (status == PONDER_OK)
             call(ponder_session_records, session_, next_, &record, size_t(1), &count);
         const auto ns = std::chrono::nanoseconds(Clock::now() - start).count();
-        if (status == PONDER_E_CANCELLED) return std::nullopt;
+        if (status == PONDER_E_CANCELLED)
+            return std::nullopt;
         check(status, error);
-        if (count != 1) throw Failure(exit_failure, "the session gave no record for its chunk");
+        if (count != 1)
+            throw Failure(exit_failure, "the session gave no record for its chunk");
         ++next_;
         totals_.add(record, uint64_t(ns));
         return record;

@@ -17,7 +17,8 @@ std::string Table::text(size_t indent) const {
         std::string line(indent, ' ');
         for (size_t i = 0; i < row.size() && i < widths.size(); ++i) {
             const std::string padding(widths[i] - display_width(row[i]), ' ');
-            if (i > 0) line += "  ";
+            if (i > 0)
+                line += "  ";
             line += alignment_[i] == 'r' ? padding + row[i] : row[i] + padding;
         }
         line.erase(line.find_last_not_of(' ') + 1);
@@ -28,7 +29,8 @@ std::string Table::text(size_t indent) const {
 
 std::string unicode_bar(double share, int width) {
     const char *const parts[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
-    if (!std::isfinite(share)) return "";
+    if (!std::isfinite(share))
+        return "";
     const int eighths = int(std::lround(std::clamp(share, 0.0, 1.0) * width * 8));
     std::string bar;
     for (int i = 0; i < eighths / 8; ++i)

@@ -17,7 +17,8 @@ namespace {
 
 size_t terminal_columns() {
     winsize size{};
-    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 10) return size.ws_col;
+    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 10)
+        return size.ws_col;
     return 80;
 }
 
@@ -36,7 +37,8 @@ bool stdout_has_colour() {
 }
 
 void note(bool quiet, const std::string &message) {
-    if (!quiet) std::fprintf(stderr, "ponder: %s\n", message.c_str());
+    if (!quiet)
+        std::fprintf(stderr, "ponder: %s\n", message.c_str());
 }
 
 Progress::Progress(bool quiet)
@@ -45,7 +47,8 @@ Progress::Progress(bool quiet)
 bool Progress::due() { return on_ && std::chrono::steady_clock::now() >= next_; }
 
 void Progress::show(const std::string &line) {
-    if (!on_) return;
+    if (!on_)
+        return;
     next_ = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
     std::string cut = line;
     const size_t columns = terminal_columns() - 1;
@@ -57,7 +60,8 @@ void Progress::show(const std::string &line) {
 }
 
 void Progress::clear() {
-    if (!shown_) return;
+    if (!shown_)
+        return;
     std::fputs("\r\x1b[K", stderr);
     std::fflush(stderr);
     shown_ = false;

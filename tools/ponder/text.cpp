@@ -37,17 +37,13 @@ std::string bytes_text(uint64_t bytes) {
     return format(unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
 }
 
-std::string count_text(double value) {
-    if (value >= 1e9) return format("%.2f G", value / 1e9);
-    if (value >= 1e6) return format("%.1f M", value / 1e6);
-    if (value >= 1e4) return format("%.1f k", value / 1e3);
-    return format("%.0f", value);
-}
-
 std::string duration_text(double seconds) {
-    if (!std::isfinite(seconds) || seconds < 0) return "-";
-    if (seconds < 10) return format("%.2f s", seconds);
-    if (seconds < 60) return format("%.1f s", seconds);
+    if (!std::isfinite(seconds) || seconds < 0)
+        return "-";
+    if (seconds < 10)
+        return format("%.2f s", seconds);
+    if (seconds < 60)
+        return format("%.1f s", seconds);
     const uint64_t whole = uint64_t(seconds + 0.5);
     if (whole < 3600)
         return format("%llum%02llus", (unsigned long long)(whole / 60),
@@ -57,8 +53,10 @@ std::string duration_text(double seconds) {
 }
 
 std::string flops_text(double flops) {
-    if (flops >= 1e15) return format("%.2f PFLOP", flops / 1e15);
-    if (flops >= 1e12) return format("%.2f TFLOP", flops / 1e12);
+    if (flops >= 1e15)
+        return format("%.2f PFLOP", flops / 1e15);
+    if (flops >= 1e12)
+        return format("%.2f TFLOP", flops / 1e12);
     return format("%.2f GFLOP", flops / 1e9);
 }
 
@@ -98,14 +96,18 @@ std::string hanging(std::string head, std::string_view body, size_t indent, size
 }
 
 size_t utf8_sequence(std::string_view bytes) {
-    if (bytes.empty()) return 0;
+    if (bytes.empty())
+        return 0;
     const auto at = [&](size_t i) { return static_cast<unsigned char>(bytes[i]); };
     const unsigned char first = at(0);
-    if (first < 0x80) return 1;
+    if (first < 0x80)
+        return 1;
     const size_t size = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
-    if (first < 0xc2 || first > 0xf4 || bytes.size() < size) return 0;
+    if (first < 0xc2 || first > 0xf4 || bytes.size() < size)
+        return 0;
     for (size_t i = 1; i < size; ++i)
-        if ((at(i) & 0xc0) != 0x80) return 0;
+        if ((at(i) & 0xc0) != 0x80)
+            return 0;
     // Overlong forms, surrogates, above U+10FFFF.
     if ((first == 0xe0 && at(1) < 0xa0) || (first == 0xed && at(1) > 0x9f) ||
         (first == 0xf0 && at(1) < 0x90) || (first == 0xf4 && at(1) > 0x8f))

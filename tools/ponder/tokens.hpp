@@ -18,7 +18,8 @@ public:
     // Appends; returns how many.
     size_t append(std::string_view text, std::vector<int32_t> &to) const {
         const size_t before = to.size();
-        if (end_of_text_ >= 0) to.push_back(end_of_text_);
+        if (end_of_text_ >= 0)
+            to.push_back(end_of_text_);
         const size_t start = to.size();
         to.resize(start + text.size()); // a token has a byte at least
         size_t count = 0;

@@ -36,11 +36,13 @@ private:
     void add_levels_above(const fs::path &top) {
         std::error_code problem;
         fs::path folder = fs::canonical(top, problem);
-        if (problem) return;
+        if (problem)
+            return;
         // Nothing above the root of a repository counts, and without one nothing above at all.
         std::vector<fs::path> above;
         for (; !fs::exists(folder / ".git", problem); folder = folder.parent_path()) {
-            if (folder == folder.parent_path()) return;
+            if (folder == folder.parent_path())
+                return;
             above.push_back(folder.parent_path());
         }
         const fs::path real_top = fs::canonical(top, problem);
@@ -51,7 +53,8 @@ private:
     bool add_level(const fs::path &folder, const std::string &prefix, size_t skip) {
         const fs::path file = folder / ".gitignore";
         std::error_code problem;
-        if (!fs::is_regular_file(file, problem)) return false;
+        if (!fs::is_regular_file(file, problem))
+            return false;
         std::ifstream in(file, std::ios::binary);
         std::ostringstream text;
         text << in.rdbuf();
@@ -76,24 +79,28 @@ private:
         std::vector<fs::directory_entry> sorted;
         for (; !problem && entries != fs::directory_iterator(); entries.increment(problem))
             sorted.push_back(*entries);
-        if (problem) note_(folder.string() + ": " + problem.message() + "; left out");
+        if (problem)
+            note_(folder.string() + ": " + problem.message() + "; left out");
         std::sort(sorted.begin(), sorted.end(), [](const auto &a, const auto &b) {
             return a.path().filename().native() < b.path().filename().native();
         });
         const bool level = add_level(folder, "", below.size());
         for (const fs::directory_entry &entry : sorted) {
             const std::string name = entry.path().filename().string();
-            if (name == ".git") continue;
+            if (name == ".git")
+                continue;
             std::error_code unknown;
             const fs::file_status status = entry.symlink_status(unknown);
             if (fs::is_directory(status)) {
-                if (!ignored(below + name, true)) enter(entry.path(), below + name + "/");
+                if (!ignored(below + name, true))
+                    enter(entry.path(), below + name + "/");
             } else if (fs::is_regular_file(status) && !ignored(below + name, false)) {
-                files_.push_back({entry.path().lexically_normal().string(),
-                                  uint64_t(entry.file_size(unknown))});
+                files_.push_back(
+                    {entry.path().lexically_normal().string(), uint64_t(entry.file_size(unknown))});
             }
         }
-        if (level) levels_.pop_back();
+        if (level)
+            levels_.pop_back();
     }
 
     std::vector<FileItem> &files_;
@@ -113,7 +120,8 @@ std::vector<FileItem> list_files(const std::vector<std::string> &paths,
             files.push_back({path, 0});
         } else if (const fs::file_status status = fs::status(path, problem); !fs::exists(status)) {
             throw Failure(exit_file,
-                          path + ": " + (problem ? problem.message() : "no such file or directory"));
+                          path + ": " +
+                              (problem ? problem.message() : "no such file or directory"));
         } else if (fs::is_directory(status)) {
             walk.from(path);
         } else {
