@@ -605,7 +605,7 @@ TEST(ApiModel, TokenizesAnyBytes) {
     ASSERT_EQ(PONDER_OK, ponder_model_get(model, &info, nullptr));
     EXPECT_EQ(info.parameters, 10257408u);
     EXPECT_EQ(info.end_of_text, 0);
-    for (const std::string text :
+    for (const std::string &text :
          {std::string("def f(x):\n    return x"), std::string("\0\xff\xc3(\0", 5), std::string(),
           std::string("\xed\xa0\x80\xf4\x90\x80\x80\xc0\xaf")}) {
         size_t count = 0;

@@ -149,8 +149,10 @@ TEST(Tape, StopsAtTheLowestAdaptedLayer) {
 TEST(Tape, ScoringAloneKeepsNoProbabilities) {
     const Adapter plain;
     const Recording r = record_pass(Gpt2(small, DType::f32), plain, {8, 8, false, false});
-    for (const Call &call : r.graph.calls())
-        if (std::string(call.rule->name) == "cross_entropy") EXPECT_EQ(call.out[2], none);
+    for (const Call &call : r.graph.calls()) {
+        if (std::string(call.rule->name) != "cross_entropy") continue;
+        EXPECT_EQ(call.out[2], none);
+    }
 }
 
 TEST(Arena, NothingAliveOverlaps) {

@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-packages="g++ meson ninja-build pkg-config libdnnl-dev libpcre2-dev nlohmann-json3-dev libcli11-dev
+packages="g++ meson ninja-build pkg-config libpcre2-dev nlohmann-json3-dev libcli11-dev
     liblzma-dev"
 tests=false
 if [ "${1-}" = --tests ]; then

@@ -63,7 +63,7 @@ const Isa *best_isa() {
     static constexpr const Isa *levels[] = {nullptr, &avx2::isa, &avx512::isa, &avx512_bf16::isa,
                                             &amx_bf16::isa};
     int level = detect();
-    if (const char *wish = std::getenv("PONDER_CPU_ISA"))
+    if (const char *wish = secure_getenv("PONDER_CPU_ISA"))
         for (int i = level - 1; i > 0; --i)
             if (std::strcmp(wish, levels[i]->name) == 0)
                 level = i;
