@@ -93,17 +93,35 @@ bool is_matrix_product(const char *op) {
     return false;
 }
 
-std::vector<ponder_profile_entry> profile_of(ponder_session *session) {
-    std::vector<ponder_profile_entry> entries(256);
-    for (ponder_profile_entry &entry : entries)
-        entry = sized<ponder_profile_entry>();
-    size_t count = 0;
-    call(ponder_session_profile, session, uint32_t(5), entries.data(), entries.size(), &count);
-    entries.resize(count);
-    std::sort(entries.begin(), entries.end(),
-              [](const auto &a, const auto &b) { return a.ns > b.ns; });
-    return entries;
-}
+// Times by op: one profile a repeat, so that they come from the same minutes as the passes they
+// are compared with; then the median of each entry.
+class Profile {
+public:
+    void add(ponder_session *session) {
+        std::vector<ponder_profile_entry> entries(256);
+        for (ponder_profile_entry &entry : entries)
+            entry = sized<ponder_profile_entry>();
+        size_t count = 0;
+        call(ponder_session_profile, session, uint32_t(2), entries.data(), entries.size(), &count);
+        entries.resize(count);
+        entries_ = std::move(entries);
+        ns_.resize(entries_.size());
+        for (size_t i = 0; i < entries_.size(); ++i)
+            ns_[i].push_back(double(entries_[i].ns));
+    }
+    // Slowest first.
+    std::vector<ponder_profile_entry> take() {
+        for (size_t i = 0; i < entries_.size(); ++i)
+            entries_[i].ns = uint64_t(median(ns_[i]));
+        std::sort(entries_.begin(), entries_.end(),
+                  [](const auto &a, const auto &b) { return a.ns > b.ns; });
+        return std::move(entries_);
+    }
+
+private:
+    std::vector<ponder_profile_entry> entries_; // the same calls every time
+    std::vector<std::vector<double>> ns_;       // of each entry, by repeat
+};
 
 struct BenchResult {
     Timing skip, update;
@@ -126,6 +144,7 @@ BenchResult measure(const ponder_model *model, const Settings &settings) {
     result.chunk = info_of(skip_side.session()).chunk_tokens;
     TokenStream stream(std::stoull(value_of(update.get(), "seed")), info_of(model).vocabulary);
     Progress progress(settings.quiet);
+    Profile profile;
 
     const std::vector<int32_t> warm_up = stream.take(result.chunk * 2);
     result.complete = skip_side.repeat(warm_up, result.chunk, false) &&
@@ -136,11 +155,12 @@ BenchResult measure(const ponder_model *model, const Settings &settings) {
         result.complete = skip_side.repeat(ids, result.chunk, true) &&
                           update_side.repeat(ids, result.chunk, true);
         result.repeats += result.complete;
+        if (result.complete)
+            profile.add(update_side.session());
     }
     result.skip = skip_side.timing();
     result.update = update_side.timing();
-    if (result.complete)
-        result.profile = profile_of(update_side.session());
+    result.profile = profile.take();
     double flops = 0, ns = 0;
     for (const ponder_profile_entry &entry : result.profile)
         if (is_matrix_product(entry.op))

@@ -161,7 +161,7 @@ private:
             std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
         progress_.show(
             format("adapting %s %3.0f %%  %.0f tok/s  loss %.3f  updates %.0f %%  ETA %s",
-                   progress_bar(share, 14).c_str(), 100 * share, t.tokens_per_second(),
+                   progress_bar(share, 10).c_str(), 100 * share, t.tokens_per_second(),
                    t.token_loss(), 100 * t.per_chunk(double(t.updates)),
                    duration_text(elapsed * (1 - share) / share).c_str()));
     }
@@ -199,7 +199,7 @@ void run_baseline(const ponder_model *model, const Settings &settings, RunResult
             continue;
         const double share = double(t.tokens) / double(tokens.size());
         progress.show(format("SKIP     %s %3.0f %%  %.0f tok/s  loss %.3f  ETA %s",
-                             progress_bar(share, 14).c_str(), 100 * share, t.tokens_per_second(),
+                             progress_bar(share, 10).c_str(), 100 * share, t.tokens_per_second(),
                              t.token_loss(),
                              duration_text(t.seconds() * (1 - share) / share).c_str()));
     }

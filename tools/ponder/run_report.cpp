@@ -51,6 +51,12 @@ Colours colours() {
     return {"\033[34m", "\033[33m", "\033[1m", "\033[0m"}; // as on the page: blue, orange
 }
 
+std::string times_text(double gain) {
+    const double ratio = std::exp(std::abs(gain));
+    return ratio < 1.005 ? "the same"
+                         : format("%.2f times %s", ratio, gain > 0 ? "lower" : "higher");
+}
+
 void print_summary(const RunResult &run) {
     const Totals &a = run.adapted, &s = run.skip;
     const RangeLoss both = compared(run);
@@ -65,9 +71,9 @@ void print_summary(const RunResult &run) {
     const double gain = both.skip - both.adapted;
     row("", "SKIP", "adapted", "");
     row("loss (nats/token)", format("%.4f", both.skip), format("%.4f", both.adapted),
-        format("%+.4f (%+.1f %%)", -gain, -100 * gain / both.skip));
+        format("%+.4f (%+.1f %%)", both.adapted - both.skip, -100 * gain / both.skip));
     row("perplexity", format("%.2f", std::exp(both.skip)), format("%.2f", std::exp(both.adapted)),
-        format("%.2f times %s", std::exp(std::abs(gain)), gain >= 0 ? "lower" : "higher"));
+        times_text(gain));
     row("time", duration_text(s.seconds()), duration_text(a.seconds()),
         format("%.2f times SKIP", a.seconds() / s.seconds() * double(s.tokens) / double(a.tokens)));
     row("tokens/s", with_commas(uint64_t(s.tokens_per_second())),
@@ -112,7 +118,8 @@ void print_positions(const RunResult &run) {
         if (run.has_skip() && std::isnan(gain))
             table.row({name, "-", adapted, "-"});
         else if (run.has_skip())
-            table.row({name, format("%.3f", part.skip), adapted, format("%+.3f", -gain),
+            table.row({name, format("%.3f", part.skip), adapted,
+                       format("%+.3f", part.adapted - part.skip),
                        (gain >= 0 ? c.good : c.bad) + unicode_bar(std::abs(gain) / best, 24) +
                            (gain >= 0 ? "" : " worse") + c.off});
         else

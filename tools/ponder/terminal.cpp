@@ -22,6 +22,17 @@ size_t terminal_columns() {
     return 80;
 }
 
+// A note that comes while a progress line stands there takes its place.
+bool line_shown = false;
+
+void clear_line() {
+    if (!line_shown)
+        return;
+    std::fputs("\r\x1b[K", stderr);
+    std::fflush(stderr);
+    line_shown = false;
+}
+
 } // namespace
 
 bool stderr_is_terminal() {
@@ -37,8 +48,10 @@ bool stdout_has_colour() {
 }
 
 void note(bool quiet, const std::string &message) {
-    if (!quiet)
-        std::fprintf(stderr, "ponder: %s\n", message.c_str());
+    if (quiet)
+        return;
+    clear_line();
+    std::fprintf(stderr, "ponder: %s\n", message.c_str());
 }
 
 Progress::Progress(bool quiet)
@@ -56,16 +69,10 @@ void Progress::show(const std::string &line) {
         cut.pop_back();
     std::fprintf(stderr, "\r%s\x1b[K", cut.c_str());
     std::fflush(stderr);
-    shown_ = true;
+    line_shown = true;
 }
 
-void Progress::clear() {
-    if (!shown_)
-        return;
-    std::fputs("\r\x1b[K", stderr);
-    std::fflush(stderr);
-    shown_ = false;
-}
+void Progress::clear() { clear_line(); }
 
 std::string progress_bar(double share, int width) {
     const int full = int(std::lround(std::min(std::max(share, 0.0), 1.0) * width));

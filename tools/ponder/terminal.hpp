@@ -24,7 +24,6 @@ public:
 
 private:
     bool on_;
-    bool shown_ = false;
     std::chrono::steady_clock::time_point next_;
 };
 
