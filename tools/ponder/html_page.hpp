@@ -8,16 +8,19 @@ namespace tool {
 inline constexpr const char *page_style = R"css(
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#57606a;--line:#d0d7de;--card:#f6f8fa;
 --skip:#6e7781;--good:#0b62c4;--bad:#b35900;
---e1:#e3f0ff;--e2:#c2dfff;--e3:#93c5fd;--e4:#5fa8f5;--h1:#fff1dd;--h2:#ffdcae;--h3:#ffbf73;--h4:#f59b3d}
+--e1:#e3f0ff;--e2:#c2dfff;--e3:#93c5fd;--e4:#5fa8f5;
+--h1:#fff1dd;--h2:#ffdcae;--h3:#ffbf73;--h4:#f59b3d}
 @media(prefers-color-scheme:dark){:root{--bg:#0d1117;--fg:#e6edf3;--soft:#9aa4af;--line:#30363d;
 --card:#161b22;--skip:#8b949e;--good:#6cb1ff;--bad:#f0a24a;
---e1:#10233b;--e2:#123257;--e3:#13457e;--e4:#165aa8;--h1:#2e2112;--h2:#482e10;--h3:#653d0c;--h4:#854d06}}
+--e1:#10233b;--e2:#123257;--e3:#13457e;--e4:#165aa8;
+--h1:#2e2112;--h2:#482e10;--h3:#653d0c;--h4:#854d06}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:70rem;padding:1.5rem 1.25rem 5rem;background:var(--bg);color:var(--fg);
 font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
 p{margin:.3rem 0 .8rem;max-width:48rem}.soft{color:var(--soft)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.8rem,1fr));gap:.75rem;margin:1.2rem 0}
+.cards{display:grid;
+grid-template-columns:repeat(auto-fit,minmax(9.8rem,1fr));gap:.75rem;margin:1.2rem 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.7rem .9rem}
 .card b{display:block;font-size:1.3rem;line-height:1.3}
 .card small{color:var(--soft);font-size:.85rem}.good{color:var(--good)}.bad{color:var(--bad)}
@@ -37,7 +40,8 @@ table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.2rem .9rem .2rem 0;
 font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--soft)}
 td:first-child,th:first-child{text-align:left}
 .chunk{margin:1rem 0 .2rem;font-size:.85rem;color:var(--soft)}.chunk b{color:var(--fg)}
-pre{margin:0;padding:.6rem .8rem;border:1px solid var(--line);border-radius:8px;white-space:pre-wrap;
+pre{margin:0;padding:.6rem .8rem;border:1px solid var(--line);border-radius:8px;
+white-space:pre-wrap;
 overflow-wrap:anywhere;font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 i{font-style:normal;border-radius:2px}i:hover,i.on{outline:2px solid var(--fg);outline-offset:-1px}
 i u{text-decoration:none;color:var(--soft);font-size:.85em}
