@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""End-to-end tests of the ponder tool: tool_test.py PATH_OF_TOOL [unittest arguments].
+"""End-to-end tests of the ponder tool: tool_test.py PATH_OF_TOOL [-k PART_OF_NAME].
 
 Only the standard library. Short chunks keep every run below a second or so.
 """
@@ -20,6 +20,6 @@ def load_tests(loader, tests, pattern):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: tool_test.py PATH_OF_TOOL [unittest arguments]")
+        sys.exit("usage: tool_test.py PATH_OF_TOOL [-k PART_OF_NAME]")
     harness.TOOL = os.path.abspath(sys.argv.pop(1))
     unittest.main(verbosity=2)
