@@ -390,7 +390,7 @@ typedef struct ponder_profile_entry {
     const char *where;  /* "score" or "learn" */
     const char *backend;/* that ran it */
     uint64_t flops;     /* of those calls, once each */
-    uint64_t ns;        /* of those calls, once each, summed over threads */
+    uint64_t ns;        /* wall-clock of those calls, once each, mean over repeats */
 } ponder_profile_entry;
 
 /* Runs the passes of the chunk now open `repeat` times, each op call timed apart (no chains
