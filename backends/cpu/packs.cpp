@@ -5,22 +5,40 @@
 
 namespace ponder::cpu {
 
+namespace {
+
+// Small models pay for what they pack; larger ones take blocks that can lie on 2 MiB pages, since
+// a pass walks through all packed weights and address translation would cost as much as the data.
+constexpr size_t slab_size = size_t(4) << 20;
+
+} // namespace
+
 Packs::~Packs() {
-    for (const auto &entry : packs_)
-        release(entry.second);
+    for (void *slab : slabs_)
+        if (host_.allocate)
+            host_.release(host_.user_data, slab);
+        else
+            std::free(slab);
 }
 
-void *Packs::allocate(size_t size) const {
+// Packed weights live as long as the device, so a slab is only ever filled.
+void *Packs::allocate(size_t size) {
     size = (size + 63) / 64 * 64;
-    return host_.allocate ? host_.allocate(host_.user_data, size, 64)
-                          : std::aligned_alloc(64, size);
-}
-
-void Packs::release(void *block) const {
-    if (host_.allocate)
-        host_.release(host_.user_data, block);
-    else
-        std::free(block);
+    if (size > left_) {
+        const size_t wanted = bytes_ < slab_size || size > slab_size ? size : slab_size;
+        slabs_.reserve(slabs_.size() + 1);
+        void *slab = host_.allocate ? host_.allocate(host_.user_data, wanted, 64)
+                                    : std::aligned_alloc(64, wanted);
+        if (!slab)
+            return nullptr;
+        slabs_.push_back(slab);
+        free_ = static_cast<char *>(slab);
+        left_ = wanted;
+    }
+    void *block = free_;
+    free_ += size;
+    left_ -= size;
+    return block;
 }
 
 const void *Packs::get(const void *weight, uint64_t layout, size_t size,

@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 namespace ponder::cpu {
 
@@ -21,13 +22,15 @@ public:
     size_t bytes() const;
 
 private:
-    void *allocate(size_t size) const;
-    void release(void *block) const;
+    void *allocate(size_t size);
 
     ponder_backend_host host_;
     mutable std::mutex mutex_;
     std::map<std::pair<const void *, uint64_t>, void *> packs_;
     size_t bytes_ = 0;
+    std::vector<void *> slabs_;
+    char *free_ = nullptr; // of the last slab
+    size_t left_ = 0;
 };
 
 } // namespace ponder::cpu

@@ -4,11 +4,23 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <sys/mman.h>
 #include <utility>
 
 namespace ponder {
 
 namespace {
+
+// Large blocks ask for 2 MiB pages: a pass walks its arena in long strides, and with 4 KiB pages
+// address translation costs as much as the data.
+constexpr size_t huge_page = size_t(2) << 20;
+
+void *system_allocate(size_t size, size_t alignment) {
+    if (size < 2 * huge_page) return std::aligned_alloc(alignment, size);
+    void *block = std::aligned_alloc(huge_page, (size + huge_page - 1) / huge_page * huge_page);
+    if (block) madvise(block, size, MADV_HUGEPAGE);
+    return block;
+}
 
 constexpr size_t alignment = 64;
 
@@ -28,7 +40,7 @@ void *Memory::allocate(size_t size) {
     void *block = nullptr;
     if (limit_ == 0 || before + total <= limit_)
         block = allocate_ ? allocate_(user_data_, total, alignment)
-                          : std::aligned_alloc(alignment, total);
+                          : system_allocate(total, alignment);
     if (!block) {
         in_use_.fetch_sub(total, std::memory_order_relaxed);
         throw_error(PONDER_E_NO_MEMORY, "memory: %zu bytes wanted with %llu in use, limit %llu",

@@ -9,8 +9,11 @@ namespace ponder {
 
 namespace {
 
-// Panels that a backend rounds up to, and its own bookkeeping.
-constexpr double packing_slack = 1.05;
+// Panels that a backend rounds up to, and the blocks it allocates packed weights in.
+uint64_t with_packing_slack(uint64_t bytes) {
+    constexpr uint64_t block = uint64_t(4) << 20;
+    return bytes + bytes / 20 + (bytes > block ? block : 0);
+}
 
 // A worker's scratch: one row tile of logits, of the widest product, and packed operands.
 uint64_t workspace_of_worker(const Gpt2Config &c) {
@@ -48,9 +51,7 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     plan.weights = model.bytes();
     const bool packs = backend.name != "reference";
     plan.packed_weights =
-        packs ? uint64_t(packing_slack *
-                         double(model.packed_estimate(learn, adapter->lowest_layer())))
-              : 0;
+        packs ? with_packing_slack(model.packed_estimate(learn, adapter->lowest_layer())) : 0;
     const uint64_t vector = adapter->fast_count() * sizeof(float);
     const uint64_t moments = !learn ? 0 : options.text("inner.optimizer") == "adam" ? 2 : 0;
     plan.fast_parameters = adapter->fast_count();
