@@ -2,7 +2,8 @@
 """Runs `ponder eval` for every row of the README's quality table and prints the table.
 
   quality.py --ponder build/tools/ponder --streams DIR [--dtype f32] [--jobs 1] [--threads 2]
-             [--only NAME,...] [--max-chunks 48] [--out results.json]
+             [--only NAME,...] [--languages NAME,...] [--seed 0] [--max-chunks 48]
+             [--out results.json]
   quality.py --table results.json
 
 DIR holds {python,javascript,java,go}.test.jsonl.xz. Each eval is one process with --threads
@@ -48,7 +49,7 @@ def evaluate(arguments, name, language):
     command = [arguments.ponder, "eval", "--json", "--model", arguments.model, "--stream",
                os.path.join(arguments.streams, language + ".test.jsonl.xz"), "--dtype",
                arguments.dtype, "--threads", str(arguments.threads), "--max-chunks",
-               str(arguments.max_chunks)] + ROWS[name][1]
+               str(arguments.max_chunks), "--seed", str(arguments.seed)] + ROWS[name][1]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(" ".join(command) + "\n" + done.stderr)
@@ -91,6 +92,8 @@ def main():
     parser.add_argument("--dtype", default="f32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--languages", default=",".join(LANGUAGES))
     parser.add_argument("--max-chunks", type=int, default=48)
     parser.add_argument("--only", default=",".join(ROWS))
     parser.add_argument("--out")
@@ -99,10 +102,12 @@ def main():
     if arguments.table:
         print(table(json.load(open(arguments.table))))
         return
-    results = {"dtype": arguments.dtype, "max_chunks": arguments.max_chunks, "rows": {}}
+    results = {"dtype": arguments.dtype, "max_chunks": arguments.max_chunks,
+               "seed": arguments.seed, "rows": {}}
     if arguments.out and os.path.exists(arguments.out):
         results = json.load(open(arguments.out))
-    jobs = [(n, l) for n in arguments.only.split(",") for l in LANGUAGES
+    jobs = [(n, l) for n in arguments.only.split(",")
+            for l in arguments.languages.split(",")
             if l not in results["rows"].get(n, {})]
     failed = False
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
