@@ -34,7 +34,8 @@ ponder_error make_error() {
 
 ponder_runtime *make_runtime(ponder_runtime_options options = {}) {
     options.struct_size = sizeof options;
-    if (!options.threads) options.threads = 2;
+    if (!options.threads)
+        options.threads = 2;
     options.backend_path = PONDER_TEST_BACKENDS;
     ponder_runtime *runtime = nullptr;
     ponder_error error = make_error();
@@ -50,8 +51,7 @@ ponder_model *make_model(ponder_runtime *runtime, const char *folder = tiny) {
     return model;
 }
 
-ponder_options *make_options(
-    std::vector<std::pair<const char *, const char *>> values = {}) {
+ponder_options *make_options(std::vector<std::pair<const char *, const char *>> values = {}) {
     ponder_options *options = nullptr;
     EXPECT_EQ(PONDER_OK, ponder_options_create(&options, nullptr));
     values.insert(values.begin(), {"chunk", "32"});
@@ -106,12 +106,14 @@ TEST_F(Api, NullAndWrongKindHandlesAreErrors) {
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_fork(&out, s, e), "session");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_get(s, &info, e), "session");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_losses(s, &f, 1, &n, e), "session");
-        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_records(s, 0, nullptr, 0, &n, e), "session");
+        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_records(s, 0, nullptr, 0, &n, e),
+                      "session");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_save(s, "/tmp/x", e), "session");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_load(s, "/tmp/x", e), "session");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_save_memory(s, junk, 1, &n, e), "session");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_load_memory(s, junk, 1, e), "session");
-        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_profile(s, 1, nullptr, 0, &n, e), "session");
+        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_profile(s, 1, nullptr, 0, &n, e),
+                      "session");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_score(&s, 1, nullptr, nullptr, e), "sessions");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_learn(&s, 1, nullptr, nullptr, e), "sessions");
         ponder_session_cancel(s);
@@ -125,12 +127,14 @@ TEST_F(Api, NullAndWrongKindHandlesAreErrors) {
     for (ponder_model *m : {static_cast<ponder_model *>(nullptr), wrong_model}) {
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_create(&out, m, nullptr, e), "model");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_retain(m, e), "model");
-        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_tokenize(m, "x", 1, nullptr, 0, &n, e), "model");
+        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_tokenize(m, "x", 1, nullptr, 0, &n, e),
+                      "model");
         EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_token_bytes(m, 0, &bytes, &n, e), "model");
     }
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_create(nullptr, model, nullptr, e), "out");
     auto *wrong_options = reinterpret_cast<ponder_options *>(model);
-    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_create(&out, model, wrong_options, e), "options");
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_create(&out, model, wrong_options, e),
+                  "options");
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_options_set(wrong_options, "chunk", "2", e), "options");
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_options_set(options, nullptr, "2", e), "name");
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_options_set(options, "chunk", nullptr, e), "value");
@@ -171,8 +175,8 @@ TEST_F(Api, StructSizesAreChecked) {
     } larger{};
     larger.known.struct_size = sizeof larger;
     ponder_model *loaded = nullptr;
-    EXPECT_STATUS(PONDER_OK,
-                  ponder_model_load(&loaded, runtime, tiny, &larger.known, nullptr, e), "");
+    EXPECT_STATUS(PONDER_OK, ponder_model_load(&loaded, runtime, tiny, &larger.known, nullptr, e),
+                  "");
     ponder_model_release(loaded);
     larger.unknown = 1;
     EXPECT_STATUS(PONDER_E_UNSUPPORTED,
@@ -217,14 +221,22 @@ TEST_F(Api, OptionsComeFromOneTable) {
 
 TEST_F(Api, SessionsRefuseOptionsThatDoNotFit) {
     const std::vector<std::pair<const char *, const char *>> bad = {
-        {"policy", "sometimes"},        {"policy", "every:0"},
-        {"policy", "every:1.5"},        {"policy", "first:2"},
-        {"policy", "threshold:loss"},   {"policy", "threshold:luck:1"},
-        {"policy", "ema:loss:1.5"},     {"policy", "ema:reconstruction:0.5"},
-        {"lora.layers", "last:3"},      {"lora.layers", "2"},
-        {"lora.layers", "last:-1"},     {"lora.layers", ""},
-        {"lora.modules", "attn"},       {"adapter", "/nonexistent"},
-        {"chunk", "129"},               {"context", "4096"},
+        {"policy", "sometimes"},
+        {"policy", "every:0"},
+        {"policy", "every:1.5"},
+        {"policy", "first:2"},
+        {"policy", "threshold:loss"},
+        {"policy", "threshold:luck:1"},
+        {"policy", "ema:loss:1.5"},
+        {"policy", "ema:reconstruction:0.5"},
+        {"lora.layers", "last:3"},
+        {"lora.layers", "2"},
+        {"lora.layers", "last:-1"},
+        {"lora.layers", ""},
+        {"lora.modules", "attn"},
+        {"adapter", "/nonexistent"},
+        {"chunk", "129"},
+        {"context", "4096"},
     };
     for (const auto &[name, value] : bad) {
         ponder_options *o = make_options({{name, value}});
@@ -245,9 +257,10 @@ TEST_F(Api, TokensOutOfRangeRefuseTheWholeCall) {
     for (int32_t bad : {-1, 320, 2147483647, -2147483647 - 1}) {
         std::vector<int32_t> ids = tokens(40);
         ids[39] = bad;
-        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_feed(session, ids.data(), 40, e), "ids[39]");
-        EXPECT_STATUS(PONDER_E_ARGUMENT,
-                      ponder_session_adapt(session, ids.data(), 40, nullptr, e), "ids[39]");
+        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_feed(session, ids.data(), 40, e),
+                      "ids[39]");
+        EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_adapt(session, ids.data(), 40, nullptr, e),
+                      "ids[39]");
     }
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_session_feed(session, nullptr, 3, e), "ids");
     EXPECT_EQ(PONDER_OK, ponder_session_get(session, &info, nullptr));
@@ -265,7 +278,8 @@ TEST_F(Api, OrderOfCalls) {
     size_t count = 0;
     float losses[32];
     EXPECT_STATUS(PONDER_E_STATE, ponder_session_losses(session, losses, 32, &count, e), "scored");
-    EXPECT_STATUS(PONDER_E_STATE, ponder_session_profile(session, 1, nullptr, 0, &count, e), "scored");
+    EXPECT_STATUS(PONDER_E_STATE, ponder_session_profile(session, 1, nullptr, 0, &count, e),
+                  "scored");
     EXPECT_STATUS(PONDER_OK, ponder_score(&session, 1, &done, nullptr, e), "");
     EXPECT_EQ(done, 0);
     EXPECT_STATUS(PONDER_OK, ponder_learn(&session, 1, nullptr, nullptr, e), "");
@@ -292,7 +306,8 @@ TEST_F(Api, OrderOfCalls) {
     ponder_options *o = make_options({{"policy", "first:0.5"}});
     ponder_session *first = nullptr;
     ASSERT_EQ(PONDER_OK, ponder_session_create(&first, model, o, nullptr));
-    EXPECT_STATUS(PONDER_E_STATE, ponder_session_adapt(first, ids.data(), 96, nullptr, e), "expect");
+    EXPECT_STATUS(PONDER_E_STATE, ponder_session_adapt(first, ids.data(), 96, nullptr, e),
+                  "expect");
     EXPECT_EQ(PONDER_OK, ponder_session_expect(first, 3, nullptr));
     EXPECT_STATUS(PONDER_OK, ponder_session_adapt(first, nullptr, 0, nullptr, e), "");
     ponder_session_destroy(first);
@@ -336,7 +351,8 @@ TEST_F(Api, ConcurrentSessionsOfOneModelGiveTheSame) {
     for (auto &out : losses)
         threads.emplace_back([&, this] {
             ponder_session *s = nullptr;
-            if (ponder_session_create(&s, model, options, nullptr) != PONDER_OK) return;
+            if (ponder_session_create(&s, model, options, nullptr) != PONDER_OK)
+                return;
             ponder_session_adapt(s, ids.data(), ids.size(), nullptr, nullptr);
             std::vector<ponder_record> records(12);
             records[0].struct_size = sizeof(ponder_record);
@@ -379,7 +395,8 @@ TEST_F(Api, CancelDeadlineAndProgress) {
     call = {};
     call.struct_size = sizeof call;
     call.timeout_ns = 1;
-    EXPECT_STATUS(PONDER_E_DEADLINE, ponder_session_adapt(session, nullptr, 0, &call, e), "deadline");
+    EXPECT_STATUS(PONDER_E_DEADLINE, ponder_session_adapt(session, nullptr, 0, &call, e),
+                  "deadline");
     EXPECT_STATUS(PONDER_OK, ponder_session_adapt(session, nullptr, 0, nullptr, e), "");
     ASSERT_EQ(PONDER_OK, ponder_session_get(session, &info, nullptr));
     EXPECT_EQ(info.chunks_scored, 6u);
@@ -405,10 +422,10 @@ TEST_F(Api, SnapshotsThroughFilesAndMemory) {
     const std::string path = dir.file("session.safetensors");
     ASSERT_EQ(PONDER_OK, ponder_session_save(session, path.c_str(), nullptr));
     size_t size = 0, again = 0;
-    EXPECT_STATUS(PONDER_E_BUFFER, ponder_session_save_memory(session, nullptr, 0, &size, e), "bytes");
+    EXPECT_STATUS(PONDER_E_BUFFER, ponder_session_save_memory(session, nullptr, 0, &size, e),
+                  "bytes");
     std::vector<unsigned char> memory(size);
-    ASSERT_EQ(PONDER_OK,
-              ponder_session_save_memory(session, memory.data(), size, &again, nullptr));
+    ASSERT_EQ(PONDER_OK, ponder_session_save_memory(session, memory.data(), size, &again, nullptr));
     EXPECT_EQ(size, again);
     ponder_session *other = nullptr;
     ASSERT_EQ(PONDER_OK, ponder_session_create(&other, model, options, nullptr));
@@ -439,7 +456,8 @@ TEST(ApiMemory, EveryAllocationMayFail) {
     options.user_data = &allocator;
     options.allocate = [](void *user, size_t size, size_t alignment) -> void * {
         auto *a = static_cast<Allocator *>(user);
-        if (a->left.load() >= 0 && a->left.fetch_sub(1) <= 0) return nullptr;
+        if (a->left.load() >= 0 && a->left.fetch_sub(1) <= 0)
+            return nullptr;
         a->live += 1;
         return std::aligned_alloc(alignment, size);
     };
@@ -457,7 +475,8 @@ TEST(ApiMemory, EveryAllocationMayFail) {
         ponder_model *model = nullptr;
         ponder_session *session = nullptr;
         ponder_status status = ponder_model_load(&model, runtime, tiny, nullptr, nullptr, nullptr);
-        if (status == PONDER_OK) status = ponder_session_create(&session, model, o, nullptr);
+        if (status == PONDER_OK)
+            status = ponder_session_create(&session, model, o, nullptr);
         if (status == PONDER_OK)
             status = ponder_session_adapt(session, ids.data(), ids.size(), nullptr, nullptr);
         succeeded = status == PONDER_OK;
@@ -499,8 +518,8 @@ TEST(ApiMemory, TheLimitHoldsAndThePlanIsKept) {
 
     options.memory_limit = plan.weights / 2;
     runtime = make_runtime(options);
-    EXPECT_STATUS(PONDER_E_NO_MEMORY,
-                  ponder_model_load(&model, runtime, tiny, nullptr, nullptr, e), "limit");
+    EXPECT_STATUS(PONDER_E_NO_MEMORY, ponder_model_load(&model, runtime, tiny, nullptr, nullptr, e),
+                  "limit");
     ponder_runtime_destroy(runtime);
     ponder_options_destroy(o);
 }
@@ -567,12 +586,12 @@ TEST(ApiBackends, AreListedWithReasons) {
     ponder_model_options wanted{};
     wanted.struct_size = sizeof wanted;
     wanted.backend = "tpu";
-    EXPECT_STATUS(PONDER_E_NOT_FOUND,
-                  ponder_model_load(&model, runtime, tiny, &wanted, nullptr, e), "tpu");
+    EXPECT_STATUS(PONDER_E_NOT_FOUND, ponder_model_load(&model, runtime, tiny, &wanted, nullptr, e),
+                  "tpu");
     wanted.backend = nullptr;
     wanted.dtype = "f16";
-    EXPECT_STATUS(PONDER_E_ARGUMENT,
-                  ponder_model_load(&model, runtime, tiny, &wanted, nullptr, e), "f16");
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_load(&model, runtime, tiny, &wanted, nullptr, e),
+                  "f16");
     ponder_runtime_destroy(runtime);
 
     // A folder with something that is no module: the reason is kept.
@@ -585,7 +604,8 @@ TEST(ApiBackends, AreListedWithReasons) {
     bool found = false;
     for (uint32_t i = 0; i < ponder_backend_count(runtime); ++i) {
         ASSERT_EQ(PONDER_OK, ponder_backend_get(runtime, i, &info, nullptr));
-        if (std::string(info.name) != "ponder-broken.so") continue;
+        if (std::string(info.name) != "ponder-broken.so")
+            continue;
         found = true;
         EXPECT_EQ(info.available, 0);
         EXPECT_GT(std::strlen(info.reason), 5u);
@@ -626,7 +646,8 @@ TEST(ApiModel, TokenizesAnyBytes) {
     const char *bytes = nullptr;
     size_t size = 0;
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_token_bytes(model, -1, &bytes, &size, e), "-1");
-    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_token_bytes(model, 8192, &bytes, &size, e), "8192");
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_token_bytes(model, 8192, &bytes, &size, e),
+                  "8192");
     // The model outlives its runtime handle and goes with its last owner.
     EXPECT_EQ(PONDER_OK, ponder_model_retain(model, nullptr));
     ponder_runtime_destroy(runtime);

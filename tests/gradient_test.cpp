@@ -28,9 +28,9 @@ struct Float64Pass {
     Float64Pass(const PassShape &shape, const char *layers, const char *modules)
         : recording{Graph(DType::f64), {}, none, none, none, none, none, {}, {}} {
         Random random(7);
-        lora = std::make_unique<Lora>(small, make_options({{"lora.rank", "3"},
-                                                           {"lora.layers", layers},
-                                                           {"lora.modules", modules}}));
+        lora = std::make_unique<Lora>(
+            small,
+            make_options({{"lora.rank", "3"}, {"lora.layers", layers}, {"lora.modules", modules}}));
         const Gpt2 model(small, DType::f64);
         Recording recorded = record_pass(model, *lora, shape);
         // The recorded constants have no data: give them random values in a copy of the graph.
@@ -115,7 +115,9 @@ void check_differences(const PassShape &shape, const char *layers, const char *m
     EXPECT_LE(relative_error(analytic, numeric), 1e-7);
 }
 
-TEST(Tape, WholePassMatchesFiniteDifferences) { check_differences({9, 9, true, false}, "all", "all"); }
+TEST(Tape, WholePassMatchesFiniteDifferences) {
+    check_differences({9, 9, true, false}, "all", "all");
+}
 
 TEST(Tape, GradientsFlowThroughTheContext) {
     check_differences({14, 6, true, false}, "0,2", "all");
@@ -150,7 +152,8 @@ TEST(Tape, ScoringAloneKeepsNoProbabilities) {
     const Adapter plain;
     const Recording r = record_pass(Gpt2(small, DType::f32), plain, {8, 8, false, false});
     for (const Call &call : r.graph.calls()) {
-        if (std::string(call.rule->name) != "cross_entropy") continue;
+        if (std::string(call.rule->name) != "cross_entropy")
+            continue;
         EXPECT_EQ(call.out[2], none);
     }
 }
@@ -175,14 +178,15 @@ TEST(Arena, NothingAliveOverlaps) {
         }
     EXPECT_EQ(calls, r.graph.calls().size());
     for (size_t a = 0; a < n; ++a) {
-        if (first[a] == SIZE_MAX) continue;
+        if (first[a] == SIZE_MAX)
+            continue;
         total += r.graph.value(Id(a)).bytes();
         EXPECT_LE(plan.offset[a] + r.graph.value(Id(a)).bytes(), plan.bytes);
         for (size_t b = a + 1; b < n; ++b) {
-            if (first[b] == SIZE_MAX || last[a] < first[b] || last[b] < first[a]) continue;
-            const bool apart =
-                plan.offset[a] + r.graph.value(Id(a)).bytes() <= plan.offset[b] ||
-                plan.offset[b] + r.graph.value(Id(b)).bytes() <= plan.offset[a];
+            if (first[b] == SIZE_MAX || last[a] < first[b] || last[b] < first[a])
+                continue;
+            const bool apart = plan.offset[a] + r.graph.value(Id(a)).bytes() <= plan.offset[b] ||
+                               plan.offset[b] + r.graph.value(Id(b)).bytes() <= plan.offset[a];
             EXPECT_TRUE(apart) << a << " and " << b;
         }
     }

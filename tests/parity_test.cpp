@@ -23,8 +23,7 @@ std::string fixture_adapter(const TempDir &dir, const Model &model, const SafeTe
 }
 
 void check_lora_ttt(const char *backend, const char *dtype, size_t chunks, double tolerance) {
-    const auto fixture =
-        SafeTensors::open(PONDER_TEST_DATA "/lora_ttt_code10m.safetensors");
+    const auto fixture = SafeTensors::open(PONDER_TEST_DATA "/lora_ttt_code10m.safetensors");
     const auto model = load_model(PONDER_MODEL_CODE10M, backend, dtype);
     const TempDir dir;
     Options options = make_options({{"adapter", fixture_adapter(dir, *model, fixture)}});
@@ -58,8 +57,8 @@ TEST(Gpt2Tiny, TokenLossesMatchTransformers) {
     for (const char *backend : {"cpu", "reference"}) {
         const auto model = load_model(folder, backend);
         for (size_t row = 0; row < 2; ++row) {
-            Session session(model, make_options({{"adapter", "none"}, {"context", "0"},
-                                                 {"chunk", "80"}}));
+            Session session(model,
+                            make_options({{"adapter", "none"}, {"context", "0"}, {"chunk", "80"}}));
             session.feed(std::span(tokens).subspan(row * 80, 80));
             ASSERT_TRUE(session.score(no_limits(session)));
             EXPECT_LE(relative_error(session.losses(), std::span(nll).subspan(row * 79, 79)), 1e-5)

@@ -1,5 +1,5 @@
-// PonderTTT's complete model (GPT-2 and its TTT layer after it) rebuilt as a Hugging Face folder and
-// an adapter folder: logits and statistics for SKIP and UPDATE.
+// PonderTTT's complete model (GPT-2 and its TTT layer after it) rebuilt as a Hugging Face folder
+// and an adapter folder: logits and statistics for SKIP and UPDATE.
 #include "support.hpp"
 
 #include "tensor/ops.hpp"
@@ -31,7 +31,8 @@ void write_backbone(const SafeTensors &fixture, const TempDir &dir) {
     Written out;
     const std::string prefix = "param.base_model.";
     for (const auto &[name, info] : fixture.tensors()) {
-        if (!name.starts_with(prefix)) continue;
+        if (!name.starts_with(prefix))
+            continue;
         std::string plain = name.substr(prefix.size());
         for (const char *suffix : {".kernel", ".scale", ".embedding"})
             if (plain.ends_with(suffix))
@@ -43,8 +44,11 @@ void write_backbone(const SafeTensors &fixture, const TempDir &dir) {
 }
 
 Options ttt_options(const std::string &adapter) {
-    return make_options({{"adapter", adapter}, {"ttt.form", "ponder"}, {"ttt.heads", "4"},
-                         {"chunk", "128"}, {"context", "128"}});
+    return make_options({{"adapter", adapter},
+                         {"ttt.form", "ponder"},
+                         {"ttt.heads", "4"},
+                         {"chunk", "128"},
+                         {"context", "128"}});
 }
 
 void write_adapter(const SafeTensors &fixture, const Model &model, const TempDir &dir) {
@@ -106,7 +110,8 @@ std::vector<float> logits(const Model &model, const Adapter &adapter, bool updat
     g.expose(out, "logits");
     for (Id id : state)
         g.expose(id, "state");
-    if (update) g.expose(loss, "statistics");
+    if (update)
+        g.expose(loss, "statistics");
     const size_t end = g.calls().size();
     const Program program(std::move(g), {end}, model.device());
 
@@ -117,11 +122,13 @@ std::vector<float> logits(const Model &model, const Adapter &adapter, bool updat
     Program::Bindings at(program.graph().values().size());
     for (size_t i = 0; i < adapter.fast_tensors().size(); ++i) {
         at[i] = fast.data() + adapter.fast_tensors()[i].offset;
-        if (update) at[size_t(state[i])] = fresh.data() + adapter.fast_tensors()[i].offset;
+        if (update)
+            at[size_t(state[i])] = fresh.data() + adapter.fast_tensors()[i].offset;
     }
     at[size_t(ids)] = const_cast<int32_t *>(tokens.data());
     at[size_t(out)] = result.data();
-    if (update) at[size_t(loss)] = statistics;
+    if (update)
+        at[size_t(loss)] = statistics;
     std::vector<std::byte> arena(program.arena_bytes()),
         workspace(program.workspace_bytes() * 2 + 64);
     auto *aligned = reinterpret_cast<std::byte *>(
@@ -151,7 +158,8 @@ TEST(PonderModel, LogitsAndStatistics) {
             }
             const char *name = update ? "logits_update" : "logits_skip";
             EXPECT_LE(relative_error(all, tensor(fixture, name)), 1e-5) << backend << " " << name;
-            if (!update) continue;
+            if (!update)
+                continue;
             const char *names[3] = {"stat.ttt_loss_init", "stat.ttt_loss_step_0",
                                     "stat.ttt_loss_step_1"};
             for (size_t i = 0; i < 3; ++i) {

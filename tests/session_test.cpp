@@ -22,7 +22,8 @@ const std::shared_ptr<const Model> &model(const std::string &backend, const std:
                                           uint32_t threads = 2) {
     static std::map<std::string, std::shared_ptr<const Model>> models;
     auto &entry = models[backend + dtype + std::to_string(threads)];
-    if (!entry) entry = load_model(tiny, backend, dtype, threads);
+    if (!entry)
+        entry = load_model(tiny, backend, dtype, threads);
     return entry;
 }
 
@@ -42,7 +43,8 @@ Trace run(Session &session, std::span<const int32_t> tokens) {
     Trace trace;
     session.feed(tokens);
     for (;;) {
-        if (!session.score(no_limits(session))) break;
+        if (!session.score(no_limits(session)))
+            break;
         session.learn(-1, no_limits(session));
         take_chunk(session, trace);
     }
@@ -66,9 +68,9 @@ struct Case {
 
 std::vector<Case> cases() {
     std::vector<Case> list;
-    for (const char *policy : {"always", "every:2", "random:0.5", "threshold:loss:2.0",
-                               "ema:entropy:0.5", "threshold:gradient_norm:0.3",
-                               "ema:update_norm:0.5", "skip", "first:0.5"})
+    for (const char *policy :
+         {"always", "every:2", "random:0.5", "threshold:loss:2.0", "ema:entropy:0.5",
+          "threshold:gradient_norm:0.3", "ema:update_norm:0.5", "skip", "first:0.5"})
         list.push_back({"lora", {{"adapter", "lora"}, {"policy", policy}, {"steps", "2"}}});
     list.push_back({"lora sgd", {{"inner.optimizer", "sgd"}, {"inner.lr", "0.1"}}});
     for (const char *adapter : {"ttt-linear", "ttt-mlp"})
@@ -79,8 +81,8 @@ std::vector<Case> cases() {
 }
 
 Options options_of(const Case &c, const char *context = "64") {
-    Options options = make_options({{"chunk", "32"}, {"context", context}, {"lora.rank", "4"},
-                                    {"lora.layers", "all"}});
+    Options options = make_options(
+        {{"chunk", "32"}, {"context", context}, {"lora.rank", "4"}, {"lora.layers", "all"}});
     for (const auto &[name, value] : c.options)
         options.set(name, value);
     return options;
@@ -219,8 +221,9 @@ TEST(Transaction, NormBoundRollsBack) {
 }
 
 TEST(Transaction, NonFiniteStepRollsBackAndTheSessionGoesOn) {
-    Options options = options_of({"lora", {{"inner.optimizer", "sgd"}, {"inner.lr", "100"},
-                                           {"inner.clip", "0"}, {"steps", "40"}}});
+    Options options = options_of(
+        {"lora",
+         {{"inner.optimizer", "sgd"}, {"inner.lr", "100"}, {"inner.clip", "0"}, {"steps", "40"}}});
     Session session(model("cpu", "f32"), options);
     const Trace trace = run(session, random_tokens(32 * 4, 9));
     for (const ponder_record &r : trace.records) {
@@ -257,8 +260,8 @@ TEST(Transaction, CancelledCallsChangeNothing) {
 }
 
 TEST(Budget, IsHard) {
-    Options options = options_of({"lora", {{"steps", "3"}, {"budget.rate", "0.5"},
-                                           {"budget.burst", "4"}}});
+    Options options =
+        options_of({"lora", {{"steps", "3"}, {"budget.rate", "0.5"}, {"budget.burst", "4"}}});
     Session session(model("cpu", "f32"), options);
     const Trace trace = run(session, random_tokens(32 * 40, 11));
     int64_t steps = 0;
@@ -285,8 +288,8 @@ TEST(Learning, LowersTheLossOfARepeatedStream) {
 }
 
 TEST(Learning, MoreStepsGiveLossAfter) {
-    Session session(model("cpu", "f32"), options_of({"lora", {{"steps", "3"},
-                                                              {"record.loss_after", "1"}}}));
+    Session session(model("cpu", "f32"),
+                    options_of({"lora", {{"steps", "3"}, {"record.loss_after", "1"}}}));
     for (const ponder_record &r : run(session, random_tokens(32 * 3, 13)).records) {
         EXPECT_LT(r.loss_after, r.loss_before);
         EXPECT_EQ(r.steps, 3);

@@ -32,8 +32,7 @@ inline std::shared_ptr<const Model> load_model(const std::string &folder,
                                    [](uint64_t, uint64_t) {});
 }
 
-inline Options make_options(
-    std::initializer_list<std::pair<const char *, std::string>> values) {
+inline Options make_options(std::initializer_list<std::pair<const char *, std::string>> values) {
     Options options;
     options.set("context", "512");
     options.set("guard.norm", "inf");

@@ -40,14 +40,17 @@ InsideResult Adapter::after_backbone(Graph &, Id hidden) const { return {hidden,
 std::shared_ptr<const Adapter> make_adapter(const Gpt2Config &config, const Options &options,
                                             const std::string &model_hash) {
     const std::string &name = options.text("adapter");
-    if (name == "none") return std::make_shared<Adapter>();
-    if (name == "lora") return std::make_shared<Lora>(config, options);
+    if (name == "none")
+        return std::make_shared<Adapter>();
+    if (name == "lora")
+        return std::make_shared<Lora>(config, options);
     if (name == "ttt-linear" || name == "ttt-mlp")
         return std::make_shared<Ttt>(config, options, name == "ttt-mlp");
     if (!file_exists(name + "/ponder.json"))
         throw_error(PONDER_E_ARGUMENT,
                     "adapter '%.200s' is none of none, lora, ttt-linear, ttt-mlp, and no folder "
-                    "with a ponder.json", name.c_str());
+                    "with a ponder.json",
+                    name.c_str());
     return load_adapter(name, config, options, model_hash);
 }
 

@@ -40,9 +40,12 @@ std::set<int64_t> parse_layers(const std::string &option, int64_t layers) {
             chosen.insert(i);
         return chosen;
     };
-    if (option == "all") return last(layers);
-    if (option == "half") return last((layers + 1) / 2);
-    if (option.starts_with("last:")) return last(parse_layer(option, option.substr(5), 1, layers));
+    if (option == "all")
+        return last(layers);
+    if (option == "half")
+        return last((layers + 1) / 2);
+    if (option.starts_with("last:"))
+        return last(parse_layer(option, option.substr(5), 1, layers));
     std::set<int64_t> chosen;
     for (const std::string &part : split(option, ','))
         chosen.insert(parse_layer(option, part, 0, layers - 1));
@@ -61,7 +64,8 @@ std::set<Module> parse_modules(const std::string &option) {
         if (!known)
             throw_error(PONDER_E_ARGUMENT,
                         "option 'lora.modules': '%.40s' is none of attn.c_attn, attn.c_proj, "
-                        "mlp.c_fc, mlp.c_proj", part.c_str());
+                        "mlp.c_fc, mlp.c_proj",
+                        part.c_str());
     }
     return chosen;
 }
@@ -94,7 +98,8 @@ void Lora::draw_initial(std::span<float> fast, Random &random) const {
 
 Id Lora::linear(Graph &graph, const LinearArguments &p) const {
     const auto at = first_.find({p.place.layer, p.place.module});
-    if (at == first_.end()) return Adapter::linear(graph, p);
+    if (at == first_.end())
+        return Adapter::linear(graph, p);
     return lora_linear(graph, p.x, p.w, p.b, fast_id(at->second), fast_id(at->second + 1),
                        p.residual, 1.0, p.out);
 }

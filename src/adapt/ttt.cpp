@@ -16,10 +16,12 @@ constexpr double rope_theta = 10000;
 Ttt::Ttt(const Gpt2Config &config, const Options &options, bool mlp) {
     const int64_t width = config.width;
     heads_ = options.integer("ttt.heads");
-    if (heads_ == 0) heads_ = config.heads;
+    if (heads_ == 0)
+        heads_ = config.heads;
     if (width % heads_ != 0 || (width / heads_) % 2 != 0)
-        throw_error(PONDER_E_ARGUMENT, "option 'ttt.heads': %d does not cut width %d into even heads",
-                    int(heads_), int(width));
+        throw_error(PONDER_E_ARGUMENT,
+                    "option 'ttt.heads': %d does not cut width %d into even heads", int(heads_),
+                    int(width));
     const int64_t d = width / heads_;
     mini_batch_ = options.integer("ttt.mini_batch");
     share_qk_ = options.boolean("ttt.share_qk");
@@ -28,7 +30,8 @@ Ttt::Ttt(const Gpt2Config &config, const Options &options, bool mlp) {
     if (ponder && mlp)
         throw_error(PONDER_E_UNSUPPORTED, "option 'ttt.form': PonderTTT has no ttt-mlp");
     double base_lr = options.number("ttt.base_lr");
-    if (base_lr == 0) base_lr = mlp ? 0.1 : 1.0;
+    if (base_lr == 0)
+        base_lr = mlp ? 0.1 : 1.0;
 
     form_.mlp = mlp;
     form_.ponder = ponder;
@@ -43,17 +46,20 @@ Ttt::Ttt(const Gpt2Config &config, const Options &options, bool mlp) {
     outer_eps_ = form_.eps;
 
     // Untrained values as the sources draw them: the official code draws projections with 0.02 and
-    // leaves convolutions to PyTorch's default; PonderTTT uses LeCun's and a zero output projection.
+    // leaves convolutions to PyTorch's default; PonderTTT uses LeCun's and a zero output
+    // projection.
     Random random(uint64_t(options.integer("seed")) ^ 0x5474744c61796572u);
     const Draw projection = ponder ? Draw::inverse_root : Draw::normal;
     const Draw convolution = ponder ? Draw::inverse_root : Draw::uniform_half;
     add_slow("norm.weight", {width}, Draw::ones, random);
     add_slow("norm.bias", {width}, Draw::zeros, random);
     add_slow("q.weight", {width, width}, projection, random);
-    if (!share_qk_) add_slow("k.weight", {width, width}, projection, random);
+    if (!share_qk_)
+        add_slow("k.weight", {width, width}, projection, random);
     add_slow("v.weight", {width, width}, projection, random);
     add_slow("o.weight", {width, width}, ponder ? Draw::zeros : Draw::normal, random);
-    if (gate_) add_slow("gate.weight", {width, width}, projection, random);
+    if (gate_)
+        add_slow("gate.weight", {width, width}, projection, random);
     if (share_qk_)
         for (const char *name : {"conv_q", "conv_k"}) {
             add_slow(std::string(name) + ".weight", {4, width}, convolution, random);
@@ -82,11 +88,20 @@ void Ttt::add_slow(const std::string &name, Shape shape, Draw draw, Random &rand
     const double root = std::sqrt(double(shape[0])); // fan-in: rows of a matrix, taps of a filter
     for (float &value : slow.values)
         switch (draw) {
-        case Draw::zeros: break;
-        case Draw::ones: value = 1; break;
-        case Draw::normal: value = float(0.02 * random.normal()); break;
-        case Draw::inverse_root: value = float(random.normal() / root); break;
-        case Draw::uniform_half: value = float(random.uniform() - 0.5); break;
+        case Draw::zeros:
+            break;
+        case Draw::ones:
+            value = 1;
+            break;
+        case Draw::normal:
+            value = float(0.02 * random.normal());
+            break;
+        case Draw::inverse_root:
+            value = float(random.normal() / root);
+            break;
+        case Draw::uniform_half:
+            value = float(random.uniform() - 0.5);
+            break;
         }
     slow_[name] = std::move(slow);
 }
@@ -122,18 +137,21 @@ InsideResult Ttt::after_backbone(Graph &graph, Id hidden) const {
     }
     q = rope(graph, q, heads_, mini_batch_, rope_theta);
     k = rope(graph, k, heads_, mini_batch_, rope_theta);
-    const Id lr = sigmoid(graph, ponder::linear(graph, x, parameter(graph, "lr.weight"),
-                                        parameter(graph, "lr.bias"), none, false, graph.wide));
+    const Id lr =
+        sigmoid(graph, ponder::linear(graph, x, parameter(graph, "lr.weight"),
+                                      parameter(graph, "lr.bias"), none, false, graph.wide));
     std::vector<Id> state;
     for (size_t i = 0; i < fast_tensors().size(); ++i)
         state.push_back(fast_id(i));
-    const TttResult scan =
-        ttt_scan(graph, q, k, v, lr, parameter(graph, "token_index"),
-                 parameter(graph, "ttt_norm.weight"), parameter(graph, "ttt_norm.bias"), state, form_);
+    const TttResult scan = ttt_scan(graph, q, k, v, lr, parameter(graph, "token_index"),
+                                    parameter(graph, "ttt_norm.weight"),
+                                    parameter(graph, "ttt_norm.bias"), state, form_);
     Id y = layer_norm(graph, scan.y, parameter(graph, "post_norm.weight"),
                       parameter(graph, "post_norm.bias"), outer_eps_, graph.wide);
-    if (gate_) y = mul(graph, gelu(graph, product("gate.weight", x)), y);
-    const Id out = ponder::linear(graph, y, parameter(graph, "o.weight"), none, hidden, false, graph.act);
+    if (gate_)
+        y = mul(graph, gelu(graph, product("gate.weight", x)), y);
+    const Id out =
+        ponder::linear(graph, y, parameter(graph, "o.weight"), none, hidden, false, graph.act);
     return {out, scan.state, scan.loss};
 }
 

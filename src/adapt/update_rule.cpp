@@ -52,8 +52,8 @@ double UpdateRule::step(const State &old, const State &fresh, const float *gradi
                         std::byte *workspace) {
     const float correction1 = float(1 - std::pow(beta1_, double(step)));
     const float correction2 = float(1 - std::pow(beta2_, double(step)));
-    float h[8] = {float(lr_), float(beta1_), float(beta2_), float(epsilon_),
-                  correction1, correction2, float(clip_), 0};
+    float h[8] = {float(lr_),  float(beta1_), float(beta2_), float(epsilon_),
+                  correction1, correction2,   float(clip_),  0};
     float norm = 0;
     Program::Bindings at(step_program_->graph().values().size());
     const auto bind = [&](Id id, const void *address) {

@@ -15,8 +15,8 @@ public:
                std::shared_ptr<const Device> device);
 
     size_t moments() const { return adam_ ? 2 : 0; } // vectors kept beside the weights
-    // One step from `old` to `fresh`, which may be the same. `step` counts from 1 (bias correction).
-    // Returns the gradient's norm before clipping.
+    // One step from `old` to `fresh`, which may be the same. `step` counts from 1 (bias
+    // correction). Returns the gradient's norm before clipping.
     struct State {
         float *weights, *first_moment, *second_moment;
     };

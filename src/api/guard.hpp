@@ -22,14 +22,16 @@ template <uint32_t Kind> struct Tagged {
 };
 
 template <class Handle> Handle &check(Handle *handle, const char *argument) {
-    if (!handle) throw_error(PONDER_E_ARGUMENT, "%s is NULL", argument);
+    if (!handle)
+        throw_error(PONDER_E_ARGUMENT, "%s is NULL", argument);
     if (reinterpret_cast<uintptr_t>(handle) % alignof(uint32_t) != 0 || !Handle::is(handle))
         throw_error(PONDER_E_ARGUMENT, "%s is no live handle of its kind", argument);
     return *handle;
 }
 
 template <class T> T &require(T *pointer, const char *argument) {
-    if (!pointer) throw_error(PONDER_E_ARGUMENT, "%s is NULL", argument);
+    if (!pointer)
+        throw_error(PONDER_E_ARGUMENT, "%s is NULL", argument);
     return *pointer;
 }
 
@@ -38,15 +40,16 @@ template <class T> T &require(T *pointer, const char *argument) {
 template <class T> T read_struct(const T *given, const char *name) {
     T ours{};
     ours.struct_size = sizeof ours;
-    if (!given) return ours;
+    if (!given)
+        return ours;
     const uint32_t size = given->struct_size;
     if (size < 2 * sizeof(uint32_t) || size > 65536)
         throw_error(PONDER_E_ARGUMENT, "%s.struct_size = %u", name, size);
     const auto *bytes = reinterpret_cast<const unsigned char *>(given);
     for (size_t i = sizeof(T); i < size; ++i)
         if (bytes[i] != 0)
-            throw_error(PONDER_E_UNSUPPORTED, "%s: this version does not know the field at offset %zu",
-                        name, i);
+            throw_error(PONDER_E_UNSUPPORTED,
+                        "%s: this version does not know the field at offset %zu", name, i);
     std::memcpy(&ours, given, size < sizeof(T) ? size : sizeof(T));
     ours.struct_size = sizeof ours;
     return ours;
@@ -65,10 +68,11 @@ template <class T> void write_struct(T *out, T ours) {
 }
 
 inline void report(ponder_error *error, ponder_status status, const char *message) {
-    if (!error || error->struct_size < offsetof(ponder_error, message) + 2) return;
+    if (!error || error->struct_size < offsetof(ponder_error, message) + 2)
+        return;
     error->code = status;
-    const size_t room = std::min<size_t>(error->struct_size, sizeof *error) -
-                        offsetof(ponder_error, message);
+    const size_t room =
+        std::min<size_t>(error->struct_size, sizeof *error) - offsetof(ponder_error, message);
     std::snprintf(error->message, room, "%s", message);
 }
 

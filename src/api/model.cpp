@@ -51,7 +51,8 @@ ponder_status ponder_model_retain(const ponder_model *model, ponder_error *error
 }
 
 void ponder_model_release(const ponder_model *model) {
-    if (model && ponder_model::is(model) && model->owners.fetch_sub(1) == 1) delete model;
+    if (model && ponder_model::is(model) && model->owners.fetch_sub(1) == 1)
+        delete model;
 }
 
 ponder_status ponder_model_get(const ponder_model *model, ponder_model_info *out,
@@ -85,7 +86,8 @@ ponder_status ponder_model_tokenize(const ponder_model *model, const char *text,
     return guard(error, [&] {
         const Tokenizer &tokenizer = tokenizer_of(check(model, "model"));
         require(count, "count");
-        if (size > 0) require(text, "text");
+        if (size > 0)
+            require(text, "text");
         const std::vector<int32_t> encoded = tokenizer.encode({size ? text : "", size});
         const int64_t vocabulary = model->model->backbone().config().vocabulary;
         for (int32_t id : encoded)

@@ -20,14 +20,14 @@ ponder_status ponder_options_create(ponder_options **out, ponder_error *error) {
 }
 
 void ponder_options_destroy(ponder_options *options) {
-    if (options && ponder_options::is(options)) delete options;
+    if (options && ponder_options::is(options))
+        delete options;
 }
 
 ponder_status ponder_options_set(ponder_options *options, const char *name, const char *value,
                                  ponder_error *error) {
     return guard(error, [&] {
-        check(options, "options")
-            .options.set(&require(name, "name"), &require(value, "value"));
+        check(options, "options").options.set(&require(name, "name"), &require(value, "value"));
     });
 }
 

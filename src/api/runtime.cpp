@@ -6,20 +6,34 @@ using namespace ponder::api;
 
 const char *ponder_status_name(ponder_status status) {
     switch (status) {
-    case PONDER_OK: return "PONDER_OK";
-    case PONDER_E_ARGUMENT: return "PONDER_E_ARGUMENT";
-    case PONDER_E_STATE: return "PONDER_E_STATE";
-    case PONDER_E_NOT_FOUND: return "PONDER_E_NOT_FOUND";
-    case PONDER_E_IO: return "PONDER_E_IO";
-    case PONDER_E_FORMAT: return "PONDER_E_FORMAT";
-    case PONDER_E_UNSUPPORTED: return "PONDER_E_UNSUPPORTED";
-    case PONDER_E_MISMATCH: return "PONDER_E_MISMATCH";
-    case PONDER_E_NO_MEMORY: return "PONDER_E_NO_MEMORY";
-    case PONDER_E_BACKEND: return "PONDER_E_BACKEND";
-    case PONDER_E_CANCELLED: return "PONDER_E_CANCELLED";
-    case PONDER_E_DEADLINE: return "PONDER_E_DEADLINE";
-    case PONDER_E_BUFFER: return "PONDER_E_BUFFER";
-    case PONDER_E_INTERNAL: return "PONDER_E_INTERNAL";
+    case PONDER_OK:
+        return "PONDER_OK";
+    case PONDER_E_ARGUMENT:
+        return "PONDER_E_ARGUMENT";
+    case PONDER_E_STATE:
+        return "PONDER_E_STATE";
+    case PONDER_E_NOT_FOUND:
+        return "PONDER_E_NOT_FOUND";
+    case PONDER_E_IO:
+        return "PONDER_E_IO";
+    case PONDER_E_FORMAT:
+        return "PONDER_E_FORMAT";
+    case PONDER_E_UNSUPPORTED:
+        return "PONDER_E_UNSUPPORTED";
+    case PONDER_E_MISMATCH:
+        return "PONDER_E_MISMATCH";
+    case PONDER_E_NO_MEMORY:
+        return "PONDER_E_NO_MEMORY";
+    case PONDER_E_BACKEND:
+        return "PONDER_E_BACKEND";
+    case PONDER_E_CANCELLED:
+        return "PONDER_E_CANCELLED";
+    case PONDER_E_DEADLINE:
+        return "PONDER_E_DEADLINE";
+    case PONDER_E_BUFFER:
+        return "PONDER_E_BUFFER";
+    case PONDER_E_INTERNAL:
+        return "PONDER_E_INTERNAL";
     }
     return "unknown";
 }
@@ -32,7 +46,8 @@ ponder_status ponder_runtime_create(ponder_runtime **out, const ponder_runtime_o
     return guard(error, [&] {
         require(out, "out");
         const ponder_runtime_options o = read_struct(options, "options");
-        if (o.threads > 256) throw_error(PONDER_E_ARGUMENT, "options.threads = %u", o.threads);
+        if (o.threads > 256)
+            throw_error(PONDER_E_ARGUMENT, "options.threads = %u", o.threads);
         if (!o.allocate != !o.release)
             throw_error(PONDER_E_ARGUMENT, "options.allocate and options.release go together");
         auto runtime = std::make_shared<Runtime>();
@@ -53,7 +68,8 @@ ponder_status ponder_runtime_create(ponder_runtime **out, const ponder_runtime_o
 }
 
 void ponder_runtime_destroy(ponder_runtime *runtime) {
-    if (runtime && ponder_runtime::is(runtime)) delete runtime;
+    if (runtime && ponder_runtime::is(runtime))
+        delete runtime;
 }
 
 uint32_t ponder_backend_count(const ponder_runtime *runtime) {

@@ -19,7 +19,8 @@ const Session &session_of(const ponder_session *handle, const char *name = "sess
 
 // Distinct live sessions of one model.
 std::vector<Session *> session_list(ponder_session *const *sessions, uint32_t count) {
-    if (count > 0) require(sessions, "sessions");
+    if (count > 0)
+        require(sessions, "sessions");
     std::vector<Session *> list;
     for (uint32_t i = 0; i < count; ++i) {
         list.push_back(&session_of(sessions[i], "sessions[i]"));
@@ -51,7 +52,8 @@ ponder_status ponder_session_create(ponder_session **out, const ponder_model *mo
 }
 
 void ponder_session_destroy(ponder_session *session) {
-    if (session && ponder_session::is(session)) delete session;
+    if (session && ponder_session::is(session))
+        delete session;
 }
 
 ponder_status ponder_session_reset(ponder_session *session, ponder_error *error) {
@@ -68,8 +70,7 @@ ponder_status ponder_session_fork(ponder_session **out, const ponder_session *se
     });
 }
 
-ponder_status ponder_session_expect(ponder_session *session, uint64_t chunks,
-                                    ponder_error *error) {
+ponder_status ponder_session_expect(ponder_session *session, uint64_t chunks, ponder_error *error) {
     return guard(error, [&] { session_of(session).expect(chunks); });
 }
 
@@ -77,7 +78,8 @@ ponder_status ponder_session_feed(ponder_session *session, const int32_t *ids, s
                                   ponder_error *error) {
     return guard(error, [&] {
         Session &s = session_of(session);
-        if (count > 0) s.feed({&require(ids, "ids"), count});
+        if (count > 0)
+            s.feed({&require(ids, "ids"), count});
     });
 }
 
@@ -97,11 +99,14 @@ ponder_status ponder_score(ponder_session *const *sessions, uint32_t count, uint
         const std::vector<Session *> list = session_list(sessions, count);
         for (size_t i = 0; i < list.size(); ++i)
             if (list[i]->has_open())
-                throw_error(PONDER_E_STATE, "sessions[%zu]: the last scored chunk has not been "
-                                            "learned", i);
+                throw_error(PONDER_E_STATE,
+                            "sessions[%zu]: the last scored chunk has not been "
+                            "learned",
+                            i);
         for (size_t i = 0; i < list.size(); ++i) {
             const bool scored = list[i]->score(guard_of(*list[i], limits));
-            if (done) done[i] = scored;
+            if (done)
+                done[i] = scored;
         }
     });
 }
@@ -124,7 +129,8 @@ ponder_status ponder_session_adapt(ponder_session *session, const int32_t *ids, 
     return guard(error, [&] {
         Session &s = session_of(session);
         const ponder_call limits = read_struct(call, "call");
-        if (count > 0) s.feed({&require(ids, "ids"), count});
+        if (count > 0)
+            s.feed({&require(ids, "ids"), count});
         s.adapt(guard_of(s, limits));
     });
 }
@@ -155,13 +161,15 @@ ponder_status ponder_session_records(const ponder_session *session, uint64_t chu
     return guard(error, [&] {
         const Session &s = session_of(session);
         require(count, "count");
-        if (capacity > 0) check_out(records, "records");
+        if (capacity > 0)
+            check_out(records, "records");
         // The caller's struct may be smaller or larger than ours: its size is the stride.
         const size_t stride = capacity > 0 ? records->struct_size : 0;
         auto *bytes = reinterpret_cast<unsigned char *>(records);
         size_t written = 0;
         for (const ponder_record &record : s.records()) {
-            if (record.chunk < chunk || written == capacity) continue;
+            if (record.chunk < chunk || written == capacity)
+                continue;
             unsigned char *at = bytes + written++ * stride;
             std::memset(at, 0, stride);
             std::memcpy(at, &record, std::min(stride, sizeof record));
@@ -173,7 +181,8 @@ ponder_status ponder_session_records(const ponder_session *session, uint64_t chu
 }
 
 void ponder_session_cancel(const ponder_session *session) {
-    if (session && ponder_session::is(session)) session->session->cancel();
+    if (session && ponder_session::is(session))
+        session->session->cancel();
 }
 
 ponder_status ponder_session_save(const ponder_session *session, const char *path,
@@ -186,8 +195,7 @@ ponder_status ponder_session_save(const ponder_session *session, const char *pat
     });
 }
 
-ponder_status ponder_session_load(ponder_session *session, const char *path,
-                                  ponder_error *error) {
+ponder_status ponder_session_load(ponder_session *session, const char *path, ponder_error *error) {
     return guard(error, [&] {
         Session &s = session_of(session);
         require(path, "path");
@@ -196,8 +204,8 @@ ponder_status ponder_session_load(ponder_session *session, const char *path,
     });
 }
 
-ponder_status ponder_session_save_memory(const ponder_session *session, void *data,
-                                         size_t capacity, size_t *size, ponder_error *error) {
+ponder_status ponder_session_save_memory(const ponder_session *session, void *data, size_t capacity,
+                                         size_t *size, ponder_error *error) {
     return guard(error, [&] {
         const Session &s = session_of(session);
         require(size, "size");
@@ -220,8 +228,8 @@ ponder_status ponder_session_load_memory(ponder_session *session, const void *da
 }
 
 ponder_status ponder_session_profile(ponder_session *session, uint32_t repeat,
-                                     ponder_profile_entry *entries, size_t capacity,
-                                     size_t *count, ponder_error *error) {
+                                     ponder_profile_entry *entries, size_t capacity, size_t *count,
+                                     ponder_error *error) {
     return guard(error, [&] {
         Session &s = session_of(session);
         require(count, "count");

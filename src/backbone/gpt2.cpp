@@ -11,20 +11,28 @@ namespace ponder {
 
 const char *module_name(Module module) {
     switch (module) {
-    case Module::attn_c_attn: return "attn.c_attn";
-    case Module::attn_c_proj: return "attn.c_proj";
-    case Module::mlp_c_fc: return "mlp.c_fc";
-    case Module::mlp_c_proj: return "mlp.c_proj";
+    case Module::attn_c_attn:
+        return "attn.c_attn";
+    case Module::attn_c_proj:
+        return "attn.c_proj";
+    case Module::mlp_c_fc:
+        return "mlp.c_fc";
+    case Module::mlp_c_proj:
+        return "mlp.c_proj";
     }
     return "";
 }
 
 LinearPlace linear_place(const Gpt2Config &c, int64_t layer, Module module) {
     switch (module) {
-    case Module::attn_c_attn: return {layer, module, c.width, 3 * c.width};
-    case Module::attn_c_proj: return {layer, module, c.width, c.width};
-    case Module::mlp_c_fc: return {layer, module, c.width, c.inner};
-    case Module::mlp_c_proj: return {layer, module, c.inner, c.width};
+    case Module::attn_c_attn:
+        return {layer, module, c.width, 3 * c.width};
+    case Module::attn_c_proj:
+        return {layer, module, c.width, c.width};
+    case Module::mlp_c_fc:
+        return {layer, module, c.width, c.inner};
+    case Module::mlp_c_proj:
+        return {layer, module, c.inner, c.width};
     }
     return {};
 }
@@ -61,7 +69,8 @@ void Gpt2::layout() {
         add_linear(Module::mlp_c_proj);
     }
     add_norm("ln_f");
-    if (!c.tied) add("lm_head.weight", {c.vocabulary, c.width});
+    if (!c.tied)
+        add("lm_head.weight", {c.vocabulary, c.width});
 }
 
 namespace {
@@ -69,7 +78,8 @@ namespace {
 // Matrices count as bf16 and vectors as f32, so that a model has one hash in every dtype.
 void hash_weights(Hash &hash, const Shape &shape, DType type, const void *data) {
     const size_t count = size_t(shape.count());
-    if (shape.rank < 2 || type == DType::bf16) return hash.add(data, count * size_of(type));
+    if (shape.rank < 2 || type == DType::bf16)
+        return hash.add(data, count * size_of(type));
     const float *values = static_cast<const float *>(data);
     bf16 block[4096];
     for (size_t at = 0; at < count; at += std::size(block)) {
@@ -135,9 +145,11 @@ Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DT
         };
         const auto product = [&](Module module, Id in, Id residual) {
             const std::string name = prefix + module_name(module);
-            const LinearArguments arguments{linear_place(config_, layer, module), in,
+            const LinearArguments arguments{linear_place(config_, layer, module),
+                                            in,
                                             weight(graph, name + ".weight"),
-                                            weight(graph, name + ".bias"), residual,
+                                            weight(graph, name + ".bias"),
+                                            residual,
                                             residual == none ? graph.act : graph.wide};
             return adapter.linear(graph, arguments);
         };
@@ -146,7 +158,8 @@ Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DT
         const Id inner = gelu(graph, product(Module::mlp_c_fc, norm("ln_2", x), none));
         x = product(Module::mlp_c_proj, inner, x);
     }
-    if (scored < tokens) x = slice_rows(graph, x, tokens - scored, scored);
+    if (scored < tokens)
+        x = slice_rows(graph, x, tokens - scored, scored);
     return layer_norm(graph, x, weight(graph, "ln_f.weight"), weight(graph, "ln_f.bias"), eps, out);
 }
 

@@ -21,7 +21,8 @@ bool is_folder(const std::string &path) {
 
 std::string folder_of_library() {
     Dl_info info;
-    if (!dladdr(reinterpret_cast<void *>(&load_backends), &info) || !info.dli_fname) return "";
+    if (!dladdr(reinterpret_cast<void *>(&load_backends), &info) || !info.dli_fname)
+        return "";
     const std::string path = info.dli_fname;
     const size_t slash = path.rfind('/');
     return slash == std::string::npos ? "" : path.substr(0, slash);
@@ -30,7 +31,8 @@ std::string folder_of_library() {
 // Modules are named ponder-<backend>.so; the installed folder carries the module ABI's number.
 std::vector<std::string> search_folders(const std::string &explicit_folder) {
     std::vector<std::string> folders{explicit_folder};
-    if (const char *variable = secure_getenv("PONDER_BACKEND_PATH")) folders.push_back(variable);
+    if (const char *variable = secure_getenv("PONDER_BACKEND_PATH"))
+        folders.push_back(variable);
     const std::string library = folder_of_library();
     if (!library.empty()) {
         folders.push_back(library + "/ponder-" + std::to_string(PONDER_BACKEND_ABI));
@@ -44,7 +46,8 @@ std::vector<std::string> search_folders(const std::string &explicit_folder) {
 std::vector<std::string> module_files(const std::string &folder) {
     std::vector<std::string> files, subfolders;
     DIR *directory = opendir(folder.c_str());
-    if (!directory) return files;
+    if (!directory)
+        return files;
     while (const dirent *entry = readdir(directory)) {
         const std::string name = entry->d_name, path = folder + "/" + name;
         if (name.size() > 10 && name.starts_with("ponder-") && name.ends_with(".so"))
@@ -70,7 +73,8 @@ void probe(Backend &backend) {
     }
     backend.name = d->name;
     char why[256] = "";
-    if (!d->probe(why, sizeof why)) backend.reason = why[0] ? why : "not usable here";
+    if (!d->probe(why, sizeof why))
+        backend.reason = why[0] ? why : "not usable here";
 }
 
 Backend load_module(const std::string &path) {
@@ -105,14 +109,16 @@ std::vector<Backend> load_backends(const std::string &folder, const Log &log) {
     std::vector<Backend> backends;
     backends.push_back({reference_backend(), "reference", "", ""});
     for (const std::string &place : search_folders(folder)) {
-        if (!is_folder(place)) continue;
+        if (!is_folder(place))
+            continue;
         const std::vector<std::string> files = module_files(place);
         for (const std::string &path : files) {
             backends.push_back(load_module(path));
             if (log && !backends.back().available())
                 log(PONDER_LOG_INFO, (path + ": " + backends.back().reason).c_str());
         }
-        if (!files.empty()) break;
+        if (!files.empty())
+            break;
     }
     std::stable_sort(backends.begin(), backends.end(), [](const Backend &a, const Backend &b) {
         return priority_of(a) > priority_of(b);
@@ -138,11 +144,13 @@ Device::Device(const Backend &backend, std::shared_ptr<Memory> memory,
         static_cast<Device *>(self)->memory_->release(block);
     };
     host_.log = [](void *self, int32_t level, const char *message) {
-        if (const Log &log = static_cast<Device *>(self)->log_) log(level, message);
+        if (const Log &log = static_cast<Device *>(self)->log_)
+            log(level, message);
     };
     char why[256] = "";
     device_ = backend_->open(&host_, why, sizeof why);
-    if (!device_) throw_error(PONDER_E_BACKEND, "backend '%s': %s", backend_->name, why);
+    if (!device_)
+        throw_error(PONDER_E_BACKEND, "backend '%s': %s", backend_->name, why);
     if (backend_->host_memory && backend_ != reference_backend()) {
         fallback_ = reference_backend()->open(&host_, why, sizeof why);
         if (!fallback_) {
@@ -153,7 +161,8 @@ Device::Device(const Backend &backend, std::shared_ptr<Memory> memory,
 }
 
 Device::~Device() {
-    if (fallback_) reference_backend()->close(fallback_);
+    if (fallback_)
+        reference_backend()->close(fallback_);
     backend_->close(device_);
 }
 
@@ -162,13 +171,15 @@ Device::Kernel Device::plan(const ponder_op_call &call) const {
     const auto ask = [&](const ponder_backend *backend, ponder_device *device) {
         Kernel kernel(backend);
         const int32_t result = backend->plan(device, &call, &kernel.plan, why, sizeof why);
-        if (result != PONDER_PLAN_OK) kernel.owner = nullptr;
+        if (result != PONDER_PLAN_OK)
+            kernel.owner = nullptr;
         if (result == PONDER_PLAN_FAILED)
             throw_error(PONDER_E_BACKEND, "backend '%s', op '%s': %s", backend->name, call.op, why);
         return kernel;
     };
     Kernel kernel = ask(backend_, device_);
-    if (!kernel.owner && fallback_) kernel = ask(reference_backend(), fallback_);
+    if (!kernel.owner && fallback_)
+        kernel = ask(reference_backend(), fallback_);
     if (!kernel.owner)
         throw_error(PONDER_E_BACKEND, "backend '%s' has no kernel for op '%s' version %u",
                     backend_->name, call.op, call.version);

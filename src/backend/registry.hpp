@@ -52,7 +52,8 @@ public:
             return *this;
         }
         ~Kernel() {
-            if (owner) owner->drop(plan.kernel);
+            if (owner)
+                owner->drop(plan.kernel);
         }
     };
     Kernel plan(const ponder_op_call &call) const;

@@ -20,10 +20,14 @@ enum class DType : int32_t {
 constexpr size_t size_of(DType type) {
     switch (type) {
     case DType::f32:
-    case DType::i32: return 4;
-    case DType::bf16: return 2;
-    case DType::f64: return 8;
-    default: return 0;
+    case DType::i32:
+        return 4;
+    case DType::bf16:
+        return 2;
+    case DType::f64:
+        return 8;
+    default:
+        return 0;
     }
 }
 
@@ -36,7 +40,8 @@ inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 
 // Round to nearest, ties to even; NaN stays NaN.
 inline bf16 to_bf16(float x) {
     uint32_t u = std::bit_cast<uint32_t>(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return {uint16_t((u >> 16) | 0x40u)};
+    if ((u & 0x7fffffffu) > 0x7f800000u)
+        return {uint16_t((u >> 16) | 0x40u)};
     return {uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 

@@ -20,8 +20,8 @@ public:
     double number = 0;   // set for integer and number
     size_t offset = 0;   // in the file, for messages: where its text ends; of [ and { the start
     std::string string;
-    std::vector<Value> items;                            // array
-    std::vector<std::pair<std::string, Value>> members;  // object
+    std::vector<Value> items;                           // array
+    std::vector<std::pair<std::string, Value>> members; // object
 
     // The member of that name, or nullptr. Linear for small objects; use members for large ones.
     const Value *find(std::string_view key) const;

@@ -16,9 +16,11 @@ namespace {
 constexpr size_t huge_page = size_t(2) << 20;
 
 void *system_allocate(size_t size, size_t alignment) {
-    if (size < 2 * huge_page) return std::aligned_alloc(alignment, size);
+    if (size < 2 * huge_page)
+        return std::aligned_alloc(alignment, size);
     void *block = std::aligned_alloc(huge_page, (size + huge_page - 1) / huge_page * huge_page);
-    if (block) madvise(block, size, MADV_HUGEPAGE);
+    if (block)
+        madvise(block, size, MADV_HUGEPAGE);
     return block;
 }
 
@@ -39,8 +41,8 @@ void *Memory::allocate(size_t size) {
     const uint64_t before = in_use_.fetch_add(total, std::memory_order_relaxed);
     void *block = nullptr;
     if (limit_ == 0 || before + total <= limit_)
-        block = allocate_ ? allocate_(user_data_, total, alignment)
-                          : system_allocate(total, alignment);
+        block =
+            allocate_ ? allocate_(user_data_, total, alignment) : system_allocate(total, alignment);
     if (!block) {
         in_use_.fetch_sub(total, std::memory_order_relaxed);
         throw_error(PONDER_E_NO_MEMORY, "memory: %zu bytes wanted with %llu in use, limit %llu",
@@ -52,7 +54,8 @@ void *Memory::allocate(size_t size) {
 }
 
 void Memory::release(void *pointer) noexcept {
-    if (!pointer) return;
+    if (!pointer)
+        return;
     void *block = static_cast<std::byte *>(pointer) - header;
     size_t total;
     std::memcpy(&total, block, sizeof total);
@@ -69,7 +72,8 @@ Buffer::Buffer(std::shared_ptr<Memory> memory, size_t size)
 }
 
 Buffer::~Buffer() {
-    if (memory_) memory_->release(data_);
+    if (memory_)
+        memory_->release(data_);
 }
 
 void Buffer::swap(Buffer &other) noexcept {

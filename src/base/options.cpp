@@ -15,13 +15,27 @@ constexpr double unbounded = std::numeric_limits<double>::infinity();
 
 constexpr ponder_option_info integer(const char *name, const char *value, double minimum,
                                      double maximum, const char *unit, const char *doc) {
-    return {sizeof(ponder_option_info), PONDER_OPTION_INTEGER, name, value, unit, doc,
-            minimum, maximum, ""};
+    return {sizeof(ponder_option_info),
+            PONDER_OPTION_INTEGER,
+            name,
+            value,
+            unit,
+            doc,
+            minimum,
+            maximum,
+            ""};
 }
 constexpr ponder_option_info number(const char *name, const char *value, double minimum,
                                     double maximum, const char *unit, const char *doc) {
-    return {sizeof(ponder_option_info), PONDER_OPTION_NUMBER, name, value, unit, doc,
-            minimum, maximum, ""};
+    return {sizeof(ponder_option_info),
+            PONDER_OPTION_NUMBER,
+            name,
+            value,
+            unit,
+            doc,
+            minimum,
+            maximum,
+            ""};
 }
 constexpr ponder_option_info boolean(const char *name, const char *value, const char *doc) {
     return {sizeof(ponder_option_info), PONDER_OPTION_BOOLEAN, name, value, "", doc, 0, 1, ""};
@@ -39,7 +53,8 @@ constexpr ponder_option_info table[] = {
          "when to learn; signals: loss, entropy, reconstruction, gradient_norm, update_norm"),
     integer("steps", "1", 0, 64, "steps", "inner steps on a chunk that the policy chose"),
     integer("seed", "0", 0, 9007199254740992.0, "", "of initial fast weights and random policies"),
-    integer("chunk", "512", 2, 1048576, "tokens", "the unit that is scored, decided on and learned"),
+    integer("chunk", "512", 2, 1048576, "tokens",
+            "the unit that is scored, decided on and learned"),
     integer("context", "0", 0, 1048576, "tokens",
             "attended at most, this chunk included; earlier chunks run again before it, as many as "
             "fit; 0 = the backbone's full context"),
@@ -55,7 +70,8 @@ constexpr ponder_option_info table[] = {
     integer("ttt.heads", "0", 0, 1024, "", "heads of the TTT layer; 0 = the backbone's"),
     integer("ttt.mini_batch", "16", 1, 1024, "tokens", "unit of one TTT update"),
     number("ttt.base_lr", "0", 0, 1000, "", "base step size; 0 = the source's (1, MLP 0.1)"),
-    number("ttt.decay", "0", 0, 10, "", "PonderTTT: exponential decay of step sizes in a mini-batch"),
+    number("ttt.decay", "0", 0, 10, "",
+           "PonderTTT: exponential decay of step sizes in a mini-batch"),
     number("ttt.max_gradient_norm", "0", 0, unbounded, "",
            "PonderTTT: bound of each mini-batch's gradient; 0 = off"),
     integer("ttt.causal_k", "0", -16, 0, "",
@@ -88,9 +104,10 @@ constexpr size_t table_size = sizeof table / sizeof table[0];
 
 size_t index_of(std::string_view name) {
     for (size_t i = 0; i < table_size; ++i)
-        if (name == table[i].name) return i;
-    throw_error(PONDER_E_ARGUMENT, "option '%.*s' does not exist", int(std::min<size_t>(name.size(), 80)),
-                name.data());
+        if (name == table[i].name)
+            return i;
+    throw_error(PONDER_E_ARGUMENT, "option '%.*s' does not exist",
+                int(std::min<size_t>(name.size(), 80)), name.data());
 }
 
 double parse_number(const ponder_option_info &info, const std::string &value) {
@@ -112,10 +129,12 @@ double parse_number(const ponder_option_info &info, const std::string &value) {
 void check_choice(const ponder_option_info &info, const std::string &value) {
     const std::string_view choices = info.choices;
     for (char c : choices)
-        if (c >= 'A' && c <= 'Z') return;
+        if (c >= 'A' && c <= 'Z')
+            return;
     for (size_t at = 0; at <= choices.size();) {
         const size_t bar = std::min(choices.find('|', at), choices.size());
-        if (choices.substr(at, bar - at) == value) return;
+        if (choices.substr(at, bar - at) == value)
+            return;
         at = bar + 1;
     }
     throw_error(PONDER_E_ARGUMENT, "option '%s': '%.40s' is none of %s", info.name, value.c_str(),

@@ -69,7 +69,8 @@ void Threads::work() {
         {
             std::unique_lock lock(mutex_);
             wake_.wait(lock, [&] {
-                if (stop_) return true;
+                if (stop_)
+                    return true;
                 seen = posted_.load();
                 for (Job *candidate : jobs_)
                     if (candidate->joined < count_ && candidate->next.load() < candidate->tasks) {
@@ -78,7 +79,8 @@ void Threads::work() {
                     }
                 return false;
             });
-            if (stop_) return;
+            if (stop_)
+                return;
             worker = job->joined++;
             job->active.fetch_add(1);
         }
@@ -88,7 +90,8 @@ void Threads::work() {
 }
 
 void Threads::run(uint32_t tasks, Task task, void *context) {
-    if (host_) return run_on_host(tasks, task, context);
+    if (host_)
+        return run_on_host(tasks, task, context);
     if (tasks <= 1 || count_ == 1) {
         for (uint32_t i = 0; i < tasks; ++i)
             task(context, i, 0);

@@ -27,7 +27,8 @@ public:
     // Returns when all tasks are done. Concurrent calls share the workers. Tasks do not throw.
     void run(uint32_t tasks, Task task, void *context);
     template <class F> void run(uint32_t tasks, F &&function) {
-        run(tasks,
+        run(
+            tasks,
             [](void *f, uint32_t i, uint32_t worker) {
                 (*static_cast<std::remove_reference_t<F> *>(f))(i, worker);
             },
@@ -45,8 +46,8 @@ private:
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::vector<Job *> jobs_;          // open ones, under mutex_
-    std::atomic<uint32_t> posted_{0};  // counts jobs, so that idle workers can spin without a lock
+    std::vector<Job *> jobs_;         // open ones, under mutex_
+    std::atomic<uint32_t> posted_{0}; // counts jobs, so that idle workers can spin without a lock
     std::atomic<bool> stop_{false};
 };
 

@@ -17,7 +17,8 @@ public:
         return off() ? wanted : std::min(wanted, int64_t(left_));
     }
     void spend(int64_t steps) {
-        if (!off()) left_ -= double(steps);
+        if (!off())
+            left_ -= double(steps);
     }
     double left() const { return off() ? rate_ : left_; }
     void set_left(double left) { left_ = std::clamp(left, 0.0, burst_); }

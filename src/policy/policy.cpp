@@ -68,8 +68,10 @@ struct Ema final : Policy {
     Decision decide(const Situation &s, Random &) override {
         const double score = s.signals.of(signal);
         if (seen < calibration) {
-            if (!std::isnan(score)) first.push_back(score);
-            if (++seen == calibration) threshold = quantile(1 - target);
+            if (!std::isnan(score))
+                first.push_back(score);
+            if (++seen == calibration)
+                threshold = quantile(1 - target);
             return {true, true, score};
         }
         const Decision decision{score > threshold, false, score, threshold};
@@ -80,7 +82,8 @@ struct Ema final : Policy {
 
     // Linear between order statistics.
     double quantile(double q) {
-        if (first.empty()) return 0;
+        if (first.empty())
+            return 0;
         std::sort(first.begin(), first.end());
         const double at = q * double(first.size() - 1);
         const size_t low = size_t(at), high = std::min(low + 1, first.size() - 1);
@@ -121,7 +124,8 @@ Signal parse_signal(const std::string &text, const std::string &name) {
         {"gradient_norm", Signal::gradient_norm},
         {"update_norm", Signal::update_norm}};
     for (const auto &[known, signal] : names)
-        if (name == known) return signal;
+        if (name == known)
+            return signal;
     bad_policy(text, "the signal is none of loss, entropy, reconstruction, gradient_norm, "
                      "update_norm");
 }
@@ -130,12 +134,18 @@ Signal parse_signal(const std::string &text, const std::string &name) {
 
 double Signals::of(Signal signal) const {
     switch (signal) {
-    case Signal::loss: return loss;
-    case Signal::entropy: return entropy;
-    case Signal::reconstruction: return reconstruction;
-    case Signal::gradient_norm: return gradient_norm;
-    case Signal::update_norm: return update_norm;
-    case Signal::none: break;
+    case Signal::loss:
+        return loss;
+    case Signal::entropy:
+        return entropy;
+    case Signal::reconstruction:
+        return reconstruction;
+    case Signal::gradient_norm:
+        return gradient_norm;
+    case Signal::update_norm:
+        return update_norm;
+    case Signal::none:
+        break;
     }
     return std::numeric_limits<double>::quiet_NaN();
 }
@@ -159,10 +169,13 @@ std::unique_ptr<Policy> parse_policy(const std::string &text) {
         return value;
     };
     const auto expect = [&](size_t parts, const char *form) {
-        if (part.size() != parts) bad_policy(text, form);
+        if (part.size() != parts)
+            bad_policy(text, form);
     };
-    if (name == "skip") return expect(1, "takes nothing more"), std::make_unique<Skip>();
-    if (name == "always") return expect(1, "takes nothing more"), std::make_unique<Always>();
+    if (name == "skip")
+        return expect(1, "takes nothing more"), std::make_unique<Skip>();
+    if (name == "always")
+        return expect(1, "takes nothing more"), std::make_unique<Always>();
     if (name == "every")
         return expect(2, "the form is every:N"), std::make_unique<Every>(number(1, 1e9, true));
     if (name == "first")

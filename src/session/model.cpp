@@ -7,8 +7,10 @@ namespace ponder {
 
 const Backend &Runtime::backend(const std::string &name) const {
     for (const Backend &candidate : backends) {
-        if (name != "auto" && candidate.name != name) continue;
-        if (candidate.available()) return candidate;
+        if (name != "auto" && candidate.name != name)
+            continue;
+        if (candidate.available())
+            return candidate;
         if (name != "auto")
             throw_error(PONDER_E_NOT_FOUND, "backend '%s' is not available: %s", name.c_str(),
                         candidate.reason.c_str());
@@ -17,8 +19,10 @@ const Backend &Runtime::backend(const std::string &name) const {
 }
 
 DType parse_dtype(const std::string &name) {
-    if (name == "f32") return DType::f32;
-    if (name == "bf16") return DType::bf16;
+    if (name == "f32")
+        return DType::f32;
+    if (name == "bf16")
+        return DType::bf16;
     throw_error(PONDER_E_ARGUMENT, "dtype '%.40s' is none of f32, bf16", name.c_str());
 }
 
@@ -59,9 +63,11 @@ std::shared_ptr<const Adapted> Model::adapted(const Options &options) const {
 
 std::shared_ptr<const Pass> Adapted::pass(const PassShape &shape, bool keep) const {
     std::lock_guard lock(mutex_);
-    if (const auto at = kept_.find(shape); at != kept_.end()) return at->second;
+    if (const auto at = kept_.find(shape); at != kept_.end())
+        return at->second;
     for (const auto &pass : odd_)
-        if (pass->shape == shape) return pass;
+        if (pass->shape == shape)
+            return pass;
     auto pass = std::make_shared<Pass>(
         Pass{shape, record_pass(model_.backbone(), *adapter_, shape), nullptr});
     pass->program = std::make_unique<Program>(std::move(pass->recording.graph),
@@ -70,7 +76,8 @@ std::shared_ptr<const Pass> Adapted::pass(const PassShape &shape, bool keep) con
         kept_[shape] = pass;
     else
         odd_.push_back(pass);
-    if (odd_.size() > kept_odd_shapes) odd_.erase(odd_.begin());
+    if (odd_.size() > kept_odd_shapes)
+        odd_.erase(odd_.begin());
     return pass;
 }
 

@@ -21,11 +21,11 @@ enum Segment : size_t { score_segment, learn_segment };
 struct Recording {
     Graph graph;
     std::vector<size_t> segment_ends;
-    Id tokens, targets;           // i32 [1, tokens], [1, scored]
-    Id nll, entropy;              // wide [1, scored]
-    Id reconstruction = none;     // wide [1, 3]
-    std::vector<Id> new_state;    // inside: fast weights after the pass
-    std::vector<Id> gradient;     // learn: of each fast tensor
+    Id tokens, targets;        // i32 [1, tokens], [1, scored]
+    Id nll, entropy;           // wide [1, scored]
+    Id reconstruction = none;  // wide [1, 3]
+    std::vector<Id> new_state; // inside: fast weights after the pass
+    std::vector<Id> gradient;  // learn: of each fast tensor
 };
 
 Recording record_pass(const Gpt2 &model, const Adapter &adapter, const PassShape &shape);

@@ -10,8 +10,8 @@
 namespace ponder {
 
 uint64_t now_ns() {
-    return uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch())
-                        .count());
+    return uint64_t(
+        std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
 }
 
 CallGuard::CallGuard(std::atomic<bool> &cancel, const ponder_call *call)
@@ -21,7 +21,8 @@ CallGuard::CallGuard(std::atomic<bool> &cancel, const ponder_call *call)
 }
 
 void CallGuard::check() const {
-    if (cancel_.load(std::memory_order_relaxed)) throw_error(PONDER_E_CANCELLED, "cancelled");
+    if (cancel_.load(std::memory_order_relaxed))
+        throw_error(PONDER_E_CANCELLED, "cancelled");
     if (deadline_ns_ && now_ns() > deadline_ns_)
         throw_error(PONDER_E_DEADLINE, "deadline passed after %llu ns",
                     static_cast<unsigned long long>(call_->timeout_ns));
@@ -48,10 +49,13 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options)
     policy_ = parse_policy(options.text("policy"));
     chunk_ = options.integer("chunk");
     context_ = options.integer("context");
-    if (context_ == 0) context_ = std::max(config.context, chunk_);
+    if (context_ == 0)
+        context_ = std::max(config.context, chunk_);
     if (chunk_ > config.context || context_ > config.context)
-        throw_error(PONDER_E_ARGUMENT, "options 'chunk' %d and 'context' %d: the backbone has %d "
-                                       "positions", int(chunk_), int(context_), int(config.context));
+        throw_error(PONDER_E_ARGUMENT,
+                    "options 'chunk' %d and 'context' %d: the backbone has %d "
+                    "positions",
+                    int(chunk_), int(context_), int(config.context));
     context_ = std::max(context_, chunk_);
     steps_ = options.integer("steps");
     guard_norm_ = options.number("guard.norm");
@@ -82,7 +86,8 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options)
         const size_t moments = inside_ ? 0 : rule_->moments();
         current_ = FastState(memory, count, moments);
         shadow_ = FastState(memory, count, moments);
-        if (!inside_) gradient_ = Buffer(memory, count * sizeof(float));
+        if (!inside_)
+            gradient_ = Buffer(memory, count * sizeof(float));
         initial_.resize(count);
         Random random(uint64_t(options.integer("seed")));
         adapter.initial(initial_, random);
@@ -95,8 +100,8 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options)
     // Every pass of full chunks is recorded now, so that later calls allocate nothing.
     for (int64_t before = 0; before + chunk_ <= context_; before += chunk_)
         for (int inside = 0; inside <= int(inside_); ++inside)
-            reserve(*adapted_->pass({before + chunk_, chunk_, records_gradients(), inside != 0},
-                                    true));
+            reserve(
+                *adapted_->pass({before + chunk_, chunk_, records_gradients(), inside != 0}, true));
     reset();
 }
 
@@ -141,7 +146,8 @@ void Session::feed(std::span<const int32_t> ids) {
 
 // Whole earlier chunks that fit before `scored` tokens.
 int64_t Session::context_tokens(int64_t scored) const {
-    const int64_t chunks = std::min((context_ - scored) / chunk_, int64_t(history_.size()) / chunk_);
+    const int64_t chunks =
+        std::min((context_ - scored) / chunk_, int64_t(history_.size()) / chunk_);
     return chunks * chunk_;
 }
 
@@ -157,7 +163,8 @@ void Session::reserve(const Pass &pass) {
         arena_ = Buffer(memory, pass.program->arena_bytes());
     }
     size_t each = pass.program->workspace_bytes();
-    if (rule_) each = std::max(each, rule_->workspace_bytes());
+    if (rule_)
+        each = std::max(each, rule_->workspace_bytes());
     const size_t workspace = each * model_->device()->threads().count();
     if (workspace > workspace_.size()) {
         workspace_ = Buffer();
@@ -169,13 +176,16 @@ Program::Bindings Session::bindings(const FastState &weights, std::vector<float>
     const Recording &r = open_pass_->recording;
     Program::Bindings at(open_pass_->program->graph().values().size());
     const auto bind = [&](Id id, const void *address) {
-        if (id != none) at[size_t(id)] = const_cast<void *>(address);
+        if (id != none)
+            at[size_t(id)] = const_cast<void *>(address);
     };
     const std::vector<FastTensor> &fast = adapted_->adapter().fast_tensors();
     for (size_t i = 0; i < fast.size(); ++i) {
         bind(Adapter::fast_id(i), weights.weights() + fast[i].offset);
-        if (!r.gradient.empty()) bind(r.gradient[i], gradient_.data<float>() + fast[i].offset);
-        if (!r.new_state.empty()) bind(r.new_state[i], shadow_.weights() + fast[i].offset);
+        if (!r.gradient.empty())
+            bind(r.gradient[i], gradient_.data<float>() + fast[i].offset);
+        if (!r.new_state.empty())
+            bind(r.new_state[i], shadow_.weights() + fast[i].offset);
     }
     bind(r.tokens, ids_.data());
     bind(r.targets, targets_.data());
@@ -209,7 +219,8 @@ public:
         : session_(session), budget_(session.budget_), random_(session.random_),
           policy_(session.policy_->state()) {}
     ~Undo() {
-        if (!armed_) return;
+        if (!armed_)
+            return;
         session_.budget_ = budget_;
         session_.random_ = random_;
         session_.policy_->set_state(policy_);
@@ -225,8 +236,10 @@ private:
 };
 
 bool Session::score(const CallGuard &guard) {
-    if (open_) throw_error(PONDER_E_STATE, "the last scored chunk has not been learned");
-    if (int64_t(waiting_.size()) < chunk_) return false;
+    if (open_)
+        throw_error(PONDER_E_STATE, "the last scored chunk has not been learned");
+    if (int64_t(waiting_.size()) < chunk_)
+        return false;
     score_chunk(chunk_, guard);
     return true;
 }
@@ -277,29 +290,34 @@ void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
     }
     record.loss_before = mean(nll_);
     record.entropy = mean(entropy_);
-    if (ran_inside_) record.reconstruction = reconstruction_[1];
+    if (ran_inside_)
+        record.reconstruction = reconstruction_[1];
     record.bytes = arena_.size() + workspace_.size();
     signals_.loss = record.loss_before;
     signals_.entropy = record.entropy;
-    if (ran_inside_) signals_.reconstruction = record.reconstruction;
+    if (ran_inside_)
+        signals_.reconstruction = record.reconstruction;
 
     // Only now is the chunk taken from the stream: a cancelled pass leaves everything as it was.
     undo.disarm();
     history_.insert(history_.end(), waiting_.begin(), waiting_.begin() + tokens);
     waiting_.erase(waiting_.begin(), waiting_.begin() + tokens);
     const size_t keep = size_t(context_);
-    if (history_.size() > 2 * keep) history_.erase(history_.begin(), history_.end() - std::ptrdiff_t(keep));
+    if (history_.size() > 2 * keep)
+        history_.erase(history_.begin(), history_.end() - std::ptrdiff_t(keep));
     scored_tokens_ += uint64_t(tokens);
     chunks_ += 1;
     open_ = true;
     record.score_ns = now_ns() - start - record.decide_ns;
     records_.push_back(record);
-    if (records_.size() > ring_) records_.pop_front();
+    if (records_.size() > ring_)
+        records_.pop_front();
 }
 
 // The open chunk's forward pass with its activations; again after a restore.
 void Session::ensure_tape(const CallGuard &guard) {
-    if (tape_) return;
+    if (tape_)
+        return;
     const int64_t total = int64_t(open_ids_.size());
     open_pass_ = adapted_->pass({total, open_tokens_, records_gradients(), ran_inside_},
                                 open_tokens_ == chunk_);
@@ -319,13 +337,15 @@ int32_t Session::decide(int32_t forced, ponder_record &record) {
         decision_ = policy_->decide({record.chunk, expected_, signals_}, random_);
         record.gate_score = decision_.score;
         record.gate_threshold = decision_.threshold;
-        if (decision_.calibrating) record.flags |= PONDER_RECORD_CALIBRATING;
+        if (decision_.calibrating)
+            record.flags |= PONDER_RECORD_CALIBRATING;
     }
     const int64_t each = inside_ ? 1 : steps_; // a TTT layer takes its own steps in the pass
     const int64_t wanted = forced >= 0 ? forced : decision_.update ? each : 0;
     budget_.next_chunk();
     const int64_t granted = adapted_->adapter().fast_count() == 0 ? 0 : budget_.grant(wanted);
-    if (granted < wanted && !budget_.off()) record.flags |= PONDER_RECORD_OVER_BUDGET;
+    if (granted < wanted && !budget_.off())
+        record.flags |= PONDER_RECORD_OVER_BUDGET;
     budget_.spend(granted);
     record.steps = int32_t(granted);
     return int32_t(wanted);
@@ -336,16 +356,20 @@ bool Session::accept(double update_norm) const {
 }
 
 void Session::learn(int32_t forced, const CallGuard &guard) {
-    if (!open_) return;
+    if (!open_)
+        return;
     ponder_record record = records_.back();
     if (inside_) {
         learn_inside(record);
     } else {
         if (forced > 0 && policy_->never())
-            throw_error(PONDER_E_STATE, "steps = %d under policy skip; a host that decides itself "
-                                        "uses policy always", forced);
+            throw_error(PONDER_E_STATE,
+                        "steps = %d under policy skip; a host that decides itself "
+                        "uses policy always",
+                        forced);
         Undo undo(*this);
-        if (records_gradients()) ensure_tape(guard);
+        if (records_gradients())
+            ensure_tape(guard);
         const uint64_t start = now_ns();
         if (policy_->reads() == Signal::gradient_norm && forced < 0) {
             run_backward(current_, guard);
@@ -381,7 +405,8 @@ void Session::learn_between(int32_t steps, ponder_record &record, const CallGuar
         guard.check();
         const double norm = rule_->step(old.view(), shadow_.view(), gradient_.data<float>(),
                                         optimizer_steps_ + uint64_t(k) + 1, workspace_.data());
-        if (k == 0) record.gradient_norm = norm;
+        if (k == 0)
+            record.gradient_norm = norm;
         finite = std::isfinite(norm);
     }
     if (steps > 0) {
@@ -413,7 +438,8 @@ void Session::learn_inside(ponder_record &record) {
         record.update_norm =
             rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
         if (accept(record.update_norm)) {
-            if (carry_) current_.swap(shadow_);
+            if (carry_)
+                current_.swap(shadow_);
             record.flags |= PONDER_RECORD_UPDATED;
             signals_.update_norm = record.update_norm;
         } else {
@@ -436,7 +462,8 @@ void Session::finish(ponder_record &record) {
 
 void Session::adapt(const CallGuard &guard) {
     const uint64_t total = waiting_.size();
-    if (open_) learn(-1, guard);
+    if (open_)
+        learn(-1, guard);
     while (score(guard)) {
         learn(-1, guard);
         guard.progress(total - waiting_.size(), total);
@@ -446,13 +473,15 @@ void Session::adapt(const CallGuard &guard) {
 
 void Session::flush(const CallGuard &guard) {
     adapt(guard);
-    if (waiting_.size() < 2) return;
+    if (waiting_.size() < 2)
+        return;
     score_chunk(int64_t(waiting_.size()), guard);
     learn(-1, guard);
 }
 
 std::span<const float> Session::losses() const {
-    if (chunks_ == 0) throw_error(PONDER_E_STATE, "no chunk has been scored");
+    if (chunks_ == 0)
+        throw_error(PONDER_E_STATE, "no chunk has been scored");
     return {nll_.data(), size_t(open_tokens_) - 1};
 }
 
@@ -472,7 +501,8 @@ ponder_session_info Session::info() const {
 }
 
 std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat) {
-    if (open_ids_.empty()) throw_error(PONDER_E_STATE, "no chunk has been scored");
+    if (open_ids_.empty())
+        throw_error(PONDER_E_STATE, "no chunk has been scored");
     std::atomic<bool> never{false};
     const CallGuard unlimited(never, nullptr);
     std::vector<CallTime> times;
@@ -480,7 +510,8 @@ std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat) {
     for (uint32_t i = 0; i < repeat; ++i) {
         tape_ = false;
         ensure_tape(unlimited);
-        if (segment == learn_segment && open_pass_->recording.gradient.empty()) break;
+        if (segment == learn_segment && open_pass_->recording.gradient.empty())
+            break;
         open_pass_->program->profile(segment, bindings(current_, nll_), arena_.data(),
                                      workspace_.data(), times);
     }

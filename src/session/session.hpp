@@ -16,7 +16,7 @@ namespace ponder {
 class CallGuard {
 public:
     CallGuard(std::atomic<bool> &cancel, const ponder_call *call);
-    void check() const;                          // PONDER_E_CANCELLED, PONDER_E_DEADLINE
+    void check() const;                                 // PONDER_E_CANCELLED, PONDER_E_DEADLINE
     void progress(uint64_t done, uint64_t total) const; // may cancel
 
 private:
@@ -125,12 +125,12 @@ private:
     bool open_ = false; // a scored chunk waits for learn
     Decision decision_; // inside: made before the pass
     bool ran_inside_ = false;
-    std::vector<int32_t> open_ids_;          // the pass's tokens, to run it again after a restore
-    int64_t open_tokens_ = 0;                // scored ones among them
+    std::vector<int32_t> open_ids_; // the pass's tokens, to run it again after a restore
+    int64_t open_tokens_ = 0;       // scored ones among them
 
     // ---- of the open chunk, not part of snapshots
     std::shared_ptr<const Pass> open_pass_;
-    bool tape_ = false;     // the arena holds the activations of the open chunk
+    bool tape_ = false; // the arena holds the activations of the open chunk
     bool gradient_ready_ = false;
     mutable std::atomic<bool> cancel_{false};
 };

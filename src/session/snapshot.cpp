@@ -30,7 +30,8 @@ std::vector<T> read_vector(const SafeTensors &file, const std::string &name, con
         throw_error(PONDER_E_FORMAT, "%s: tensor '%s' has %lld elements", file.name().c_str(),
                     name.c_str(), static_cast<long long>(info.shape[0]));
     std::vector<T> values(count);
-    if (count > 0) std::memcpy(values.data(), bytes.data(), bytes.size());
+    if (count > 0)
+        std::memcpy(values.data(), bytes.data(), bytes.size());
     return values;
 }
 
@@ -46,9 +47,23 @@ const char *dtype_text(DType type) { return type == DType::bf16 ? "bf16" : "f32"
 
 // Counts and signals, in this order.
 enum Field {
-    expected, chunks, fed, scored_tokens, updated, steps_taken, optimizer_steps, budget_left,
-    open, ran_inside, open_tokens, signal_loss, signal_entropy, signal_reconstruction,
-    signal_gradient_norm, signal_update_norm, field_count
+    expected,
+    chunks,
+    fed,
+    scored_tokens,
+    updated,
+    steps_taken,
+    optimizer_steps,
+    budget_left,
+    open,
+    ran_inside,
+    open_tokens,
+    signal_loss,
+    signal_entropy,
+    signal_reconstruction,
+    signal_gradient_norm,
+    signal_update_norm,
+    field_count
 };
 
 uint64_t count(double value, const SafeTensors &file, Field field) {
@@ -154,8 +169,8 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
         (state[ran_inside] != 0 && !inside_))
         throw_error(PONDER_E_FORMAT, "%s: tensor 'state': the open chunk does not fit",
                     name.c_str());
-    const uint64_t numbers[] = {counted(expected), counted(chunks), counted(fed),
-                                counted(scored_tokens), counted(updated), counted(steps_taken),
+    const uint64_t numbers[] = {counted(expected),       counted(chunks),  counted(fed),
+                                counted(scored_tokens),  counted(updated), counted(steps_taken),
                                 counted(optimizer_steps)};
     auto new_policy = parse_policy(options_.text("policy"));
     new_policy->set_state(policy);

@@ -32,7 +32,8 @@ void Graph::add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out
     for (Id id : in)
         needs = needs || (id != none && value(id).needs_gradient);
     for (Id id : out)
-        if (id != none && rule.vjp) values_[size_t(id)].needs_gradient = needs;
+        if (id != none && rule.vjp)
+            values_[size_t(id)].needs_gradient = needs;
     calls_.push_back({&rule, std::move(in), std::move(out), std::move(attr)});
 }
 
@@ -41,14 +42,16 @@ Id Tape::gradient(Id value) const {
 }
 
 void Tape::add(Id value, Id gradient) {
-    if (gradient_.size() < graph.values().size()) gradient_.resize(graph.values().size(), none);
+    if (gradient_.size() < graph.values().size())
+        gradient_.resize(graph.values().size(), none);
     Id &sum = gradient_[size_t(value)];
     sum = sum == none ? gradient : ponder::add(graph, sum, gradient, graph.value(sum).type);
 }
 
 Id Tape::take(Id value) {
     const Id so_far = gradient(value);
-    if (so_far != none) gradient_[size_t(value)] = none;
+    if (so_far != none)
+        gradient_[size_t(value)] = none;
     return so_far;
 }
 
@@ -61,7 +64,8 @@ std::vector<Id> gradients(Graph &graph, Id loss, const std::vector<Id> &wanted) 
         bool reached = false;
         for (Id out : call.out)
             reached = reached || (tape.wants(out) && tape.gradient(out) != none);
-        if (reached) call.rule->vjp(tape, call);
+        if (reached)
+            call.rule->vjp(tape, call);
     }
     std::vector<Id> result;
     for (Id id : wanted) {

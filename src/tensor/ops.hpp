@@ -40,7 +40,7 @@
 //   attention_vjp     qkv, o, lse, do[S,T,C] -> dqkv[S,T,3C]    [heads]
 //   conv1d            x[S,T,C], w[4,C], b[C] -> y  [shift]  depthwise, causal:
 //                     y_t = b + sum_j w_j x_{t-3-shift+j}, zeros before the start
-//   rope              x[S,T,C] -> y  [heads, period, theta]  interleaved pairs, position t mod period
+//   rope              x[S,T,C] -> y  [heads, period, theta]  interleaved pairs, at t mod period
 //   ttt_linear        q,k,v [S,T,C], lr [S,T,H] (after the sigmoid), index [M], g[H,D], b[H,D],
 //                     w1 wide[S,H,D,D], b1 wide[S,H,D] ->
 //                     y[S,T,C], w1' wide, b1' wide, loss wide[S,3]
@@ -59,9 +59,9 @@
 //   fill              -> y wide[...] [value]
 //   matmul_tn         a[S,T,M], b[S,T,N] -> c wide[S,M,N]         c = a^T b, per stream
 //   norm              a wide[n], b? wide[n] -> y wide[1]          |a - b|
-//   adam              w,g,m,v wide[n], h wide[8], gnorm wide[1] -> w',m',v'   outputs may alias inputs
+//   adam              w,g,m,v wide[n], h wide[8], gnorm wide[1] -> w',m',v'
 //                     h = lr, beta1, beta2, eps, 1-beta1^t, 1-beta2^t, clip (0 = off), 0
-//                     g is scaled by min(1, clip / (gnorm + 1e-6))
+//                     g is scaled by min(1, clip / (gnorm + 1e-6)); outputs may alias inputs
 //   sgd               w,g wide[n], h wide[8], gnorm wide[1] -> w'
 
 #pragma once

@@ -22,7 +22,8 @@ const OpRule embedding_rule{"embedding", true, no_flops, nullptr};
 
 void layer_norm_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
-    if (!tape.wants(call.in[0])) return;
+    if (!tape.wants(call.in[0]))
+        return;
     const Id dy = tape.gradient(call.out[0]), x = call.in[0];
     const Id dx = g.temporary(g.wide, g.shape(x));
     // The residual stream's gradient so far is added in the same sweep.
@@ -46,7 +47,8 @@ void linear_backward(Tape &tape, const Call &call) {
     const Id dy = tape.gradient(call.out[0]), x = call.in[0], residual = call.in[3];
     if (tape.wants(call.in[1]) || tape.wants(call.in[2]))
         throw_error(PONDER_E_INTERNAL, "linear: gradient of a frozen weight");
-    if (tape.wants(residual)) tape.add(residual, dy);
+    if (tape.wants(residual))
+        tape.add(residual, dy);
     if (tape.wants(x))
         tape.add(x, linear(g, dy, call.in[1], none, none, call.attr[0] == 0, g.value(x).type));
 }
@@ -65,12 +67,15 @@ void lora_linear_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
     const Id dy = tape.gradient(call.out[0]), u = call.out[1];
     const Id x = call.in[0], w = call.in[1], a = call.in[3], bb = call.in[4];
-    if (tape.wants(call.in[5])) tape.add(call.in[5], dy);
+    if (tape.wants(call.in[5]))
+        tape.add(call.in[5], dy);
     const Id du = g.temporary(g.act, g.shape(u));
     const Id dx = g.temporary(g.value(x).type, g.shape(x));
     g.add_call(lora_linear_vjp_rule, {dy, w, a, bb}, {dx, du}, call.attr);
-    if (tape.wants(x)) tape.add(x, dx);
-    if (tape.wants(a)) tape.add(a, matmul_tn(g, x, du));
+    if (tape.wants(x))
+        tape.add(x, dx);
+    if (tape.wants(a))
+        tape.add(a, matmul_tn(g, x, du));
     if (tape.wants(bb)) {
         if (call.attr[0] != 1)
             throw_error(PONDER_E_INTERNAL, "lora_linear: only scale 1 has a gradient");
@@ -103,7 +108,8 @@ const OpRule gelu_vjp_rule{"gelu_vjp", true, no_flops, nullptr};
 
 void add_backward(Tape &tape, const Call &call) {
     for (Id in : call.in)
-        if (tape.wants(in)) tape.add(in, tape.gradient(call.out[0]));
+        if (tape.wants(in))
+            tape.add(in, tape.gradient(call.out[0]));
 }
 
 const OpRule add_rule{"add", true, no_flops, add_backward};

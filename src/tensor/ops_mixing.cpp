@@ -29,8 +29,8 @@ void attention_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
     const Id qkv = call.in[0];
     const Id dqkv = g.temporary(g.value(qkv).type, g.shape(qkv));
-    g.add_call(attention_vjp_rule,
-               {qkv, call.out[0], call.out[1], tape.gradient(call.out[0])}, {dqkv}, call.attr);
+    g.add_call(attention_vjp_rule, {qkv, call.out[0], call.out[1], tape.gradient(call.out[0])},
+               {dqkv}, call.attr);
     tape.add(qkv, dqkv);
 }
 
@@ -58,8 +58,7 @@ uint64_t cross_entropy_vjp_flops(const Graph &g, const Call &call) {
     return 2 * uint64_t(dh.count()) * uint64_t(table[0]);
 }
 
-const OpRule cross_entropy_rule{"cross_entropy", true, cross_entropy_flops,
-                                cross_entropy_backward};
+const OpRule cross_entropy_rule{"cross_entropy", true, cross_entropy_flops, cross_entropy_backward};
 const OpRule cross_entropy_vjp_rule{"cross_entropy_vjp", true, cross_entropy_vjp_flops, nullptr};
 
 // ---- mean
@@ -138,9 +137,8 @@ Id rope(Graph &g, Id x, int64_t heads, int64_t period, double theta) {
 
 TttResult ttt_scan(Graph &g, Id q, Id k, Id v, Id lr, Id index, Id scale, Id shift,
                    const std::vector<Id> &state, const TttScan &form) {
-    TttResult r{g.temporary(g.value(q).type, g.shape(q)),
-                g.temporary(g.wide, {g.shape(q)[0], 3}),
-                {}};
+    TttResult r{
+        g.temporary(g.value(q).type, g.shape(q)), g.temporary(g.wide, {g.shape(q)[0], 3}), {}};
     std::vector<Id> in{q, k, v, lr, index, scale, shift}, out{r.y};
     for (Id weight : state) {
         in.push_back(weight);

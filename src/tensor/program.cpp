@@ -25,7 +25,8 @@ std::vector<Group> schedule(const Graph &graph, const std::vector<size_t> &segme
     std::vector<bool> computed(graph.values().size(), true);
     for (const Call &call : graph.calls())
         for (Id out : call.out)
-            if (out != none) computed[size_t(out)] = false;
+            if (out != none)
+                computed[size_t(out)] = false;
 
     const auto ready = [&](const Call &call) {
         return std::all_of(call.in.begin(), call.in.end(),
@@ -33,7 +34,8 @@ std::vector<Group> schedule(const Graph &graph, const std::vector<size_t> &segme
     };
     const auto mark = [&](const Call &call) {
         for (Id out : call.out)
-            if (out != none) computed[size_t(out)] = true;
+            if (out != none)
+                computed[size_t(out)] = true;
     };
 
     size_t begin = 0;
@@ -47,25 +49,30 @@ std::vector<Group> schedule(const Graph &graph, const std::vector<size_t> &segme
             int64_t rows = 0;
             std::erase_if(waiting, [&](size_t i) {
                 const Call &call = graph.calls()[i];
-                if (!call.rule->rows || !ready(call)) return false;
-                if (!chain.calls.empty() && rows_of(graph, call) != rows) return false;
+                if (!call.rule->rows || !ready(call))
+                    return false;
+                if (!chain.calls.empty() && rows_of(graph, call) != rows)
+                    return false;
                 rows = rows_of(graph, call);
                 chain.calls.push_back(i);
                 mark(call);
                 return true;
             });
-            if (!chain.calls.empty()) groups.push_back(std::move(chain));
+            if (!chain.calls.empty())
+                groups.push_back(std::move(chain));
             // Then everything else that is ready now.
             Group together{{}, false, segment};
             std::erase_if(waiting, [&](size_t i) {
                 const Call &call = graph.calls()[i];
-                if (call.rule->rows || !ready(call)) return false;
+                if (call.rule->rows || !ready(call))
+                    return false;
                 together.calls.push_back(i);
                 return true;
             });
             for (size_t i : together.calls)
                 mark(graph.calls()[i]);
-            if (!together.calls.empty()) groups.push_back(std::move(together));
+            if (!together.calls.empty())
+                groups.push_back(std::move(together));
             else if (groups.empty() || groups.back().segment != segment)
                 throw_error(PONDER_E_INTERNAL, "schedule: a call waits for itself");
         }
@@ -84,7 +91,8 @@ ArenaPlan plan_arena(const Graph &graph, const std::vector<Group> &groups) {
     for (size_t g = 0; g < groups.size(); ++g)
         for (size_t c : groups[g].calls) {
             const auto touch = [&](Id id) {
-                if (id == none || graph.value(id).kind != Kind::temporary) return;
+                if (id == none || graph.value(id).kind != Kind::temporary)
+                    return;
                 Life &life = lives[size_t(id)];
                 life.first = std::min(life.first, g);
                 life.last = std::max(life.last, g);
@@ -106,9 +114,11 @@ ArenaPlan plan_arena(const Graph &graph, const std::vector<Group> &groups) {
     for (const Life &life : lives) {
         size_t offset = 0;
         for (const Life &other : placed) {
-            if (other.last < life.first || life.last < other.first) continue;
+            if (other.last < life.first || life.last < other.first)
+                continue;
             const size_t start = plan.offset[other.value];
-            if (offset + bytes(life) <= start) break;
+            if (offset + bytes(life) <= start)
+                break;
             offset = std::max(offset, start + bytes(other));
         }
         plan.offset[life.value] = offset;
@@ -162,10 +172,15 @@ Program::Program(Graph graph, std::vector<size_t> segment_ends,
         }
         for (Id id : call.out)
             describe(id);
-        const ponder_op_call described{sizeof(ponder_op_call), 1, call.rule->name,
-                                       uint32_t(call.in.size()), uint32_t(call.out.size()),
-                                       uint32_t(call.attr.size()), tensors.data(),
-                                       constants.data(), call.attr.data()};
+        const ponder_op_call described{sizeof(ponder_op_call),
+                                       1,
+                                       call.rule->name,
+                                       uint32_t(call.in.size()),
+                                       uint32_t(call.out.size()),
+                                       uint32_t(call.attr.size()),
+                                       tensors.data(),
+                                       constants.data(),
+                                       call.attr.data()};
         kernels_.push_back(device_->plan(described));
         workspace_bytes_ = std::max(workspace_bytes_, align(kernels_.back().plan.workspace));
     }
@@ -199,8 +214,12 @@ std::vector<void *> Program::addresses(const Bindings &bindings, std::byte *aren
         if (id != none) {
             const Value &value = graph_.value(id);
             switch (value.kind) {
-            case Kind::constant: address = const_cast<void *>(value.data); break;
-            case Kind::temporary: address = arena + arena_.offset[size_t(id)]; break;
+            case Kind::constant:
+                address = const_cast<void *>(value.data);
+                break;
+            case Kind::temporary:
+                address = arena + arena_.offset[size_t(id)];
+                break;
             case Kind::external:
                 address = size_t(id) < bindings.size() ? bindings[size_t(id)] : nullptr;
                 if (!address)
@@ -223,20 +242,23 @@ void Program::run_batch(const Batch &batch, void *const *addresses, std::byte *w
             for (size_t c : batch.calls)
                 run(c, task);
         } else {
-            const size_t at = size_t(std::upper_bound(batch.first_task.begin(),
-                                                      batch.first_task.end(), task) -
-                                     batch.first_task.begin()) - 1;
+            const size_t at =
+                size_t(std::upper_bound(batch.first_task.begin(), batch.first_task.end(), task) -
+                       batch.first_task.begin()) -
+                1;
             run(batch.calls[at], task - batch.first_task[at]);
         }
     });
 }
 
-void Program::run(size_t segment, const Bindings &bindings, std::byte *arena,
-                  std::byte *workspace, const std::function<void()> &check) const {
+void Program::run(size_t segment, const Bindings &bindings, std::byte *arena, std::byte *workspace,
+                  const std::function<void()> &check) const {
     const std::vector<void *> places = addresses(bindings, arena);
     for (const Batch &batch : batches_) {
-        if (batch.segment != segment) continue;
-        if (check) check();
+        if (batch.segment != segment)
+            continue;
+        if (check)
+            check();
         run_batch(batch, places.data(), workspace);
     }
 }
@@ -246,7 +268,8 @@ void Program::profile(size_t segment, const Bindings &bindings, std::byte *arena
     using Clock = std::chrono::steady_clock;
     const std::vector<void *> places = addresses(bindings, arena);
     for (const Batch &batch : batches_) {
-        if (batch.segment != segment) continue;
+        if (batch.segment != segment)
+            continue;
         for (size_t c : batch.calls) {
             const Call &call = graph_.calls()[c];
             const Batch alone{{c}, {0}, kernels_[c].plan.tasks, false, segment};

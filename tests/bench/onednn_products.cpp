@@ -54,7 +54,8 @@ double gflops(const Shape &s, memory::data_type type, size_t element) {
 
 int main() {
     omp_set_num_threads(1);
-    std::printf("{\"library\": \"onednn\", \"tile\": %d, \"threads\": 1, \"products\": [", int(tile));
+    std::printf("{\"library\": \"onednn\", \"tile\": %d, \"threads\": 1, \"products\": [",
+                int(tile));
     const char *separator = "";
     for (const Shape &s : shapes) {
         std::printf("%s\n  {\"in\": %d, \"out\": %d, \"f32_gflops\": %.0f, \"bf16_gflops\": %.0f}",
