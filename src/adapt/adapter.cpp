@@ -37,6 +37,14 @@ Id Adapter::linear(Graph &graph, const LinearArguments &p) const {
 
 InsideResult Adapter::after_backbone(Graph &, Id hidden) const { return {hidden, {}}; }
 
+Options effective_options(const Options &options, bool never_learns) {
+    const std::string &name = options.text("adapter");
+    Options effective = options;
+    if (never_learns && (name == "lora" || name == "ttt-linear" || name == "ttt-mlp"))
+        effective.set("adapter", "none");
+    return effective;
+}
+
 std::shared_ptr<const Adapter> make_adapter(const Gpt2Config &config, const Options &options,
                                             const std::string &model_hash) {
     const std::string &name = options.text("adapter");

@@ -82,6 +82,10 @@ private:
     std::vector<float> stored_; // initial fast weights, empty if drawn
 };
 
+// The options an adapter is made from. An untrained adapter that never learns changes nothing, so
+// it becomes none; a stored one counts even so.
+Options effective_options(const Options &options, bool never_learns);
+
 // From the `adapter` option: none, lora, ttt-linear, ttt-mlp, or a folder. The seed draws what an
 // untrained adapter draws once per model (a TTT layer's projections).
 std::shared_ptr<const Adapter> make_adapter(const Gpt2Config &config, const Options &options,

@@ -32,11 +32,7 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     const Gpt2 model(Gpt2Folder(folder).config(), type); // no memory: shapes only
     const Gpt2Config &config = model.config();
     const bool never = parse_policy(options.text("policy"))->never();
-    Options effective = options;
-    const std::string &name = options.text("adapter");
-    if (never && (name == "lora" || name == "ttt-linear" || name == "ttt-mlp"))
-        effective.set("adapter", "none");
-    const auto adapter = make_adapter(config, effective, "");
+    const auto adapter = make_adapter(config, effective_options(options, never), "");
 
     const int64_t chunk = std::min(options.integer("chunk"), config.context);
     int64_t context = options.integer("context");

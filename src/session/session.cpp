@@ -64,13 +64,7 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options)
     analysis_ = options.boolean("analysis");
     ring_ = size_t(options.integer("record.ring"));
 
-    // An untrained adapter that never learns changes nothing: leave it out.
-    const std::string &adapter_name = options.text("adapter");
-    Options effective = options;
-    if (policy_->never() &&
-        (adapter_name == "lora" || adapter_name == "ttt-linear" || adapter_name == "ttt-mlp"))
-        effective.set("adapter", "none");
-    adapted_ = model_->adapted(effective);
+    adapted_ = model_->adapted(effective_options(options, policy_->never()));
     const Adapter &adapter = adapted_->adapter();
     inside_ = adapter.learns_inside();
     if (!inside_ && policy_->reads() == Signal::reconstruction)
@@ -125,7 +119,6 @@ void Session::reset() {
     expected_ = chunks_ = fed_ = scored_tokens_ = updated_ = steps_taken_ = optimizer_steps_ = 0;
     records_.clear();
     open_ = tape_ = gradient_ready_ = ran_inside_ = false;
-    decision_ = {};
     open_tokens_ = 0;
     open_ids_.clear();
     open_pass_.reset();
@@ -263,7 +256,6 @@ void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
         record.gate_score = record.gate_threshold = unknown;
 
     ran_inside_ = tape_ = false;
-    decision_ = {};
     Undo undo(*this);
     if (inside_ && !analysis_) {
         // The layer changes this chunk's own scores: decide on earlier chunks only.
@@ -333,15 +325,16 @@ void Session::ensure_tape(const CallGuard &guard) {
 
 // The policy's wish, then what the budget grants: record.steps.
 int32_t Session::decide(int32_t forced, ponder_record &record) {
+    Decision decision;
     if (forced < 0) {
-        decision_ = policy_->decide({record.chunk, expected_, signals_}, random_);
-        record.gate_score = decision_.score;
-        record.gate_threshold = decision_.threshold;
-        if (decision_.calibrating)
+        decision = policy_->decide({record.chunk, expected_, signals_}, random_);
+        record.gate_score = decision.score;
+        record.gate_threshold = decision.threshold;
+        if (decision.calibrating)
             record.flags |= PONDER_RECORD_CALIBRATING;
     }
     const int64_t each = inside_ ? 1 : steps_; // a TTT layer takes its own steps in the pass
-    const int64_t wanted = forced >= 0 ? forced : decision_.update ? each : 0;
+    const int64_t wanted = forced >= 0 ? forced : decision.update ? each : 0;
     budget_.next_chunk();
     const int64_t granted = adapted_->adapter().fast_count() == 0 ? 0 : budget_.grant(wanted);
     if (granted < wanted && !budget_.off())

@@ -122,9 +122,8 @@ private:
     uint64_t updated_ = 0, steps_taken_ = 0; // in the stream
     uint64_t optimizer_steps_ = 0;           // inner steps since the moments began
     std::deque<ponder_record> records_;
-    bool open_ = false; // a scored chunk waits for learn
-    Decision decision_; // inside: made before the pass
-    bool ran_inside_ = false;
+    bool open_ = false;             // a scored chunk waits for learn
+    bool ran_inside_ = false;       // it ran with the adapter's layer
     std::vector<int32_t> open_ids_; // the pass's tokens, to run it again after a restore
     int64_t open_tokens_ = 0;       // scored ones among them
 

@@ -197,7 +197,6 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
     open_tokens_ = int64_t(tokens);
     signals_ = {state[signal_loss], state[signal_entropy], state[signal_reconstruction],
                 state[signal_gradient_norm], state[signal_update_norm]};
-    decision_ = {};
     open_pass_.reset();
     tape_ = gradient_ready_ = false;
 }
