@@ -56,8 +56,9 @@ typedef struct ponder_op_call {
     const char *op;
     uint32_t n_in, n_out, n_attr;
     const ponder_tensor *tensor;  /* [n_in + n_out], inputs first */
-    const void *const *constant;  /* [n_in]: data of frozen weights, NULL for the rest.
-                                     Outlives the device: packed copies may be keyed by it */
+    const void *const *constant;  /* [n_in]: data of weights, NULL for the rest. Outlives the
+                                     device and changes only before `refresh`: packed copies
+                                     may be keyed by it */
     const double *attr;           /* [n_attr] */
 } ponder_op_call;
 
@@ -138,6 +139,9 @@ typedef struct ponder_backend {
     void (*drop)(void *kernel);
     /* Bytes that the device holds in packed weights now. */
     size_t (*packed_bytes)(ponder_device *device);
+    /* The data at this constant has changed (a training step): what was packed from it is
+     * made again. No pass runs on it meanwhile. NULL: the device keeps no copies. */
+    void (*refresh)(ponder_device *device, const void *constant);
 } ponder_backend;
 
 typedef const ponder_backend *(*ponder_backend_query_fn)(void);

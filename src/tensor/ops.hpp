@@ -23,11 +23,9 @@
 //                     [scale]             du = scale dy bb^T,  dx = dy w^T + du a^T
 //   gelu              x -> y              tanh form, Hendrycks & Gimpel 2016
 //   gelu_vjp          dy, x -> dx
-//   add               a, b -> y
-//   mul               a, b -> y
 //   sigmoid           x -> y
-//   slice_rows        x[S,T,C] -> y[S,n,C] [first]
-//   slice_rows_vjp    dy[S,n,C] -> dx[S,T,C] [first]          zeros elsewhere
+//   slice_rows        x[...,T,C] -> y[...,n,C] [first]
+//   slice_rows_vjp    dy[...,n,C] -> dx[...,T,C] [first]      zeros elsewhere
 //   cross_entropy     h[S,T,C], table const[V,C], target i32[S,T] -> nll wide[S,T],
 //                     entropy wide[S,T], p? act[S,T,V]
 //                     logits = h table^T in tiles; a target of -1 gives nll 0 (entropy is
@@ -40,7 +38,8 @@
 //   attention_vjp     qkv, o, lse, do[S,T,C] -> dqkv[S,T,3C]    [heads]
 //   conv1d            x[S,T,C], w[4,C], b[C] -> y  [shift]  depthwise, causal:
 //                     y_t = b + sum_j w_j x_{t-3-shift+j}, zeros before the start
-//   rope              x[S,T,C] -> y  [heads, period, theta]  interleaved pairs, at t mod period
+//   rope              x[S,T,C] -> y  [heads, period, theta, inverse]  interleaved pairs, at t mod
+//                     period; inverse: turned back, which is the vjp
 //   ttt_linear        q,k,v [S,T,C], lr [S,T,H] (after the sigmoid), index [M], g[H,D], b[H,D],
 //                     w1 wide[S,H,D,D], b1 wide[S,H,D] ->
 //                     y[S,T,C], w1' wide, b1' wide, loss wide[S,3]
@@ -59,10 +58,57 @@
 //   fill              -> y wide[...] [value]
 //   matmul_tn         a[S,T,M], b[S,T,N] -> c wide[S,M,N]         c = a^T b, per stream
 //   norm              a wide[n], b? wide[n] -> y wide[1]          |a - b|
-//   adam              w,g,m,v wide[n], h wide[8], gnorm wide[1] -> w',m',v'
-//                     h = lr, beta1, beta2, eps, 1-beta1^t, 1-beta2^t, clip (0 = off), 0
-//                     g is scaled by min(1, clip / (gnorm + 1e-6)); outputs may alias inputs
-//   sgd               w,g wide[n], h wide[8], gnorm wide[1] -> w'
+//   adam              w,g,m,v wide[n], h wide[8], gnorm wide[1], rate? wide[n], keep? wide[n],
+//                     start? wide[n] -> w',m',v'
+//                     h = lr, beta1, beta2, eps, 1-beta1^t, 1-beta2^t, clip (0 = off), decay
+//                     g is scaled by min(1, clip / (gnorm + 1e-6)); outputs may alias inputs.
+//                     w' = start + keep (w - start) - rate update; keep absent: 1, rate: lr
+//   sgd               w,g wide[n], h wide[8], gnorm wide[1], rate?, keep?, start? -> w'
+//   adam_vjp          w,g,m,v, h, gnorm, rate?, keep?, start?, dw',dm',dv' wide[n] ->
+//                     dw, dg, dm, dv, drate?, dkeep?, dstart? wide[n]
+//   sgd_vjp           w,g, h, gnorm, rate?, keep?, start?, dw' wide[n] ->
+//                     dw, dg, drate?, dkeep?, dstart? wide[n]
+//                     both through the clip factor; where v' = 0 no gradient passes its root
+//   adamw             w,g,m,v wide[n], h wide[8], gnorm wide[1] -> w',m',v'    as adam, with
+//                     w' = w - lr (update + h[7] w): decoupled decay, Loshchilov & Hutter 2019
+// gradients of trainable weights, summed over streams and tokens:
+//   embedding_vjp     dy wide[S,T,C], ids i32[S,T] -> dtable wide[V,C], dposition wide[P,C]
+//                     [first position]     rows that no token names are 0
+//   layer_norm_vjp_weight  dy[S,T,C], x[S,T,C], stats wide[S,T,2] -> dg wide[C], db wide[C]
+//   matmul_tn_sum     a[S,T,M], b[S,T,N] -> c wide[M,N]       c = sum over streams of a^T b
+//   cross_entropy_vjp_table  p[S,T,V], h[S,T,C], target, dnll wide[S,T] -> dtable wide[V,C]
+//                     dtable = ((p - onehot) * dnll)^T h; rows with target -1 give 0
+//   dropout           x[...], seed i32[2] -> y  [probability, salt]   y_i = x_i / (1 - probability)
+//                     or 0, by a hash of seed, salt and i: the same call is its own vjp
+// gradients of the TTT layer:
+//   conv1d_vjp        dy[S,T,C], x, w[4,C] -> dx[S,T,C], dw wide[4,C], db wide[C]  [shift]
+//   ttt_linear_vjp    q,k,v,lr,index,g,b,w1,b1 as in ttt_linear, dy[S,T,C], dw1' wide[S,H,D,D],
+//                     db1' wide[S,H,D], dloss wide[S,3] -> dq,dk,dv [S,T,C], dlr[S,T,H],
+//                     dindex wide[M], dg wide[H,D], db wide[H,D], dw1 wide, db1 wide
+//                     [as ttt_linear]
+// primitives, closed under vjp: what fused ops are composed of where gradients of gradients are
+// wanted. Any float type. Shapes broadcast: aligned at the right, a dim is equal or 1 or missing.
+// rows ops:
+//   add, sub, mul     a, b -> y[...]                 a and b broadcast to y
+//   broadcast         x -> y[...]
+//   affine            x -> y  [factor, offset]       y = factor x + offset
+//   power             x -> y  [exponent]             0 to a negative power is 0
+//   exp, relu         x -> y
+//   step              x -> y                         1 where x > 0, else 0
+//   gelu_derivative   x -> y  [order]                d^order gelu / dx^order, order 1 to 3
+//   softmax           x[...,M,N] -> y  [causal]      over N; causal: row i sees columns j <= i
+//   log_sum_exp       x[...,N] -> y[...,1]
+//   sum_last          x[...,N] -> y[...,1]
+//   pick              x[S,T,V], target i32[S,T] -> y[S,T,1]     0 where target is -1
+//   pick_vjp          dy[S,T,1], target i32[S,T] -> dx[S,T,V]
+// other ops:
+//   sum_to            x -> y                         sums over what broadcast would repeat
+//   matmul            a[...,M,K], b[...,K,N] -> c[...,M,N]  [ta, tb]  equal leading dims;
+//                     ta: a is [...,K,M], tb: b is [...,N,K]
+//   reshape           x[...] -> y[...]
+//   split_heads       x[S,T,C] -> y[S,H,T,D]  [heads, part, parts]   D = C / (parts H); of part
+//                     `part` of the parts that x holds side by side
+//   merge_heads       x[S,H,T,D] -> y[S,T,C]  [heads, part, parts]   zeros in the other parts
 
 #pragma once
 

@@ -380,6 +380,97 @@ PONDER_API ponder_status ponder_session_save_memory(const ponder_session *sessio
 PONDER_API ponder_status ponder_session_load_memory(ponder_session *session, const void *data,
                                                     size_t size, ponder_error *error);
 
+/* ---- Training ----------------------------------------------------------- */
+
+/* Outer loop: learns what a session starts from. One trainer changes one thing; the model it
+ * was made with stays as it is. */
+typedef struct ponder_trainer ponder_trainer;
+
+enum ponder_trainer_kind {
+    PONDER_TRAIN_ADAPTER = 0, /* the adapter of the options: initial fast weights, step sizes,
+                                 decay, a TTT layer's parameters; through its inner steps */
+    PONDER_TRAIN_GATE = 1,    /* the gate of the adapter folder in option `adapter` */
+    PONDER_TRAIN_BACKBONE = 2 /* every weight of the model, on next-token loss */
+};
+
+/* Tokens of one stream, owned by the caller. */
+typedef struct ponder_stream {
+    const int32_t *ids;
+    size_t count;
+} ponder_stream;
+
+enum ponder_train_flag {
+    PONDER_TRAIN_NOT_FINITE = 1 /* a gradient was not finite: this step changed nothing */
+};
+
+/* What one outer step did. NaN where a value does not exist for the kind. */
+typedef struct ponder_train_record {
+    uint32_t struct_size;
+    uint32_t flags;           /* enum ponder_train_flag */
+    uint64_t step;            /* 1, 2, ...: steps taken, this one included */
+    uint64_t tokens;          /* predictions that the loss is the mean of */
+    double loss;              /* outer loss, nats per token, before the step */
+    double loss_first;        /* of the first chunks, before any inner step */
+    double reconstruction;    /* TTT layers: reconstruction loss before each step, mean */
+    double gradient_norm;     /* of all trained values together, before clipping */
+    double learning_rate;     /* of this step */
+    double inner_rate;        /* geometric mean of the learned step sizes */
+    double cost;              /* inner steps a chunk */
+    double temperature;       /* gates */
+    double tokens_per_second; /* of this call */
+    uint64_t flops, ns;       /* of this call; 2 per multiply-add */
+} ponder_train_record;
+
+/* options may be NULL; they are copied: adapter structure, inner.*, train.*, gate.*. The
+ * trainer holds a reference to the model. Adapters and gates train on a model of any dtype;
+ * second order (train.higher) and backbones need the dtype that the options' documentation
+ * names: PONDER_E_UNSUPPORTED otherwise. */
+PONDER_API ponder_status ponder_trainer_create(ponder_trainer **out, const ponder_model *model,
+                                               int32_t kind, const ponder_options *options,
+                                               ponder_error *error);
+PONDER_API void ponder_trainer_destroy(ponder_trainer *trainer);
+/* One outer step on a batch: the gradient of the batch's mean loss, clipped, then AdamW.
+ * Adapters and gates: each stream is read from its start in whole chunks, at least two; what
+ * is left over is ignored. Backbones: each stream is one window of 2 .. context + 1 tokens, all
+ * of one length. On error, cancel and deadline nothing has changed. The result depends on the
+ * batch and the trainer's state alone, not on the number of threads. */
+PONDER_API ponder_status ponder_trainer_step(ponder_trainer *trainer,
+                                             const ponder_stream *streams, uint32_t count,
+                                             const ponder_call *call, ponder_train_record *out,
+                                             ponder_error *error);
+/* The whole state in one file, replaced atomically; a trainer of the same model, kind and
+ * options goes on from it bit for bit. PONDER_E_MISMATCH for any other. `note` is the caller's
+ * own (a data position), any UTF-8 of at most 64 KiB, NULL for none; load hands it back as
+ * ponder_trainer_note. */
+PONDER_API ponder_status ponder_trainer_save(const ponder_trainer *trainer, const char *path,
+                                             const char *note, ponder_error *error);
+PONDER_API ponder_status ponder_trainer_load(ponder_trainer *trainer, const char *path,
+                                             ponder_error *error);
+/* The note of the checkpoint loaded last, "" if none; valid until the next load. */
+PONDER_API const char *ponder_trainer_note(const ponder_trainer *trainer);
+/* Steps taken so far. */
+PONDER_API uint64_t ponder_trainer_steps(const ponder_trainer *trainer);
+/* Writes what was trained: an adapter folder, the gate into its adapter's folder (a copy of
+ * that adapter where `folder` is another), or a Hugging Face folder with the weights in the
+ * model's dtype. The folder is made if its parent exists; files are replaced atomically. */
+PONDER_API ponder_status ponder_trainer_export(const ponder_trainer *trainer, const char *folder,
+                                               ponder_error *error);
+
+/* Writes a GPT-2 folder with random weights (options model.*, seed) for the tokenizer that
+ * already lies in it. PONDER_E_STATE if it holds weights. */
+PONDER_API ponder_status ponder_backbone_create(const char *folder, const ponder_options *options,
+                                                ponder_error *error);
+/* Trains a byte-level BPE vocabulary (Sennrich et al. 2016 on GPT-2's word split) of `size`
+ * ids, <|endoftext|> as id 0, and writes folder/tokenizer.json. `next` hands over one text
+ * after the other (0 = no more, 1 = text and length set, negative = stop with
+ * PONDER_E_CANCELLED); texts are read once, and the memory used grows with the number of
+ * different words. Ties break by the smaller pair of ids: the result depends on texts and size
+ * alone. */
+PONDER_API ponder_status ponder_tokenizer_train(
+    const char *folder, uint32_t size,
+    int32_t (*next)(void *user_data, const char **text, size_t *length), void *user_data,
+    ponder_error *error);
+
 /* ---- Measuring ---------------------------------------------------------- */
 
 /* Seconds spent in each op of the last pass kind, for profiles. */
