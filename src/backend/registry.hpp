@@ -58,6 +58,12 @@ public:
     };
     Kernel plan(const ponder_op_call &call) const;
 
+    // The data at this constant has changed; no pass runs on it meanwhile.
+    void refresh(const void *constant) const {
+        if (backend_->refresh)
+            backend_->refresh(device_, constant);
+    }
+
     const ponder_backend &backend() const { return *backend_; }
     size_t packed_bytes() const { return backend_->packed_bytes(device_); }
     const std::shared_ptr<Memory> &memory() const { return memory_; }

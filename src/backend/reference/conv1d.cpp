@@ -1,5 +1,6 @@
 // conv1d: y_t = b + sum_{j<4} w_j x_{t-3-shift+j}, zeros before the start; depthwise and causal.
 // shift 0 is the convolution of ttt-lm-pytorch, shift 1 (never sees x_t) that of PonderTTT.
+// vjp:    dx_{t-3-shift+j} += w_j dy_t, dw_j = sum x_{t-3-shift+j} dy_t, db = sum dy_t
 #include "backend/reference/kernel.hpp"
 
 namespace ponder::reference {
@@ -23,6 +24,29 @@ template <class T> void conv1d(Args<T> &args) {
         }
 }
 
+template <class T> void conv1d_vjp(Args<T> &args) {
+    const int64_t streams = args['S'], tokens = args['T'], width = args['C'];
+    const int64_t shift = args.attr_int(0);
+    const T *dy = args.in(0), *x = args.in(1), *w = args.in(2);
+    T *dx = args.out(0), *dw = args.out(1), *db = args.out(2);
+    std::fill_n(dx, streams * tokens * width, T(0));
+    std::fill_n(dw, 4 * width, T(0));
+    std::fill_n(db, width, T(0));
+    for (int64_t s = 0; s < streams; ++s, x += tokens * width, dx += tokens * width)
+        for (int64_t t = 0; t < tokens; ++t, dy += width) {
+            axpy(width, T(1), dy, db);
+            for (int64_t j = 0; j < 4; ++j) {
+                const int64_t from = t - 3 - shift + j;
+                if (from < 0)
+                    continue;
+                for (int64_t c = 0; c < width; ++c) {
+                    dx[from * width + c] += w[j * width + c] * dy[c];
+                    dw[j * width + c] += x[from * width + c] * dy[c];
+                }
+            }
+        }
+}
+
 const char *check(const Sizes &, const double *attr) {
     return attr[0] >= 0 ? nullptr : "a negative shift would read later tokens";
 }
@@ -31,5 +55,12 @@ const char *check(const Sizes &, const double *attr) {
 
 const Op conv1d_op = {
     "conv1d", "x[S,T,C] w[4,C] b[C] -> y[S,T,C]", 1, conv1d<float>, conv1d<double>, check};
+
+const Op conv1d_vjp_op = {"conv1d_vjp",
+                          "dy[S,T,C] x[S,T,C] w[4,C] -> dx[S,T,C] dw:w[4,C] db:w[C]",
+                          1,
+                          conv1d_vjp<float>,
+                          conv1d_vjp<double>,
+                          check};
 
 } // namespace ponder::reference

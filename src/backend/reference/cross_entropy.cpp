@@ -1,5 +1,6 @@
 // cross_entropy: l = h table^T, p = softmax(l), nll = -log p[target], entropy = -sum p log p, nats
 // vjp:           dh = ((p - onehot(target)) dnll) table; rows without target give 0
+// vjp_table:     dtable = ((p - onehot(target)) dnll)^T h
 #include "backend/reference/kernel.hpp"
 
 namespace ponder::reference {
@@ -40,6 +41,20 @@ template <class T> void cross_entropy(Args<T> &args) {
     }
 }
 
+// dl = (p - onehot(target)) dnll for rows [first, first + n)
+template <class T>
+void logit_gradient(int64_t first, int64_t n, int64_t vocabulary, const T *p, const int32_t *target,
+                    const T *dnll, T *dl) {
+    std::fill_n(dl, n * vocabulary, T(0));
+    for (int64_t r = first; r < first + n; ++r) {
+        if (target[r] < 0)
+            continue;
+        T *row = dl + (r - first) * vocabulary;
+        axpy(vocabulary, dnll[r], p + r * vocabulary, row);
+        row[target[r]] -= dnll[r];
+    }
+}
+
 template <class T> void cross_entropy_vjp(Args<T> &args) {
     const int64_t rows = args['S'] * args['T'], width = args['C'], vocabulary = args['V'];
     const T *p = args.in(0), *table = args.in(1), *dnll = args.in(3);
@@ -48,15 +63,21 @@ template <class T> void cross_entropy_vjp(Args<T> &args) {
     std::fill_n(dh, rows * width, T(0));
     for (int64_t first = 0; first < rows; first += row_tile) {
         const int64_t n = std::min(row_tile, rows - first);
-        std::fill_n(dl, n * vocabulary, T(0));
-        for (int64_t r = first; r < first + n; ++r) {
-            if (target[r] < 0)
-                continue;
-            T *row = dl + (r - first) * vocabulary;
-            axpy(vocabulary, dnll[r], p + r * vocabulary, row);
-            row[target[r]] -= dnll[r];
-        }
+        logit_gradient(first, n, vocabulary, p, target, dnll, dl);
         product(n, width, vocabulary, dl, table, dh + first * width);
+    }
+}
+
+template <class T> void cross_entropy_vjp_table(Args<T> &args) {
+    const int64_t rows = args['S'] * args['T'], width = args['C'], vocabulary = args['V'];
+    const T *p = args.in(0), *h = args.in(1), *dnll = args.in(3);
+    const int32_t *target = args.ids(2);
+    T *dtable = args.out(0), *dl = args.scratch(row_tile * vocabulary);
+    std::fill_n(dtable, vocabulary * width, T(0));
+    for (int64_t first = 0; first < rows; first += row_tile) {
+        const int64_t n = std::min(row_tile, rows - first);
+        logit_gradient(first, n, vocabulary, p, target, dnll, dl);
+        product_tn(vocabulary, width, n, dl, h + first * width, dtable);
     }
 }
 
@@ -69,5 +90,9 @@ const Op cross_entropy_op = {
 const Op cross_entropy_vjp_op = {"cross_entropy_vjp",
                                  "p[S,T,V] table[V,C] target:i[S,T] dnll:w[S,T] -> dh[S,T,C]", 0,
                                  cross_entropy_vjp<float>, cross_entropy_vjp<double>};
+
+const Op cross_entropy_vjp_table_op = {
+    "cross_entropy_vjp_table", "p[S,T,V] h[S,T,C] target:i[S,T] dnll:w[S,T] -> dtable:w[V,C]", 0,
+    cross_entropy_vjp_table<float>, cross_entropy_vjp_table<double>};
 
 } // namespace ponder::reference

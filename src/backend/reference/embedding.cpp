@@ -1,4 +1,5 @@
 // embedding: y[s,t] = table[ids[s,t]] + position[first + t]
+// vjp:       dtable[v] = sum of dy[s,t] where ids[s,t] = v, dposition[first + t] = sum_s dy[s,t]
 #include "backend/reference/kernel.hpp"
 
 namespace ponder::reference {
@@ -19,6 +20,21 @@ template <class T> void embedding(Args<T> &args) {
     }
 }
 
+template <class T> void embedding_vjp(Args<T> &args) {
+    const int64_t streams = args['S'], tokens = args['T'], width = args['C'];
+    const int64_t first = args.attr_int(0);
+    const T *dy = args.in(0);
+    const int32_t *ids = args.ids(1);
+    T *table = args.out(0), *position = args.out(1);
+    std::fill_n(table, args['V'] * width, T(0));
+    std::fill_n(position, args['P'] * width, T(0));
+    for (int64_t s = 0; s < streams; ++s)
+        for (int64_t t = 0; t < tokens; ++t, dy += width) {
+            axpy(width, T(1), dy, table + ids[s * tokens + t] * width);
+            axpy(width, T(1), dy, position + (first + t) * width);
+        }
+}
+
 const char *check(const Sizes &sizes, const double *attr) {
     return attr[0] >= 0 && int64_t(attr[0]) + sizes['T'] <= sizes['P'] ? nullptr
                                                                        : "positions end before T";
@@ -32,5 +48,12 @@ const Op embedding_op = {"embedding",
                          embedding<float>,
                          embedding<double>,
                          check};
+
+const Op embedding_vjp_op = {"embedding_vjp",
+                             "dy:w[S,T,C] ids:i[S,T] -> dtable:w[V,C] dposition:w[P,C]",
+                             1,
+                             embedding_vjp<float>,
+                             embedding_vjp<double>,
+                             check};
 
 } // namespace ponder::reference

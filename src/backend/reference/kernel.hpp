@@ -30,6 +30,8 @@ public:
 
     // Inputs and outputs are numbered from 0 each; an absent tensor is nullptr.
     const T *in(size_t i) {
+        if (i >= call_.n_in)
+            return nullptr; // left out
         const ponder_tensor &t = call_.tensor[i];
         if (is_plain(t) || !buffers_[i])
             return static_cast<const T *>(buffers_[i]);
@@ -73,7 +75,7 @@ public:
     const ponder_tensor &shape_out(size_t i) const { return call_.tensor[call_.n_in + i]; }
     // Sizes by their letters in the op's signature.
     int64_t operator[](char letter) const { return call_.sizes[letter]; }
-    double attr(size_t i) const { return call_.attr[i]; }
+    double attr(size_t i) const { return call_.attr[i]; } // 0 where left out
     int64_t attr_int(size_t i) const { return int64_t(call_.attr[i]); }
 
     // Rounds converted outputs into their buffers; the last thing of a run.
@@ -159,6 +161,47 @@ template <class T> void product_tn(int64_t m, int64_t n, int64_t k, const T *a, 
         for (int64_t i = 0; i < m; ++i)
             axpy(n, a[l * m + i], b + l * n, c + i * n);
 }
+
+// Where element i of a tensor of shape `to` comes from in `from`, which is broadcast to it: dims
+// are aligned at the right; a dim that is 1 or missing is read again and again.
+class Broadcast {
+public:
+    Broadcast(const ponder_tensor &from, const ponder_tensor &to) : whole_(true) {
+        int64_t step = 1;
+        for (int32_t axis = 0; axis < to.rank; ++axis) {
+            const int32_t at = from.rank - 1 - axis;
+            const int64_t n = at >= 0 ? from.dim[at] : 1;
+            dim_[axis] = to.dim[to.rank - 1 - axis];
+            step_[axis] = n == 1 ? 0 : step;
+            whole_ = whole_ && n == dim_[axis];
+            step *= n;
+        }
+        rank_ = to.rank;
+    }
+    int64_t operator()(int64_t i) const {
+        if (whole_)
+            return i;
+        int64_t from = 0;
+        for (int32_t axis = 0; axis < rank_; i /= dim_[axis++])
+            from += i % dim_[axis] * step_[axis];
+        return from;
+    }
+    static bool fits(const ponder_tensor &from, const ponder_tensor &to) {
+        if (from.rank > to.rank)
+            return false;
+        for (int32_t axis = 1; axis <= from.rank; ++axis) {
+            const int64_t n = from.dim[from.rank - axis];
+            if (n != 1 && n != to.dim[to.rank - axis])
+                return false;
+        }
+        return true;
+    }
+
+private:
+    int64_t dim_[PONDER_MAX_RANK], step_[PONDER_MAX_RANK];
+    int32_t rank_;
+    bool whole_;
+};
 
 // gelu(x) = x (1 + tanh(u)) / 2,  u = sqrt(2/pi) (x + 0.044715 x^3)
 constexpr double gelu_scale = 0.79788456080286535588, gelu_cube = 0.044715;

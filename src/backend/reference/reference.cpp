@@ -24,8 +24,6 @@ const Op *const ops[] = {
     &lora_linear_vjp_op,
     &gelu_op,
     &gelu_vjp_op,
-    &add_op,
-    &mul_op,
     &sigmoid_op,
     &slice_rows_op,
     &slice_rows_vjp_op,
@@ -44,6 +42,36 @@ const Op *const ops[] = {
     &norm_op,
     &adam_op,
     &sgd_op,
+    &adam_vjp_op,
+    &sgd_vjp_op,
+    &adamw_op,
+    &embedding_vjp_op,
+    &layer_norm_vjp_weight_op,
+    &matmul_tn_sum_op,
+    &cross_entropy_vjp_table_op,
+    &dropout_op,
+    &conv1d_vjp_op,
+    &ttt_linear_vjp_op,
+    &add_op,
+    &sub_op,
+    &mul_op,
+    &broadcast_op,
+    &affine_op,
+    &power_op,
+    &exp_op,
+    &relu_op,
+    &step_op,
+    &gelu_derivative_op,
+    &softmax_op,
+    &log_sum_exp_op,
+    &sum_last_op,
+    &pick_op,
+    &pick_vjp_op,
+    &sum_to_op,
+    &matmul_op,
+    &reshape_op,
+    &split_heads_op,
+    &merge_heads_op,
 };
 
 const Op *find(std::string_view name) {
@@ -64,7 +92,7 @@ std::string_view take(std::string_view &text, char end) {
 // One tensor of a signature.
 struct Expected {
     std::string_view name, shape;
-    bool optional = false;
+    bool optional = false, omissible = false;
     char kind = 0; // i, w or 0
 };
 
@@ -75,7 +103,8 @@ Expected parse(std::string_view token) {
     e.name = take(head, ':');
     if (!head.empty())
         e.kind = head[0];
-    if (e.name.ends_with('?')) {
+    e.omissible = e.name.ends_with("??");
+    while (e.name.ends_with('?')) {
         e.optional = true;
         e.name.remove_suffix(1);
     }
@@ -108,6 +137,8 @@ bool shape_fits(std::string_view shape, const ponder_tensor &t, Sizes &sizes) {
             sizes[letter] = n;
         return sizes[letter] == n;
     };
+    if (shape == "*")
+        return true;
     if (shape == "...")
         return bind('.', count_of(t));
     int32_t axis = 0;
@@ -140,6 +171,8 @@ bool check(const Op &op, const ponder_op_call &call, Sizes &sizes, char *why, si
         while (!side.empty()) {
             const Expected e = parse(take(side, ' '));
             if (index - first >= n) {
+                if (e.omissible)
+                    continue;
                 std::snprintf(why, size, "%s: %u tensors are too few for %s", op.name,
                               call.n_in + call.n_out, op.signature);
                 return false;
@@ -160,16 +193,19 @@ bool check(const Op &op, const ponder_op_call &call, Sizes &sizes, char *why, si
             return false;
         }
     }
-    if (call.n_attr != op.n_attr) {
+    if (call.n_attr > op.n_attr || call.n_attr + op.n_attr_optional < op.n_attr) {
         std::snprintf(why, size, "%s: %u attributes instead of %u", op.name, call.n_attr,
                       op.n_attr);
         return false;
     }
-    if (const char *rule = op.check ? op.check(sizes, call.attr) : nullptr) {
+    double attr[max_attrs] = {};
+    std::copy_n(call.attr, call.n_attr, attr);
+    const char *rule = op.check ? op.check(sizes, attr) : nullptr;
+    if (!rule && op.check_shapes)
+        rule = op.check_shapes(call.tensor, attr);
+    if (rule)
         std::snprintf(why, size, "%s: %s", op.name, rule);
-        return false;
-    }
-    return true;
+    return !rule;
 }
 
 int32_t plan(ponder_device *, const ponder_op_call *call, ponder_plan *out, char *why,
@@ -248,6 +284,7 @@ const ponder_backend descriptor = {
     .run = run,
     .drop = [](void *kernel) { delete static_cast<Planned *>(kernel); },
     .packed_bytes = [](ponder_device *) -> size_t { return 0; },
+    .refresh = nullptr,
 };
 
 } // namespace

@@ -77,14 +77,6 @@ template <class T> void ttt_linear(Args<T> &args) {
     }
 }
 
-const char *check(const Sizes &sizes, const double *attr) {
-    if (sizes['C'] != sizes['H'] * sizes['D'])
-        return "C must be H x D";
-    if (attr[0] != 0 && attr[0] != 1)
-        return "form must be 0 or 1";
-    return attr[5] <= 0 ? nullptr : "causal_k above 0 would read later tokens";
-}
-
 } // namespace
 
 const Op ttt_linear_op = {
@@ -94,6 +86,6 @@ const Op ttt_linear_op = {
     6,
     ttt_linear<float>,
     ttt_linear<double>,
-    check};
+    check_ttt_linear};
 
 } // namespace ponder::reference
