@@ -295,6 +295,13 @@ public:
         return results;
     }
 
+    // The data of a constant has changed.
+    void refresh(const Tensor &constant) {
+        if (backend_->refresh)
+            backend_->refresh(device_, constant.block->data());
+    }
+    size_t packed_bytes() const { return backend_->packed_bytes(device_); }
+
 private:
     void *buffer_of(const Tensor &t) {
         if (backend_->host_memory)

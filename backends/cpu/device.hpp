@@ -40,9 +40,12 @@ void *kernel_memory(size_t size);
 void kernel_release(void *kernel);
 
 // The packed form of a frozen weight, made by `pack(to, context)` at the first request and shared
-// by every kernel of the device. `layout` tells apart the packed forms of one weight. NULL when
-// memory ran out.
+// by every kernel of the device. `layout` tells apart the packed forms of one weight. The context,
+// plain data of at most max_pack_context bytes, is kept: the device packs again when the weight
+// has changed. NULL when memory ran out.
+constexpr size_t max_pack_context = 64;
 const void *packed_weight(ponder_device *device, const void *weight, uint64_t layout, size_t size,
-                          void (*pack)(void *to, const void *context), const void *context);
+                          void (*pack)(void *to, const void *context), const void *context,
+                          size_t context_size);
 
 } // namespace ponder::cpu

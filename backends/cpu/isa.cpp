@@ -32,6 +32,7 @@ constexpr Op ops[] = {
     {"norm", plan_norm},
     {"adam", plan_adam},
     {"sgd", plan_sgd},
+    {"adamw", plan_adamw},
 };
 
 #define PONDER_TEXT_(x) #x

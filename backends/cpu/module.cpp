@@ -22,8 +22,9 @@ void *kernel_memory(size_t size) { return std::calloc(1, size); }
 void kernel_release(void *kernel) { std::free(kernel); }
 
 const void *packed_weight(ponder_device *device, const void *weight, uint64_t layout, size_t size,
-                          void (*pack)(void *to, const void *context), const void *context) {
-    return device->packs.get(weight, layout, size, pack, context);
+                          void (*pack)(void *to, const void *context), const void *context,
+                          size_t context_size) {
+    return device->packs.get(weight, layout, size, pack, context, context_size);
 }
 
 namespace {
@@ -99,6 +100,8 @@ void drop(void *kernel) { kernel_release(kernel); }
 
 size_t packed_bytes(ponder_device *device) { return device->packs.bytes(); }
 
+void refresh(ponder_device *device, const void *constant) { device->packs.refresh(constant); }
+
 constexpr ponder_backend descriptor = {
     sizeof(ponder_backend),
     PONDER_BACKEND_ABI,
@@ -119,6 +122,7 @@ constexpr ponder_backend descriptor = {
     run,
     drop,
     packed_bytes,
+    refresh,
 };
 
 } // namespace

@@ -32,5 +32,6 @@ int32_t plan_matmul_tn(const Call &c);
 int32_t plan_norm(const Call &c);
 int32_t plan_adam(const Call &c);
 int32_t plan_sgd(const Call &c);
+int32_t plan_adamw(const Call &c);
 
 } // namespace ponder::cpu::PONDER_ISA

@@ -214,8 +214,9 @@ const uint32_t *pack_weight(const Call &c, const void *w, int32_t dtype, int64_t
     const WeightContext context = {View::of(const_cast<void *>(w), dtype), k, n, transposed};
     const uint64_t layout =
         uint64_t(k) << 34 | uint64_t(n) << 2 | uint64_t(half_) << 1 | transposed;
-    return static_cast<const uint32_t *>(packed_weight(
-        c.device, w, layout, 4 * b_units(units(k, half_), n), pack_weight_now, &context));
+    return static_cast<const uint32_t *>(packed_weight(c.device, w, layout,
+                                                       4 * b_units(units(k, half_), n),
+                                                       pack_weight_now, &context, sizeof context));
 }
 
 } // namespace ponder::cpu::PONDER_ISA

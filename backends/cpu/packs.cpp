@@ -1,6 +1,7 @@
 #include "packs.hpp"
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace ponder::cpu {
@@ -42,23 +43,45 @@ void *Packs::allocate(size_t size) {
 }
 
 const void *Packs::get(const void *weight, uint64_t layout, size_t size,
-                       void (*pack)(void *to, const void *context), const void *context) {
+                       void (*pack)(void *to, const void *context), const void *context,
+                       size_t context_size) {
+    if (context_size > max_pack_context)
+        return nullptr;
     try {
         const std::lock_guard lock(mutex_);
-        void *&slot = packs_[{weight, layout}];
-        if (slot)
-            return slot;
+        Pack &slot = packs_[{weight, layout}];
+        if (slot.block)
+            return slot.block;
         void *block = allocate(size);
         if (!block) {
             packs_.erase({weight, layout});
             return nullptr;
         }
         pack(block, context);
-        slot = block;
+        slot.block = block;
+        slot.pack = pack;
+        std::memcpy(slot.context.data(), context, context_size);
         bytes_ += size;
-        return slot;
+        return block;
     } catch (const std::bad_alloc &) {
         return nullptr;
+    }
+}
+
+// Packing is outside the lock, so that threads can refresh several weights at once.
+void Packs::refresh(const void *weight) const {
+    for (uint64_t layout = 0;;) {
+        const Pack *found = nullptr;
+        {
+            const std::lock_guard lock(mutex_);
+            const auto at = packs_.lower_bound({weight, layout});
+            if (at == packs_.end() || at->first.first != weight)
+                return;
+            layout = at->first.second + 1;
+            found = &at->second; // stays where it is for good
+        }
+        if (found->block)
+            found->pack(found->block, found->context.data());
     }
 }
 

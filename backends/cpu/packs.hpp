@@ -1,8 +1,10 @@
 // Packed copies of frozen weights, one per weight and layout, as long as the device lives.
 #pragma once
 
-#include "ponder/backend.h"
+#include "device.hpp"
 
+#include <array>
+#include <cstddef>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -18,15 +20,24 @@ public:
 
     // See packed_weight. Concurrent requests wait for each other, so that nothing is packed twice.
     const void *get(const void *weight, uint64_t layout, size_t size,
-                    void (*pack)(void *to, const void *context), const void *context);
+                    void (*pack)(void *to, const void *context), const void *context,
+                    size_t context_size);
+    // Packs again what came from this weight, in place: kernels keep the addresses.
+    void refresh(const void *weight) const;
     size_t bytes() const;
 
 private:
+    struct Pack {
+        void *block = nullptr;
+        void (*pack)(void *to, const void *context) = nullptr;
+        alignas(16) std::array<std::byte, max_pack_context> context{};
+    };
+
     void *allocate(size_t size);
 
     ponder_backend_host host_;
     mutable std::mutex mutex_;
-    std::map<std::pair<const void *, uint64_t>, void *> packs_;
+    std::map<std::pair<const void *, uint64_t>, Pack> packs_;
     size_t bytes_ = 0;
     std::vector<void *> slabs_;
     char *free_ = nullptr; // of the last slab

@@ -1,5 +1,6 @@
 // rope: pairs (x_2i, x_2i+1) of each head turn by (t mod period) theta^(-2i/D), Su et al. 2021,
-// arXiv 2104.09864. With c = (cos, cos) and s = (-sin, sin) a pair, y = x c + swapped(x) s.
+// arXiv 2104.09864; back by that angle if inverse. With c = (cos, cos) and s = (-sin, sin) a pair,
+// y = x c + swapped(x) s.
 #include "ops.hpp"
 
 #include <math.h>
@@ -60,12 +61,13 @@ int32_t plan_rope(const Call &c) {
     k->head = head, k->positions = positions;
     k->x = in(c, 0).dtype, k->y = out(c, 0).dtype;
     float *cosine = reinterpret_cast<float *>(k + 1), *sine = cosine + positions * head;
+    const double turn = attr(c, 3) != 0 ? -1 : 1;
     for (int64_t t = 0; t < positions; ++t)
         for (int64_t i = 0; i < head; i += 2) {
             const double angle = double(t) * ::pow(attr(c, 2), -double(i) / double(head));
             float *cs = cosine + t * head + i, *sn = sine + t * head + i;
             cs[0] = cs[1] = float(::cos(angle));
-            sn[1] = float(::sin(angle));
+            sn[1] = float(turn * ::sin(angle));
             sn[0] = -sn[1];
         }
     return planned_rows(c, k, k->row_count);
