@@ -124,33 +124,6 @@ bool is_mask_buffer(std::string_view name) {
     return rest == ".attn.bias" || rest == ".attn.masked_bias";
 }
 
-std::vector<std::pair<std::string, std::vector<int64_t>>> gpt2_tensors(const Gpt2Config &config) {
-    int64_t width = config.width, inner = config.inner;
-    std::vector<std::pair<std::string, std::vector<int64_t>>> list;
-    list.push_back({"wte.weight", {config.vocabulary, width}});
-    list.push_back({"wpe.weight", {config.context, width}});
-    for (int64_t layer = 0; layer < config.layers; ++layer) {
-        std::string block = "h." + std::to_string(layer) + ".";
-        list.push_back({block + "ln_1.weight", {width}});
-        list.push_back({block + "ln_1.bias", {width}});
-        list.push_back({block + "attn.c_attn.weight", {width, 3 * width}});
-        list.push_back({block + "attn.c_attn.bias", {3 * width}});
-        list.push_back({block + "attn.c_proj.weight", {width, width}});
-        list.push_back({block + "attn.c_proj.bias", {width}});
-        list.push_back({block + "ln_2.weight", {width}});
-        list.push_back({block + "ln_2.bias", {width}});
-        list.push_back({block + "mlp.c_fc.weight", {width, inner}});
-        list.push_back({block + "mlp.c_fc.bias", {inner}});
-        list.push_back({block + "mlp.c_proj.weight", {inner, width}});
-        list.push_back({block + "mlp.c_proj.bias", {width}});
-    }
-    list.push_back({"ln_f.weight", {width}});
-    list.push_back({"ln_f.bias", {width}});
-    if (!config.tied)
-        list.push_back({"lm_head.weight", {config.vocabulary, width}});
-    return list;
-}
-
 // The index names each tensor's shard. Opens the shards and checks that names and contents agree
 // in both directions, so that no tensor has two places.
 std::vector<SafeTensors> open_indexed(const std::string &folder, const std::string &index_path) {
@@ -236,6 +209,33 @@ Gpt2Config read_gpt2_config(const std::string &folder) {
                     folder.c_str(), static_cast<long long>(config.width),
                     static_cast<long long>(config.heads));
     return config;
+}
+
+std::vector<std::pair<std::string, std::vector<int64_t>>> gpt2_tensors(const Gpt2Config &config) {
+    int64_t width = config.width, inner = config.inner;
+    std::vector<std::pair<std::string, std::vector<int64_t>>> list;
+    list.push_back({"wte.weight", {config.vocabulary, width}});
+    list.push_back({"wpe.weight", {config.context, width}});
+    for (int64_t layer = 0; layer < config.layers; ++layer) {
+        std::string block = "h." + std::to_string(layer) + ".";
+        list.push_back({block + "ln_1.weight", {width}});
+        list.push_back({block + "ln_1.bias", {width}});
+        list.push_back({block + "attn.c_attn.weight", {width, 3 * width}});
+        list.push_back({block + "attn.c_attn.bias", {3 * width}});
+        list.push_back({block + "attn.c_proj.weight", {width, width}});
+        list.push_back({block + "attn.c_proj.bias", {width}});
+        list.push_back({block + "ln_2.weight", {width}});
+        list.push_back({block + "ln_2.bias", {width}});
+        list.push_back({block + "mlp.c_fc.weight", {width, inner}});
+        list.push_back({block + "mlp.c_fc.bias", {inner}});
+        list.push_back({block + "mlp.c_proj.weight", {inner, width}});
+        list.push_back({block + "mlp.c_proj.bias", {width}});
+    }
+    list.push_back({"ln_f.weight", {width}});
+    list.push_back({"ln_f.bias", {width}});
+    if (!config.tied)
+        list.push_back({"lm_head.weight", {config.vocabulary, width}});
+    return list;
 }
 
 Gpt2Folder::Gpt2Folder(const std::string &path)

@@ -16,6 +16,9 @@ struct Gpt2Config {
 // (scale_attn_by_inverse_layer_idx, reorder.., cross attention) are PONDER_E_UNSUPPORTED.
 Gpt2Config read_gpt2_config(const std::string &folder);
 
+// Every tensor of the architecture with its shape, in the order that Gpt2Folder::tensors() names.
+std::vector<std::pair<std::string, std::vector<int64_t>>> gpt2_tensors(const Gpt2Config &config);
+
 // The folder's tensors, found by their name without the "transformer." prefix. Buffers such as
 // h.0.attn.bias and h.0.attn.masked_bias are ignored.
 class Gpt2Folder {
