@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 packages="g++ meson ninja-build pkg-config libpcre2-dev nlohmann-json3-dev libcli11-dev
-    liblzma-dev"
+    liblzma-dev zlib1g-dev"
 tests=false
 if [ "${1-}" = --tests ]; then
     tests=true

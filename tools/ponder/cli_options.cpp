@@ -27,7 +27,8 @@ const char *const main_examples =
     "  ponder run                          read this directory, print what adapting gained\n"
     "  ponder run src --html report.html   the same as a page, every token coloured\n"
     "  ponder run --help                   all flags of a command, and what they do\n"
-    "  ponder info                         the model, and the memory a session will need\n";
+    "  ponder info                         the model, and the memory a session will need\n"
+    "  ponder train --help                 how to train what it adapts with\n";
 
 const char *const run_help =
     "Reads files, directories (in a stable order, without binary files and what\n"
@@ -49,12 +50,36 @@ const char *const eval_help =
     "norm bound and the budget are off.";
 
 const char *const eval_examples =
-    "Lines of the stream are objects with \"package\", \"path\" and \"text\", .jsonl or "
-    ".jsonl.xz.\n"
+    "Lines of the stream are objects with \"package\", \"path\" and \"text\"; .jsonl, also "
+    "with\n.xz or .gz.\n"
     "\n"
     "Examples:\n"
     "  ponder eval --stream go.test.jsonl.xz --adapter none --json\n"
     "  ponder eval --stream go.test.jsonl.xz --steps 2 --set lora.rank=32 --json\n";
+
+const char *const train_help =
+    "Trains an adapter (what a session starts from, through its own updates), the gate of\n"
+    "an adapter, or a backbone. Data are JSON Lines (.jsonl, also .xz or .gz; objects with\n"
+    "\"package\" and \"text\", or \"text\" alone), text files, or folders, in which every\n"
+    "folder right below is a package. They are tokenised once, into a cache. Adapters and\n"
+    "gates read pieces of packages, backbones windows of --context tokens.\n"
+    "\n"
+    "The folder --out gets step-N.ckpt files, log.jsonl (an object a step) and, at the end,\n"
+    "what was trained. A stopped or killed run goes on with --resume exactly as if it had\n"
+    "not been stopped.";
+
+const char *const train_examples =
+    "Examples:\n"
+    "  ponder train adapter --data py.train.jsonl.xz --valid py.valid.jsonl.xz --out run1 \\\n"
+    "      --set lora.layers=last:5 --set train.lr=1e-3\n"
+    "  ponder run src --adapter run1\n"
+    "  ponder train gate --adapter run1 --data py.train.jsonl.xz --out run2\n"
+    "  ponder train backbone --new --vocab 4096 --data ~/src --valid-share 0.05 --out tiny \\\n"
+    "      --set model.layers=4 --set model.width=128\n"
+    "  ponder report run1/log.jsonl --out run1.html\n";
+
+const char *const report_help =
+    "Draws the logs of training runs, one over the other, as one self-contained page.";
 
 constexpr size_t help_column = 28, help_width = 84;
 
@@ -134,6 +159,7 @@ struct Raw {
     std::map<std::string, bool> switches;     // its booleans
     std::vector<std::string> sets;
     std::string memory_limit;
+    std::string train_steps;
     bool no_baseline = false, no_load = false;
 };
 
@@ -170,10 +196,11 @@ void add_model(CLI::App &app, Settings &s) {
 }
 
 // Flags for the table's short names; the dotted ones are reached with --set.
+// A command may have a flag of its own of that name.
 void add_hyperparameters(CLI::App &app, Raw &raw, const std::vector<ponder_option_info> &table) {
     for (const ponder_option_info &option : table) {
         const std::string name = option.name;
-        if (!has_flag(option))
+        if (!has_flag(option) || app.get_option_no_throw("--" + name))
             continue;
         const std::string group = "Adapting";
         if (option.type == PONDER_OPTION_BOOLEAN)
@@ -191,8 +218,12 @@ void add_hyperparameters(CLI::App &app, Raw &raw, const std::vector<ponder_optio
 }
 
 void take_hyperparameters(Settings &s, const Raw &raw, const CLI::App &app) {
+    if (!raw.train_steps.empty())
+        s.options.emplace_back("train.steps", raw.train_steps);
     for (const auto &[name, value] : raw.flags)
-        if (app.get_option_no_throw("--" + name) && app.count("--" + name))
+        if (name == "steps" && s.command == Command::train)
+            continue; // the outer ones
+        else if (app.get_option_no_throw("--" + name) && app.count("--" + name))
             s.options.emplace_back(name, value);
     for (const auto &[name, on] : raw.switches)
         if (on)
@@ -205,8 +236,63 @@ void take_hyperparameters(Settings &s, const Raw &raw, const CLI::App &app) {
     }
 }
 
+void add_train(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
+    TrainSettings &t = s.train;
+    static const std::map<std::string, TrainKind> kinds{{"adapter", TrainKind::adapter},
+                                                        {"gate", TrainKind::gate},
+                                                        {"backbone", TrainKind::backbone}};
+    app.add_option("KIND", t.kind, "adapter, gate or backbone")
+        ->required()
+        ->transform(unnamed(CLI::Transformer(kinds)))
+        ->type_name("");
+    const auto natural = [](const std::string &least = "1") {
+        return unnamed(CLI::Range(std::stod(least), 1e15));
+    };
+    app.add_option("--data", t.data, "files and folders to train on")
+        ->required()
+        ->type_name("SRC...");
+    app.add_option("--out", t.out, "folder for checkpoints, log and result")
+        ->required()
+        ->type_name("DIR");
+    app.add_option("--valid", t.valid, "files and folders to measure on; never trained on")
+        ->type_name("SRC...");
+    app.add_option("--valid-share", t.valid_share,
+                   "or this share of the packages of --data, chosen by their names")
+        ->check(unnamed(CLI::Range(0.0, 1.0)))
+        ->type_name("X");
+    app.add_option("--valid-every", t.valid_every, "steps between measurements (100); 0 = none")
+        ->check(natural("0"))
+        ->type_name("N");
+    app.add_option("--valid-chunks", t.valid_chunks, "measured of a package at most (16)")
+        ->check(natural("2"))
+        ->type_name("N");
+    app.add_option("--steps", raw.train_steps, "outer steps: train.steps")->type_name("N");
+    app.add_option("--batch", t.batch, "streams a step (4; backbones: 32)")
+        ->check(unnamed(CLI::Range(1, 1000000)))
+        ->type_name("N");
+    app.add_option("--chunks", t.chunks, "adapters, gates: chunks of a stream at most (16)")
+        ->check(natural("2"))
+        ->type_name("N");
+    app.add_flag("--new", t.create, "backbones: start from a new tokenizer and new weights");
+    app.add_option("--vocab", t.vocabulary, "--new: ids of the tokenizer (8192)")
+        ->check(unnamed(CLI::Range(257, 1 << 24)))
+        ->type_name("N");
+    app.add_flag("--resume", t.resume, "go on from the latest checkpoint in --out");
+    app.add_option("--checkpoint-every", t.checkpoint_every, "steps between checkpoints (50)")
+        ->check(natural())
+        ->type_name("N");
+    app.add_option("--keep", t.keep, "checkpoints that are kept (3)")
+        ->check(natural())
+        ->type_name("N");
+    app.add_option("--log", t.log, "log file; default: log.jsonl in --out")->type_name("FILE");
+    app.add_option("--cache", t.cache, "folder for tokenised data; default: ~/.cache/ponder")
+        ->type_name("DIR");
+    add_output(app, s);
+    app.footer("\n" + std::string(train_examples) + "\n" + hyper + "\n" + exit_codes);
+}
+
 struct Subcommands {
-    CLI::App *run, *eval, *info, *backends, *bench;
+    CLI::App *run, *eval, *train, *report, *info, *backends, *bench;
 };
 
 Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
@@ -232,6 +318,14 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
         ->type_name("N");
     eval->footer("\n" + std::string(eval_examples) + "\n" + hyper + "\n" + exit_codes);
 
+    CLI::App *train = app.add_subcommand("train", "train an adapter, a gate or a backbone");
+    add_train(*train, s, raw, hyper);
+
+    CLI::App *report = app.add_subcommand("report", "draw the logs of training runs");
+    report->add_option("LOG", s.logs, "logs of ponder train")->required()->type_name("");
+    report->add_option("--out", s.html, "the page to write")->required()->type_name("FILE");
+    report->add_flag("-q,--quiet", s.quiet, "no notes");
+
     CLI::App *info = app.add_subcommand("info", "model, adapter and memory plan");
     add_output(*info, s);
     info->add_flag("--plan-only", raw.no_load, "load nothing: the plan from the files' headers");
@@ -249,14 +343,15 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
         ->check(unnamed(CLI::Range(1, 1000)))
         ->type_name("N");
     bench->footer("\n" + hyper + "\n" + exit_codes);
-    return {run, eval, info, backends, bench};
+    return {run, eval, train, report, info, backends, bench};
 }
 
 // The list of subcommands has one line each; their own help says more.
 void print_help(CLI::App &app, const Subcommands &all) {
     const std::vector<CLI::App *> chosen = app.get_subcommands();
     for (const auto &[command, text] :
-         {std::pair(all.run, run_help), std::pair(all.eval, eval_help)})
+         {std::pair(all.run, run_help), std::pair(all.eval, eval_help),
+          std::pair(all.train, train_help), std::pair(all.report, report_help)})
         if (!chosen.empty() && chosen.front() == command)
             command->description(std::string(text) + "\n");
     std::fputs(app.help().c_str(), stdout);
@@ -274,7 +369,7 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     app.footer(std::string("\n") + main_examples + "\n" + exit_codes);
     app.get_formatter()->column_width(help_column);
     const auto all = add_subcommands(app, s, raw, option_help(table));
-    for (CLI::App *sub : {all.run, all.eval, all.info, all.backends, all.bench}) {
+    for (CLI::App *sub : {all.run, all.eval, all.train, all.info, all.backends, all.bench}) {
         if (sub != all.backends)
             add_model(*sub, s);
         add_machine(*sub, s, raw);
@@ -284,18 +379,18 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
 
     if (argc > 1 && argv[1][0] != '-' && argv[1][0] != '\0' &&
         app.get_subcommands([&](CLI::App *sub) { return sub->get_name() == argv[1]; }).empty())
-        throw Failure(exit_usage, "'" + std::string(argv[1]) + "' is no command; there are " +
-                                      "run, eval, info, backends, bench (see ponder --help)");
-    const std::map<const CLI::App *, Command> commands{{all.run, Command::run},
-                                                       {all.eval, Command::eval},
-                                                       {all.info, Command::info},
-                                                       {all.backends, Command::backends},
-                                                       {all.bench, Command::bench}};
+        throw Failure(exit_usage,
+                      "'" + std::string(argv[1]) + "' is no command; there are " +
+                          "run, eval, train, report, info, backends, bench (see ponder --help)");
+    const std::map<const CLI::App *, Command> commands{
+        {all.run, Command::run},       {all.eval, Command::eval}, {all.train, Command::train},
+        {all.report, Command::report}, {all.info, Command::info}, {all.backends, Command::backends},
+        {all.bench, Command::bench}};
     try {
         app.parse(argc, argv);
         const CLI::App *chosen = app.get_subcommands().front();
         s.command = commands.at(chosen);
-        if (s.command != Command::backends)
+        if (s.command != Command::backends && s.command != Command::report)
             take_hyperparameters(s, raw, *chosen);
     } catch (const CLI::CallForHelp &) {
         print_help(app, all);

@@ -23,10 +23,12 @@ struct Destroy {
     void operator()(ponder_options *p) const { ponder_options_destroy(p); }
     void operator()(ponder_session *p) const { ponder_session_destroy(p); }
     void operator()(const ponder_model *p) const { ponder_model_release(p); }
+    void operator()(ponder_trainer *p) const { ponder_trainer_destroy(p); }
 };
 using Runtime = std::unique_ptr<ponder_runtime, Destroy>;
 using Options = std::unique_ptr<ponder_options, Destroy>;
 using Session = std::unique_ptr<ponder_session, Destroy>;
+using Trainer = std::unique_ptr<ponder_trainer, Destroy>;
 using Model = std::unique_ptr<const ponder_model, Destroy>;
 
 inline ExitCode exit_code_of(ponder_status status) {

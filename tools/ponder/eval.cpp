@@ -31,13 +31,13 @@ struct PackageResult {
 class Packages {
 public:
     Packages(const std::string &path, const ponder_model *model, uint64_t most_tokens)
-        : path_(path), lines_(path), tokens_(model), most_(most_tokens) {
+        : lines_(path), tokens_(model), most_(most_tokens) {
         more_ = read();
     }
     bool next(std::string &name, std::vector<int32_t> &ids) {
         if (!more_)
             return false;
-        name = document_.package;
+        name = *document_.package;
         ids.clear();
         do {
             // What comes after the last chunk that counts is read, but not tokenised.
@@ -58,15 +58,13 @@ private:
             try {
                 document_ = parse_document(line);
             } catch (const std::exception &error) {
-                throw Failure(exit_file, path_ + ":" + std::to_string(lines_.line_number()) + ": " +
-                                             error.what());
+                throw Failure(exit_file, lines_.place() + ": " + error.what());
             }
             return true;
         }
         return false;
     }
 
-    std::string path_;
     LineReader lines_;
     DocumentTokens tokens_;
     uint64_t most_;

@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <limits>
 #include <stdexcept>
 
 namespace tool {
@@ -13,14 +14,14 @@ using Json = nlohmann::json;
 // Keeps three strings of the outer object and drops everything else as it passes, so that a
 // hostile line costs no more memory than its length.
 struct DocumentReader : nlohmann::json_sax<Json> {
-    Document document;
+    std::string package, path, text;
     int depth = 0;
     std::string name;
     bool seen[3] = {};
 
     std::string *wanted(int &which) {
         const char *const names[] = {"package", "path", "text"};
-        std::string *const places[] = {&document.package, &document.path, &document.text};
+        std::string *const places[] = {&package, &path, &text};
         for (which = 0; which < 3; ++which)
             if (depth == 1 && name == names[which])
                 return places[which];
@@ -78,14 +79,32 @@ struct DocumentReader : nlohmann::json_sax<Json> {
 
 } // namespace
 
-Document parse_document(std::string_view line) {
+Document parse_document(std::string_view line, Package package) {
     DocumentReader reader;
     Json::sax_parse(line.begin(), line.end(), &reader);
-    if (!reader.seen[0])
+    if (!reader.seen[0] && package == Package::required)
         throw std::runtime_error("\"package\" is missing");
     if (!reader.seen[2])
         throw std::runtime_error("\"text\" is missing");
-    return std::move(reader.document);
+    Document document;
+    if (reader.seen[0])
+        document.package = std::move(reader.package);
+    document.path = std::move(reader.path);
+    document.text = std::move(reader.text);
+    return document;
+}
+
+std::map<std::string, double> parse_numbers(std::string_view line) {
+    const Json object = Json::parse(line.begin(), line.end(), nullptr, false);
+    if (!object.is_object())
+        throw std::runtime_error("the line is no JSON object");
+    std::map<std::string, double> numbers;
+    for (const auto &[name, value] : object.items())
+        if (value.is_number())
+            numbers[name] = value.get<double>();
+        else if (value.is_null())
+            numbers[name] = std::numeric_limits<double>::quiet_NaN();
+    return numbers;
 }
 
 } // namespace tool

@@ -21,6 +21,10 @@ int run(int argc, char **argv) {
         return run_command(*settings);
     case Command::eval:
         return eval_command(*settings);
+    case Command::train:
+        return train_command(*settings);
+    case Command::report:
+        return report_command(*settings);
     case Command::info:
         return info_command(*settings);
     case Command::backends:

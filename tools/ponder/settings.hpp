@@ -8,7 +8,25 @@
 
 namespace tool {
 
-enum class Command { run, eval, info, backends, bench };
+enum class Command { run, eval, train, report, info, backends, bench };
+
+enum class TrainKind { adapter, gate, backbone };
+
+struct TrainSettings {
+    TrainKind kind = TrainKind::adapter;
+    std::vector<std::string> data, valid;
+    double valid_share = 0; // of the packages of `data`, where `valid` is empty
+    std::string out;
+    std::string log;   // empty = log.jsonl in `out`
+    std::string cache; // folder; empty = the user's
+    bool resume = false;
+    bool create = false; // backbone: a new tokenizer and new weights
+    uint32_t vocabulary = 8192;
+    uint32_t batch = 0; // streams a step; 0 = by kind
+    uint64_t chunks = 16;
+    uint64_t checkpoint_every = 50, keep = 3;
+    uint64_t valid_every = 100, valid_chunks = 16;
+};
 
 struct Settings {
     Command command = Command::run;
@@ -27,11 +45,15 @@ struct Settings {
     std::vector<std::string> paths; // run; empty = the current directory
     bool list = false;              // run: only say which files would be read
     bool baseline = true;           // run
-    std::string html;               // run; empty = no page
+    std::string html;               // run: empty = no page; report: the page
 
     std::string stream;       // eval
     uint64_t min_chunks = 8;  // eval
     uint64_t max_chunks = 48; // eval
+
+    TrainSettings train;
+
+    std::vector<std::string> logs; // report
 
     bool load = true; // info: false = the plan alone, from the files' headers
 

@@ -14,13 +14,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-bool given(const Settings &settings, const std::string &name) {
-    for (const auto &option : settings.options)
-        if (option.first == name)
-            return true;
-    return false;
-}
-
 void log_to_stderr(void *user_data, int32_t level, const char *message) {
     const bool quiet = *static_cast<const bool *>(user_data);
     if (level <= PONDER_LOG_WARNING)
@@ -45,6 +38,13 @@ void warn_if_slow(const ponder_runtime *runtime, const ponder_model_info &model,
 int32_t stop_when_interrupted(void *, uint64_t, uint64_t) { return interrupted(); }
 
 } // namespace
+
+bool given(const Settings &settings, const std::string &name) {
+    for (const auto &option : settings.options)
+        if (option.first == name)
+            return true;
+    return false;
+}
 
 Runtime open_runtime(const Settings &settings) {
     auto options = sized<ponder_runtime_options>();
@@ -81,7 +81,8 @@ Options make_options(const Settings &settings) {
     const auto set = [&](const char *name, const std::string &value) {
         call(ponder_options_set, options.get(), name, value.c_str());
     };
-    if (settings.command == Command::eval) {
+    const bool trains = settings.command == Command::train;
+    if (settings.command == Command::eval || trains) {
         set("guard.norm", "inf");
         set("budget.rate", "inf");
     }
@@ -89,8 +90,9 @@ Options make_options(const Settings &settings) {
         set("lora.layers", "half");
     for (const auto &[name, value] : settings.options)
         set(name.c_str(), value);
-    // These two look at each chunk alone unless they are told otherwise.
-    if ((settings.command == Command::eval || settings.command == Command::bench) &&
+    // These look at each chunk alone unless they are told otherwise.
+    if ((settings.command == Command::eval || settings.command == Command::bench ||
+         (trains && settings.train.kind != TrainKind::backbone)) &&
         !given(settings, "context"))
         set("context", value_of(options.get(), "chunk"));
     return options;

@@ -6,6 +6,9 @@
 
 namespace tool {
 
+// An option that the user set, by flag or --set.
+bool given(const Settings &settings, const std::string &name);
+
 Runtime open_runtime(const Settings &settings);
 
 // --model, or the folder that comes with the tool. Throws Failure(exit_file).

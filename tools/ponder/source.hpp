@@ -1,11 +1,11 @@
-// Bytes from files: whole texts for `run`, lines of plain or .xz files for `eval`.
+// Texts and lines out of files.
 #pragma once
 
-#include <cstdio>
-#include <memory>
+#include "byte_stream.hpp"
+
+#include <cstdint>
 #include <string>
 #include <string_view>
-#include <vector>
 
 namespace tool {
 
@@ -19,21 +19,20 @@ ReadResult read_whole(const std::string &path, std::string &text);
 // Git's rule: a NUL byte among the first 8,000.
 bool looks_binary(std::string_view text);
 
-// Lines of a file, decompressed if it begins like an .xz file.
+// Lines of a file, decompressed if it begins like an .xz or .gz file.
 class LineReader {
 public:
-    explicit LineReader(const std::string &path);
-    ~LineReader();
+    explicit LineReader(const std::string &path) : path_(path), bytes_(path) {}
     bool next(std::string &line); // false at the end; throws Failure(exit_file)
     uint64_t line_number() const { return line_; }
-    double share() const; // of the file's bytes that were read
+    double share() const { return bytes_.share(); } // of the file's bytes that were read
+    std::string place() const { return path_ + ":" + std::to_string(line_); }
 
 private:
-    struct Decoder;
     bool fill();
 
     std::string path_;
-    std::unique_ptr<Decoder> decoder_;
+    ByteStream bytes_;
     std::string buffer_;
     size_t at_ = 0;
     uint64_t line_ = 0;

@@ -20,13 +20,17 @@ public:
         const size_t before = to.size();
         if (end_of_text_ >= 0)
             to.push_back(end_of_text_);
+        append_part(text, to);
+        return to.size() - before;
+    }
+    // The text alone: it goes on with a document.
+    void append_part(std::string_view text, std::vector<int32_t> &to) const {
         const size_t start = to.size();
         to.resize(start + text.size()); // a token has a byte at least
         size_t count = 0;
         call(ponder_model_tokenize, model_, text.data(), text.size(), to.data() + start,
              text.size(), &count);
         to.resize(start + count);
-        return to.size() - before;
     }
 
 private:

@@ -1,0 +1,31 @@
+// A training run's folder: `step-N.ckpt` files, whose names alone say which is the latest.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace tool {
+
+class RunFolder {
+public:
+    // Makes the folder and takes it for this process until the end. Throws Failure, also when
+    // another process trains there.
+    explicit RunFolder(const std::string &path);
+    ~RunFolder();
+    RunFolder(const RunFolder &) = delete;
+
+    const std::string &path() const { return path_; }
+    std::string checkpoint(uint64_t step) const;
+    std::vector<uint64_t> steps() const; // of the checkpoints, ascending
+    std::optional<uint64_t> latest() const;
+    void keep(uint64_t newest) const; // removes older checkpoints
+    void remove_unfinished() const;   // what a killed process was writing
+
+private:
+    std::string path_;
+    int lock_ = -1;
+};
+
+} // namespace tool
