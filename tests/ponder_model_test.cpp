@@ -51,12 +51,18 @@ Options ttt_options(const std::string &adapter) {
                          {"context", "128"}});
 }
 
+void store(Ttt &ttt, const std::string &name, const std::vector<float> &values) {
+    const std::span<float> to = ttt.slow_values(name);
+    ASSERT_EQ(values.size(), to.size());
+    std::copy(values.begin(), values.end(), to.begin());
+}
+
 void write_adapter(const SafeTensors &fixture, const Model &model, const TempDir &dir) {
     const Options options = ttt_options("ttt-linear");
     Ttt ttt(model.backbone().config(), options, false);
     const std::string layer = "param.fast_layer.";
     const auto set = [&](const char *ours, const std::string &theirs) {
-        ttt.store_slow(ours, tensor(fixture, theirs));
+        store(ttt, ours, tensor(fixture, theirs));
     };
     set("norm.weight", "param.fast_norm.scale");
     set("norm.bias", "param.fast_norm.bias");
@@ -81,14 +87,12 @@ void write_adapter(const SafeTensors &fixture, const Model &model, const TempDir
             weight[i * 4 + head] = column[i];
         bias[head] = tensor(fixture, gate + ".bias")[0];
     }
-    ttt.store_slow("lr.weight", weight);
-    ttt.store_slow("lr.bias", bias);
+    store(ttt, "lr.weight", weight);
+    store(ttt, "lr.bias", bias);
     std::vector<float> fast = tensor(fixture, layer + "W1");
     const std::vector<float> b1 = tensor(fixture, layer + "b1");
     fast.insert(fast.end(), b1.begin(), b1.end());
-    save_adapter(dir.path(), "ttt-linear", model.backbone().hash(), options,
-                 {"ttt.form", "ttt.heads", "ttt.mini_batch", "ttt.gate", "ttt.share_qk"}, ttt,
-                 fast);
+    save_adapter(dir.path(), "ttt-linear", model.backbone().hash(), options, ttt, fast);
 }
 
 // Logits of one stream, and the layer's statistics.

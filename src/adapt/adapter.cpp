@@ -3,23 +3,24 @@
 #include "adapt/lora.hpp"
 #include "adapt/stored.hpp"
 #include "adapt/ttt.hpp"
-#include "base/error.hpp"
 #include "base/options.hpp"
 #include "tensor/ops.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 namespace ponder {
 
-size_t Adapter::add_fast(std::string name, Shape shape) {
-    fast_.push_back({std::move(name), shape, fast_count_});
+size_t Adapter::add_fast(std::string name, Shape shape, size_t group) {
+    fast_.push_back({std::move(name), shape, fast_count_, group});
     fast_count_ += fast_.back().count();
     return fast_.size() - 1;
 }
 
 void Adapter::bind(Graph &graph) const {
     for (const FastTensor &tensor : fast_)
-        graph.external(tensor.name, graph.wide, tensor.shape, !learns_inside());
+        graph.external(tensor.name, graph.wide, tensor.shape,
+                       !learns_inside() || graph.mode.train_adapter);
 }
 
 void Adapter::initial(std::span<float> fast, Random &random) const {
@@ -27,6 +28,19 @@ void Adapter::initial(std::span<float> fast, Random &random) const {
         draw_initial(fast, random);
     else
         std::copy(stored_.begin(), stored_.end(), fast.begin());
+}
+
+void Adapter::expand_rates(double inner_lr, std::span<float> rate,
+                           std::span<float> keep) const {
+    for (size_t i = 0; i < fast_.size(); ++i) {
+        const FastTensor &tensor = fast_[i];
+        const double decay = 1 / (1 + std::exp(-double(rates_.decay[tensor.group])));
+        const auto fill = [&](std::span<float> to, double value) {
+            std::fill_n(to.begin() + std::ptrdiff_t(tensor.offset), tensor.count(), float(value));
+        };
+        fill(rate, inner_lr * std::exp(double(rates_.log_rate[i])));
+        fill(keep, 1 - decay);
+    }
 }
 
 void Adapter::draw_initial(std::span<float>, Random &) const {}
@@ -38,15 +52,18 @@ Id Adapter::linear(Graph &graph, const LinearArguments &p) const {
 InsideResult Adapter::after_backbone(Graph &, Id hidden) const { return {hidden, {}}; }
 
 Options effective_options(const Options &options, bool never_learns) {
-    const std::string &name = options.text("adapter");
     Options effective = options;
-    if (never_learns && (name == "lora" || name == "ttt-linear" || name == "ttt-mlp"))
+    if (never_learns && is_built_in(options.text("adapter")))
         effective.set("adapter", "none");
     return effective;
 }
 
-std::shared_ptr<const Adapter> make_adapter(const Gpt2Config &config, const Options &options,
-                                            const std::string &model_hash) {
+bool is_built_in(const std::string &name) {
+    return name == "none" || name == "lora" || name == "ttt-linear" || name == "ttt-mlp";
+}
+
+std::shared_ptr<Adapter> make_adapter(const Gpt2Config &config, const Options &options,
+                                      const std::string &model_hash) {
     const std::string &name = options.text("adapter");
     if (name == "none")
         return std::make_shared<Adapter>();
@@ -54,11 +71,6 @@ std::shared_ptr<const Adapter> make_adapter(const Gpt2Config &config, const Opti
         return std::make_shared<Lora>(config, options);
     if (name == "ttt-linear" || name == "ttt-mlp")
         return std::make_shared<Ttt>(config, options, name == "ttt-mlp");
-    if (!file_exists(name + "/ponder.json"))
-        throw_error(PONDER_E_ARGUMENT,
-                    "adapter '%.200s' is none of none, lora, ttt-linear, ttt-mlp, and no folder "
-                    "with a ponder.json",
-                    name.c_str());
     return load_adapter(name, config, options, model_hash);
 }
 

@@ -20,6 +20,7 @@ struct FastTensor {
     std::string name;
     Shape shape; // [S, ...] with one stream
     size_t offset = 0;
+    size_t group = 0; // tensors of one layer decay together
     size_t count() const { return size_t(shape.count()); }
 };
 
@@ -59,6 +60,17 @@ public:
     void bind(Graph &graph) const;
     static Id fast_id(size_t index) { return Id(index); }
 
+    // What was learned of the updates: for each fast tensor the log of its step size over inner.lr,
+    // for each group the logit of its decay towards the initial values. Empty when untrained.
+    struct Rates {
+        std::vector<float> log_rate, decay;
+    };
+    const Rates &rates() const { return rates_; }
+    void store_rates(Rates rates) { rates_ = std::move(rates); }
+    size_t groups() const { return fast_.empty() ? 0 : fast_.back().group + 1; }
+    // Over all fast weights: step size and what is kept of the distance to the initial values.
+    void expand_rates(double inner_lr, std::span<float> rate, std::span<float> keep) const;
+
     // Parameters that do not change at test time (a TTT layer's projections), by name: shape and
     // values. Stored in an adapter folder beside the initial fast weights.
     struct Slow {
@@ -66,13 +78,11 @@ public:
         std::vector<float> values;
     };
     const std::map<std::string, Slow> &slow() const { return slow_; }
-    void store_slow(const std::string &name, std::vector<float> values) {
-        slow_.at(name).values = std::move(values);
-    }
+    std::span<float> slow_values(const std::string &name) { return slow_.at(name).values; }
 
 protected:
     virtual void draw_initial(std::span<float> fast, Random &random) const;
-    size_t add_fast(std::string name, Shape shape); // returns its index
+    size_t add_fast(std::string name, Shape shape, size_t group = 0); // returns its index
 
     std::map<std::string, Slow> slow_;
 
@@ -80,15 +90,18 @@ private:
     std::vector<FastTensor> fast_;
     size_t fast_count_ = 0;
     std::vector<float> stored_; // initial fast weights, empty if drawn
+    Rates rates_;
 };
 
 // The options an adapter is made from. An untrained adapter that never learns changes nothing, so
 // it becomes none; a stored one counts even so.
 Options effective_options(const Options &options, bool never_learns);
 
-// From the `adapter` option: none, lora, ttt-linear, ttt-mlp, or a folder. The seed draws what an
-// untrained adapter draws once per model (a TTT layer's projections).
-std::shared_ptr<const Adapter> make_adapter(const Gpt2Config &config, const Options &options,
-                                            const std::string &model_hash);
+// A value of the `adapter` option that is no folder: none, lora, ttt-linear, ttt-mlp.
+bool is_built_in(const std::string &name);
+// From the `adapter` option. The seed draws what an untrained adapter draws once per model (a TTT
+// layer's projections).
+std::shared_ptr<Adapter> make_adapter(const Gpt2Config &config, const Options &options,
+                                      const std::string &model_hash);
 
 } // namespace ponder

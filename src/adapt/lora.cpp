@@ -77,13 +77,16 @@ Lora::Lora(const Gpt2Config &config, const Options &options) {
     const std::set<int64_t> layers = parse_layers(options.text("lora.layers"), config.layers);
     const std::set<Module> modules = parse_modules(options.text("lora.modules"));
     lowest_ = *layers.begin();
-    for (int64_t layer : layers)
+    size_t group = 0;
+    for (int64_t layer : layers) {
         for (Module module : modules) {
             const LinearPlace place = linear_place(config, layer, module);
             const std::string name = "h." + std::to_string(layer) + "." + module_name(module);
-            first_[{layer, module}] = add_fast(name + ".lora_a", {1, place.in, rank});
-            add_fast(name + ".lora_b", {1, rank, place.out});
+            first_[{layer, module}] = add_fast(name + ".lora_a", {1, place.in, rank}, group);
+            add_fast(name + ".lora_b", {1, rank, place.out}, group);
         }
+        ++group;
+    }
 }
 
 void Lora::draw_initial(std::span<float> fast, Random &random) const {

@@ -116,7 +116,7 @@ void Ttt::draw_initial(std::span<float> fast, Random &random) const {
 
 Id Ttt::parameter(Graph &graph, const std::string &name) const {
     const Slow &slow = slow_.at(name);
-    return graph.constant(name, DType::f32, slow.shape, slow.values.data());
+    return graph.weight(name, DType::f32, slow.shape, slow.values.data(), graph.mode.train_adapter);
 }
 
 InsideResult Ttt::after_backbone(Graph &graph, Id hidden) const {

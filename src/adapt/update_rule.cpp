@@ -1,101 +1,189 @@
 #include "adapt/update_rule.hpp"
 
 #include "base/options.hpp"
-#include "tensor/ops.hpp"
 
 #include <algorithm>
 #include <cmath>
 
 namespace ponder {
 
-UpdateRule::UpdateRule(const Options &options, size_t count, DType wide,
-                       std::shared_ptr<const Device> device)
+namespace {
+
+void put(Program::Bindings &at, Id id, const void *address) {
+    if (id != none)
+        at[size_t(id)] = const_cast<void *>(address);
+}
+
+} // namespace
+
+// The inputs of a step as externals.
+template <class T> Step UpdateRuleOf<T>::record(Graph &g) const {
+    const Shape flat{int64_t(count_)};
+    const auto vector = [&](const char *name) { return g.external(name, g.wide, flat); };
+    Step s{};
+    s.w = vector("weights");
+    s.g = vector("gradient");
+    s.m = adam_ ? vector("first moment") : none;
+    s.v = adam_ ? vector("second moment") : none;
+    s.h = g.external("hyperparameters", g.wide, {8});
+    if (learned_.rate) {
+        s.rate = vector("rates");
+        s.keep = vector("keep");
+        s.start = vector("start");
+    }
+    s.norm = ponder::norm(g, s.g, none);
+    g.expose(s.norm, "gradient norm");
+    return s;
+}
+
+template <class T>
+UpdateRuleOf<T>::UpdateRuleOf(const Options &options, size_t count,
+                              std::shared_ptr<const Device> device, LearnedRates<T> learned, bool serial)
     : adam_(options.text("inner.optimizer") == "adam"), lr_(options.number("inner.lr")),
       beta1_(options.number("inner.beta1")), beta2_(options.number("inner.beta2")),
-      epsilon_(options.number("inner.epsilon")), clip_(options.number("inner.clip")) {
+      epsilon_(options.number("inner.epsilon")), clip_(options.number("inner.clip")),
+      count_(count), learned_(learned), serial_(serial) {
+    const DType type = sizeof(T) == 8 ? DType::f64 : DType::f32;
     const Shape flat{int64_t(count)};
+    const auto program = [&](Graph g) {
+        const size_t end = g.calls().size();
+        return std::make_unique<Program>(std::move(g), std::vector{end}, device);
+    };
     {
-        Graph g(wide);
+        Graph g(type);
         const auto vector = [&](const char *name) { return g.external(name, g.wide, flat); };
-        step_.w = vector("weights");
-        step_.g = vector("gradient");
-        step_.h = g.external("hyperparameters", g.wide, {8});
-        step_.norm = ponder::norm(g, step_.g, none);
-        g.expose(step_.norm, "gradient norm");
+        step_.in = record(g);
         step_.w2 = vector("new weights");
         if (adam_) {
-            step_.m = vector("first moment");
-            step_.v = vector("second moment");
             step_.m2 = vector("new first moment");
             step_.v2 = vector("new second moment");
-            adam(g, step_.w, step_.g, step_.m, step_.v, step_.h, step_.norm, step_.w2, step_.m2,
-                 step_.v2);
+            adam(g, step_.in, step_.w2, step_.m2, step_.v2);
         } else {
-            sgd(g, step_.w, step_.g, step_.h, step_.norm, step_.w2);
+            sgd(g, step_.in, step_.w2);
         }
-        const size_t end = g.calls().size();
-        step_program_ = std::make_unique<Program>(std::move(g), std::vector{end}, device);
+        step_program_ = program(std::move(g));
+    }
+    if (learned_.rate) {
+        Graph g(type);
+        const auto vector = [&](const char *name) { return g.external(name, g.wide, flat); };
+        vjp_.in = record(g);
+        vjp_.dw2 = vector("adjoint of new weights");
+        vjp_.to = {vector("dw"),    vector("dg"),    none, none, vector("drate"), vector("dkeep"),
+                   vector("dstart")};
+        if (adam_) {
+            vjp_.dm2 = vector("adjoint of first moment");
+            vjp_.dv2 = vector("adjoint of second moment");
+            vjp_.to.m = vector("dm");
+            vjp_.to.v = vector("dv");
+            adam_vjp(g, vjp_.in, vjp_.dw2, vjp_.dm2, vjp_.dv2, vjp_.to);
+        } else {
+            sgd_vjp(g, vjp_.in, vjp_.dw2, vjp_.to);
+        }
+        vjp_program_ = program(std::move(g));
     }
     const auto norm_program = [&](auto &ids, bool difference) {
-        Graph g(wide);
+        Graph g(type);
         ids.a = g.external("a", g.wide, flat);
         ids.b = difference ? g.external("b", g.wide, flat) : none;
         ids.out = ponder::norm(g, ids.a, ids.b);
         g.expose(ids.out, "norm");
-        return std::make_unique<Program>(std::move(g), std::vector<size_t>{1}, device);
+        return program(std::move(g));
     };
     distance_program_ = norm_program(distance_, true);
     norm_program_ = norm_program(norm_, false);
 }
 
-double UpdateRule::step(const State &old, const State &fresh, const float *gradient, uint64_t step,
-                        std::byte *workspace) {
-    const float correction1 = float(1 - std::pow(beta1_, double(step)));
-    const float correction2 = float(1 - std::pow(beta2_, double(step)));
-    float h[8] = {float(lr_),  float(beta1_), float(beta2_), float(epsilon_),
-                  correction1, correction2,   float(clip_),  0};
-    float norm = 0;
+template <class T> std::array<T, 8> UpdateRuleOf<T>::hyperparameters(uint64_t step) const {
+    const double correction1 = 1 - std::pow(beta1_, double(step));
+    const double correction2 = 1 - std::pow(beta2_, double(step));
+    return {T(lr_),         T(beta1_),      T(beta2_), T(epsilon_),
+            T(correction1), T(correction2), T(clip_),  0};
+}
+
+template <class T>
+void UpdateRuleOf<T>::bind(Program::Bindings &at, const Step &ids, const State &old,
+                           const T *gradient, const T *h, const T *norm) const {
+    put(at, ids.w, old.weights);
+    put(at, ids.m, old.first_moment);
+    put(at, ids.v, old.second_moment);
+    put(at, ids.g, gradient);
+    put(at, ids.h, h);
+    put(at, ids.norm, norm);
+    put(at, ids.rate, learned_.rate);
+    put(at, ids.keep, learned_.keep);
+    put(at, ids.start, learned_.start);
+}
+
+template <class T>
+void UpdateRuleOf<T>::run(const Program &program, const Program::Bindings &at,
+                          std::byte *workspace) const {
+    if (serial_)
+        program.run_serial(0, at, nullptr, workspace, nullptr);
+    else
+        program.run(0, at, nullptr, workspace, nullptr);
+}
+
+template <class T>
+double UpdateRuleOf<T>::step(const State &old, const State &fresh, const T *gradient,
+                             uint64_t step, std::byte *workspace) const {
+    const std::array<T, 8> h = hyperparameters(step);
+    T norm = 0;
     Program::Bindings at(step_program_->graph().values().size());
-    const auto bind = [&](Id id, const void *address) {
-        at[size_t(id)] = const_cast<void *>(address);
-    };
-    bind(step_.w, old.weights);
-    bind(step_.g, gradient);
-    bind(step_.h, h);
-    bind(step_.w2, fresh.weights);
-    bind(step_.norm, &norm);
-    if (adam_) {
-        bind(step_.m, old.first_moment);
-        bind(step_.v, old.second_moment);
-        bind(step_.m2, fresh.first_moment);
-        bind(step_.v2, fresh.second_moment);
-    }
-    step_program_->run(0, at, nullptr, workspace, nullptr);
-    return norm;
+    bind(at, step_.in, old, gradient, h.data(), &norm);
+    put(at, step_.w2, fresh.weights);
+    put(at, step_.m2, fresh.first_moment);
+    put(at, step_.v2, fresh.second_moment);
+    run(*step_program_, at, workspace);
+    return double(norm);
 }
 
-double UpdateRule::distance(const float *a, const float *b, std::byte *workspace) {
-    float result = 0;
+template <class T>
+void UpdateRuleOf<T>::vjp(const State &old, const T *gradient, uint64_t step, const State &after,
+                          const State &before, const Adjoint &to, std::byte *workspace) const {
+    const std::array<T, 8> h = hyperparameters(step);
+    T norm = 0;
+    Program::Bindings at(vjp_program_->graph().values().size());
+    bind(at, vjp_.in, old, gradient, h.data(), &norm);
+    put(at, vjp_.dw2, after.weights);
+    put(at, vjp_.dm2, after.first_moment);
+    put(at, vjp_.dv2, after.second_moment);
+    put(at, vjp_.to.w, before.weights);
+    put(at, vjp_.to.m, before.first_moment);
+    put(at, vjp_.to.v, before.second_moment);
+    put(at, vjp_.to.g, to.gradient);
+    put(at, vjp_.to.rate, to.rate);
+    put(at, vjp_.to.keep, to.keep);
+    put(at, vjp_.to.start, to.start);
+    run(*vjp_program_, at, workspace);
+}
+
+template <class T>
+double UpdateRuleOf<T>::distance(const T *a, const T *b, std::byte *workspace) const {
+    T result = 0;
     Program::Bindings at(distance_program_->graph().values().size());
-    at[size_t(distance_.a)] = const_cast<float *>(a);
-    at[size_t(distance_.b)] = const_cast<float *>(b);
-    at[size_t(distance_.out)] = &result;
-    distance_program_->run(0, at, nullptr, workspace, nullptr);
-    return result;
+    put(at, distance_.a, a);
+    put(at, distance_.b, b);
+    put(at, distance_.out, &result);
+    run(*distance_program_, at, workspace);
+    return double(result);
 }
 
-double UpdateRule::norm(const float *a, std::byte *workspace) {
-    float result = 0;
+template <class T> double UpdateRuleOf<T>::norm(const T *a, std::byte *workspace) const {
+    T result = 0;
     Program::Bindings at(norm_program_->graph().values().size());
-    at[size_t(norm_.a)] = const_cast<float *>(a);
-    at[size_t(norm_.out)] = &result;
-    norm_program_->run(0, at, nullptr, workspace, nullptr);
-    return result;
+    put(at, norm_.a, a);
+    put(at, norm_.out, &result);
+    run(*norm_program_, at, workspace);
+    return double(result);
 }
 
-size_t UpdateRule::workspace_bytes() const {
+template <class T> size_t UpdateRuleOf<T>::workspace_bytes() const {
     return std::max({step_program_->workspace_bytes(), distance_program_->workspace_bytes(),
-                     norm_program_->workspace_bytes()});
+                     norm_program_->workspace_bytes(),
+                     vjp_program_ ? vjp_program_->workspace_bytes() : 0});
 }
+
+template class UpdateRuleOf<float>;
+template class UpdateRuleOf<double>;
 
 } // namespace ponder

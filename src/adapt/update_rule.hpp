@@ -1,43 +1,78 @@
 // Update rules: from gradient to new fast weights, over all of them as one flat vector.
 #pragma once
 
+#include "tensor/ops.hpp"
 #include "tensor/program.hpp"
 
+#include <array>
 #include <memory>
 
 namespace ponder {
 
 class Options;
 
-class UpdateRule {
+// What an adapter has learned about its own updates, per element: w' = start + keep (w - start) -
+// rate x update. Without it keep is 1 and the rate is inner.lr.
+template <class T> struct LearnedRates {
+    const T *rate = nullptr, *keep = nullptr, *start = nullptr;
+};
+
+// Compute type T: float, or double in tests.
+template <class T> class UpdateRuleOf {
 public:
-    UpdateRule(const Options &options, size_t count, DType wide,
-               std::shared_ptr<const Device> device);
+    // serial: steps run on the calling thread alone.
+    UpdateRuleOf(const Options &options, size_t count, std::shared_ptr<const Device> device,
+                 LearnedRates<T> learned = {}, bool serial = false);
 
     size_t moments() const { return adam_ ? 2 : 0; } // vectors kept beside the weights
     // One step from `old` to `fresh`, which may be the same. `step` counts from 1 (bias
     // correction). Returns the gradient's norm before clipping.
     struct State {
-        float *weights, *first_moment, *second_moment;
+        T *weights, *first_moment, *second_moment;
     };
-    double step(const State &old, const State &fresh, const float *gradient, uint64_t step,
-                std::byte *workspace);
-    // |a - b|
-    double distance(const float *a, const float *b, std::byte *workspace);
-    double norm(const float *a, std::byte *workspace);
+    double step(const State &old, const State &fresh, const T *gradient, uint64_t step,
+                std::byte *workspace) const;
+    // The vjp of step(): `after` holds the adjoint of what it wrote, `before` receives that of the
+    // old state, `to` that of the rest; to.keep and to.start only where rates are learned.
+    struct Adjoint {
+        T *gradient, *rate, *keep, *start;
+    };
+    void vjp(const State &old, const T *gradient, uint64_t step, const State &after,
+             const State &before, const Adjoint &to, std::byte *workspace) const;
+
+    double distance(const T *a, const T *b, std::byte *workspace) const; // |a - b|
+    double norm(const T *a, std::byte *workspace) const;
 
     size_t workspace_bytes() const; // of one worker
 
 private:
+    struct Call;
+    Step record(Graph &graph) const;
+    void bind(Program::Bindings &at, const Step &ids, const State &old, const T *gradient,
+              const T *h, const T *norm) const;
+    std::array<T, 8> hyperparameters(uint64_t step) const;
+    void run(const Program &program, const Program::Bindings &at, std::byte *workspace) const;
+
     bool adam_;
     double lr_, beta1_, beta2_, epsilon_, clip_;
+    size_t count_;
+    LearnedRates<T> learned_;
+    bool serial_;
     struct {
-        Id w, g, m, v, h, w2, m2, v2, norm;
-    } step_{};
+        Step in;
+        Id w2 = none, m2 = none, v2 = none;
+    } step_;
+    struct {
+        Step in;
+        Id dw2 = none, dm2 = none, dv2 = none;
+        StepGradient to;
+    } vjp_;
     struct {
         Id a, b, out;
     } distance_{}, norm_{};
-    std::unique_ptr<const Program> step_program_, distance_program_, norm_program_;
+    std::unique_ptr<const Program> step_program_, vjp_program_, distance_program_, norm_program_;
 };
+
+using UpdateRule = UpdateRuleOf<float>;
 
 } // namespace ponder

@@ -5,6 +5,7 @@
 #include "base/options.hpp"
 #include "session/model.hpp"
 #include "session/session.hpp"
+#include "train/trainer.hpp"
 
 #include <atomic>
 
@@ -23,4 +24,8 @@ struct ponder_options : ponder::api::Tagged<0x506f4f50> {
 
 struct ponder_session : ponder::api::Tagged<0x506f5353> {
     std::unique_ptr<ponder::Session> session;
+};
+
+struct ponder_trainer : ponder::api::Tagged<0x506f5472> {
+    std::unique_ptr<ponder::Trainer> trainer;
 };

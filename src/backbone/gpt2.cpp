@@ -5,6 +5,7 @@
 #include "tensor/ops.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 
 namespace ponder {
@@ -114,6 +115,19 @@ Gpt2::Gpt2(const Gpt2Folder &folder, DType type, std::shared_ptr<Memory> memory,
     hash_ = hash.hex();
 }
 
+Gpt2::Gpt2(const Gpt2 &other, std::shared_ptr<Memory> memory) : Gpt2(other.config_, other.type_) {
+    data_ = Buffer(std::move(memory), bytes_);
+    std::memcpy(data_.data(), other.data_.data(), bytes_);
+    hash_ = other.hash_;
+}
+
+std::vector<Gpt2::Weight> Gpt2::weights() {
+    std::vector<Weight> result;
+    for (const auto &[name, place] : order_)
+        result.push_back({name, place.shape, place.type, data_.data() + place.offset});
+    return result;
+}
+
 uint64_t Gpt2::packed_estimate(bool backward, int64_t lowest_adapted) const {
     uint64_t bytes = 0;
     for (int64_t layer = 0; layer < config_.layers; ++layer)
@@ -129,7 +143,7 @@ uint64_t Gpt2::packed_estimate(bool backward, int64_t lowest_adapted) const {
 Id Gpt2::weight(Graph &graph, const std::string &name) const {
     const Place &place = places_.at(name);
     const void *data = data_.data() ? data_.data() + place.offset : nullptr;
-    return graph.constant(name, place.type, place.shape, data);
+    return graph.weight(name, place.type, place.shape, data, graph.mode.train_backbone);
 }
 
 Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DType out) const {
@@ -137,6 +151,7 @@ Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DT
     const int64_t tokens = graph.shape(ids)[1];
     // The residual stream x stays wide; what enters a product is of the activation type.
     Id x = embedding(graph, ids, weight(graph, "wte.weight"), weight(graph, "wpe.weight"), 0);
+    x = dropout(graph, x, 0);
     for (int64_t layer = 0; layer < config_.layers; ++layer) {
         const std::string prefix = "h." + std::to_string(layer) + ".";
         const auto norm = [&](const char *name, Id in) {
@@ -153,10 +168,18 @@ Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DT
                                             residual == none ? graph.act : graph.wide};
             return adapter.linear(graph, arguments);
         };
+        // Onto the residual stream; added apart where the branch is dropped out.
+        const auto branch = [&](Module module, Id in) {
+            if (graph.mode.dropout == 0)
+                return product(module, in, x);
+            const Id y = product(module, in, none);
+            return add(graph, x, dropout(graph, y, 1 + layer * modules_per_layer + int(module)),
+                       graph.wide);
+        };
         const Id qkv = product(Module::attn_c_attn, norm("ln_1", x), none);
-        x = product(Module::attn_c_proj, attention(graph, qkv, config_.heads), x);
+        x = branch(Module::attn_c_proj, attention(graph, qkv, config_.heads));
         const Id inner = gelu(graph, product(Module::mlp_c_fc, norm("ln_2", x), none));
-        x = product(Module::mlp_c_proj, inner, x);
+        x = branch(Module::mlp_c_proj, inner);
     }
     if (scored < tokens)
         x = slice_rows(graph, x, tokens - scored, scored);

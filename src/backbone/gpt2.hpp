@@ -34,11 +34,23 @@ public:
     Gpt2(const Gpt2Folder &folder, DType type, std::shared_ptr<Memory> memory,
          const std::function<void(uint64_t done, uint64_t total)> &progress);
 
+    // A copy with memory of its own.
+    Gpt2(const Gpt2 &other, std::shared_ptr<Memory> memory);
+
     const Gpt2Config &config() const { return config_; }
     DType type() const { return type_; }
     uint64_t bytes() const { return bytes_; }
     uint64_t parameters() const { return parameters_; }
     const std::string &hash() const { return hash_; } // of config and weights
+
+    // What is stored, in its order. Only an owner that is not shared may write.
+    struct Weight {
+        std::string name;
+        Shape shape;
+        DType type;
+        std::byte *data;
+    };
+    std::vector<Weight> weights();
 
     // Bytes of the matrices, which a backend packs: once for the forward pass of every layer, once
     // transposed for the backward pass of layers from `lowest_adapted` on.

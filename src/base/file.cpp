@@ -205,6 +205,15 @@ bool file_exists(const std::string &path) {
     return path.find('\0') == path.npos && ::stat(path.c_str(), &status) == 0;
 }
 
+void make_folder(const std::string &path) {
+    struct stat status;
+    if (::mkdir(path.c_str(), 0777) == 0)
+        return;
+    if (errno != EEXIST || ::stat(path.c_str(), &status) != 0 || !S_ISDIR(status.st_mode))
+        throw_error(PONDER_E_IO, "%s: cannot make the folder: %s", path.c_str(),
+                    std::strerror(errno));
+}
+
 std::string join_component(const std::string &folder, std::string_view component,
                            const std::string &source) {
     bool plain =

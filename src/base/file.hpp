@@ -34,6 +34,8 @@ private:
 // A whole file of at most `limit` bytes; PONDER_E_FORMAT when larger.
 std::string read_file(const std::string &path, size_t limit);
 bool file_exists(const std::string &path);
+// Makes the folder in an existing one; nothing happens if it is there. PONDER_E_IO.
+void make_folder(const std::string &path);
 // Joins a folder and a single plain component as named by a file: [A-Za-z0-9._-]{1,255}, not
 // "." or "..". Anything else is PONDER_E_FORMAT naming `source`.
 std::string join_component(const std::string &folder, std::string_view component,

@@ -180,9 +180,17 @@ std::span<const ponder_option_info> option_table() { return {table, table_size};
 Options::Options() {
     for (const ponder_option_info &info : table)
         values_.emplace_back(info.default_value);
+    given_.resize(values_.size());
 }
 
 void Options::set(std::string_view name, std::string_view value) {
+    set_default(name, value);
+    given_[index_of(name)] = true;
+}
+
+bool Options::given(std::string_view name) const { return given_[index_of(name)]; }
+
+void Options::set_default(std::string_view name, std::string_view value) {
     const size_t i = index_of(name);
     const ponder_option_info &info = table[i];
     std::string copy(value);

@@ -19,6 +19,9 @@ class Options {
 public:
     // PONDER_E_ARGUMENT naming the option and what it accepts.
     void set(std::string_view name, std::string_view value);
+    // As set, but the option does not count as given: a value from an adapter's folder.
+    void set_default(std::string_view name, std::string_view value);
+    bool given(std::string_view name) const; // by set
     const std::string &text(std::string_view name) const;
     double number(std::string_view name) const;
     int64_t integer(std::string_view name) const;
@@ -30,6 +33,7 @@ public:
 
 private:
     std::vector<std::string> values_; // in the table's order
+    std::vector<bool> given_;
 };
 
 } // namespace ponder

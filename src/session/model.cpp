@@ -1,5 +1,6 @@
 #include "session/model.hpp"
 
+#include "adapt/stored.hpp"
 #include "base/error.hpp"
 #include "base/options.hpp"
 
@@ -47,6 +48,8 @@ Model::Model(std::shared_ptr<const Runtime> runtime, const std::string &folder,
 std::shared_ptr<const Adapted> Model::adapted(const Options &options) const {
     const bool stored_or_drawn_once = options.text("adapter") != "lora";
     std::string key = options.text("adapter");
+    if (!is_built_in(key))
+        key += '\n' + adapter_stamp(key); // a folder that was written again is another adapter
     for (const ponder_option_info &info : option_table()) {
         const std::string_view name = info.name;
         if (name.starts_with("lora.") || name.starts_with("ttt.") ||

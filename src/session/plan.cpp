@@ -1,5 +1,6 @@
 #include "session/plan.hpp"
 
+#include "adapt/stored.hpp"
 #include "policy/policy.hpp"
 #include "session/pass.hpp"
 
@@ -25,7 +26,8 @@ uint64_t workspace_of_worker(const Gpt2Config &c) {
 
 ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder,
                                const std::string &backend_name, const std::string &dtype,
-                               const Options &options) {
+                               const Options &session) {
+    const Options options = with_stored_options(session);
     const Backend &backend = runtime.backend(backend_name);
     const DType type = parse_dtype(dtype);
     require_dtype(backend, type);

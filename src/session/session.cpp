@@ -1,5 +1,6 @@
 #include "session/session.hpp"
 
+#include "adapt/stored.hpp"
 #include "base/error.hpp"
 
 #include <algorithm>
@@ -43,12 +44,12 @@ UpdateRule::State FastState::view() const {
 }
 
 Session::Session(std::shared_ptr<const Model> model, const Options &options)
-    : model_(std::move(model)), options_(options),
-      budget_(options.number("budget.rate"), options.number("budget.burst")) {
+    : model_(std::move(model)), options_(with_stored_options(options)),
+      budget_(options_.number("budget.rate"), options_.number("budget.burst")) {
     const Gpt2Config &config = model_->backbone().config();
-    policy_ = parse_policy(options.text("policy"));
-    chunk_ = options.integer("chunk");
-    context_ = options.integer("context");
+    policy_ = parse_policy(options_.text("policy"));
+    chunk_ = options_.integer("chunk");
+    context_ = options_.integer("context");
     if (context_ == 0)
         context_ = std::max(config.context, chunk_);
     if (chunk_ > config.context || context_ > config.context)
@@ -57,34 +58,41 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options)
                     "positions",
                     int(chunk_), int(context_), int(config.context));
     context_ = std::max(context_, chunk_);
-    steps_ = options.integer("steps");
-    guard_norm_ = options.number("guard.norm");
-    carry_ = options.boolean("ttt.carry");
-    loss_after_ = options.boolean("record.loss_after");
-    analysis_ = options.boolean("analysis");
-    ring_ = size_t(options.integer("record.ring"));
+    steps_ = options_.integer("steps");
+    guard_norm_ = options_.number("guard.norm");
+    carry_ = options_.boolean("ttt.carry");
+    loss_after_ = options_.boolean("record.loss_after");
+    analysis_ = options_.boolean("analysis");
+    ring_ = size_t(options_.integer("record.ring"));
 
-    adapted_ = model_->adapted(effective_options(options, policy_->never()));
+    adapted_ = model_->adapted(effective_options(options_, policy_->never()));
     const Adapter &adapter = adapted_->adapter();
     inside_ = adapter.learns_inside();
     if (!inside_ && policy_->reads() == Signal::reconstruction)
         throw_error(PONDER_E_ARGUMENT, "policy '%s': only TTT layers have a reconstruction loss",
-                    options.text("policy").c_str());
+                    options_.text("policy").c_str());
     if (inside_ && policy_->reads() == Signal::gradient_norm)
         throw_error(PONDER_E_ARGUMENT, "policy '%s': TTT layers take no gradient of the loss",
-                    options.text("policy").c_str());
+                    options_.text("policy").c_str());
 
     const std::shared_ptr<Memory> &memory = model_->runtime().memory;
     if (const size_t count = adapter.fast_count()) {
-        rule_ = std::make_unique<UpdateRule>(options, count, DType::f32, model_->device());
+        initial_.resize(count);
+        Random random(uint64_t(options_.integer("seed")));
+        adapter.initial(initial_, random);
+        LearnedRates<float> learned;
+        if (!adapter.rates().log_rate.empty()) {
+            rate_.resize(count);
+            keep_.resize(count);
+            adapter.expand_rates(options_.number("inner.lr"), rate_, keep_);
+            learned = {rate_.data(), keep_.data(), initial_.data()};
+        }
+        rule_ = std::make_unique<UpdateRule>(options_, count, model_->device(), learned);
         const size_t moments = inside_ ? 0 : rule_->moments();
         current_ = FastState(memory, count, moments);
         shadow_ = FastState(memory, count, moments);
         if (!inside_)
             gradient_ = Buffer(memory, count * sizeof(float));
-        initial_.resize(count);
-        Random random(uint64_t(options.integer("seed")));
-        adapter.initial(initial_, random);
     }
     ids_.resize(size_t(context_));
     targets_.resize(size_t(chunk_));

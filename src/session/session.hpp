@@ -106,6 +106,7 @@ private:
     Buffer gradient_;
     FastState current_, shadow_;
     std::vector<float> initial_;
+    std::vector<float> rate_, keep_; // of an adapter that has learned its step sizes
     std::vector<int32_t> ids_, targets_; // of the pass
     std::vector<float> nll_, entropy_, later_nll_;
     float reconstruction_[3] = {};

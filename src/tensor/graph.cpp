@@ -5,8 +5,29 @@
 
 namespace ponder {
 
-Id Graph::constant(std::string name, DType type, Shape shape, const void *data) {
-    values_.push_back({std::move(name), type, shape, Kind::constant, data, false});
+Graph::Graph(DType act, Mode mode)
+    : act(act), wide(act == DType::f64 ? act : DType::f32), mode(mode) {
+    if (mode.higher && act != wide)
+        throw_error(PONDER_E_UNSUPPORTED, "gradients of gradients (train.higher) need dtype f32");
+}
+
+Id Graph::weight(std::string name, DType type, Shape shape, const void *data, bool trained) {
+    const auto [at, fresh] = weights_.try_emplace(name, Id(values_.size()));
+    if (fresh)
+        values_.push_back({std::move(name), type, shape,
+                           trained ? Kind::parameter : Kind::constant, data, trained});
+    return at->second;
+}
+
+Id Graph::literal(Shape shape, const std::vector<double> &values) {
+    auto bytes = std::make_shared<std::byte[]>(values.size() * size_of(wide));
+    for (size_t i = 0; i < values.size(); ++i)
+        if (wide == DType::f64)
+            reinterpret_cast<double *>(bytes.get())[i] = values[i];
+        else
+            reinterpret_cast<float *>(bytes.get())[i] = float(values[i]);
+    values_.push_back({"literal", wide, shape, Kind::constant, bytes.get(), false});
+    literals_.push_back(std::move(bytes));
     return Id(values_.size() - 1);
 }
 
@@ -34,6 +55,8 @@ void Graph::add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out
     for (Id id : out)
         if (id != none && rule.vjp)
             values_[size_t(id)].needs_gradient = needs;
+    if (needs && !rule.vjp && mode.higher)
+        throw_error(PONDER_E_INTERNAL, "%s has no gradient of its gradient", rule.name);
     calls_.push_back({&rule, std::move(in), std::move(out), std::move(attr)});
 }
 
@@ -55,12 +78,14 @@ Id Tape::take(Id value) {
     return so_far;
 }
 
-std::vector<Id> gradients(Graph &graph, Id loss, const std::vector<Id> &wanted) {
+std::vector<Id> gradients(Graph &graph, const std::vector<Seed> &seeds,
+                          const std::vector<Id> &wanted) {
     Tape tape(graph);
-    tape.add(loss, fill(graph, graph.shape(loss), 1.0));
-    // The seed is itself the newest call; rules append behind it, so walk what was there before.
-    for (size_t i = graph.calls().size() - 1; i-- > 0;) {
-        const Call call = graph.calls()[i]; // a copy: rules append to the list
+    const size_t end = graph.calls().size(); // rules append behind it
+    for (const Seed &seed : seeds)
+        tape.add(seed.value, seed.gradient);
+    for (size_t i = end; i-- > 0;) {
+        const Call call = graph.calls()[i]; // a copy: the list grows
         bool reached = false;
         for (Id out : call.out)
             reached = reached || (tape.wants(out) && tape.gradient(out) != none);
@@ -75,6 +100,10 @@ std::vector<Id> gradients(Graph &graph, Id loss, const std::vector<Id> &wanted) 
         result.push_back(tape.gradient(id));
     }
     return result;
+}
+
+std::vector<Id> gradients(Graph &graph, Id loss, const std::vector<Id> &wanted) {
+    return gradients(graph, {{loss, fill(graph, graph.shape(loss), 1.0)}}, wanted);
 }
 
 } // namespace ponder

@@ -6,6 +6,8 @@
 #include "base/dtype.hpp"
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -40,6 +42,7 @@ struct Shape {
 
 enum class Kind {
     constant,  // frozen: never gets a gradient; data known while the graph lives
+    parameter, // as constant, but it is being trained: gets a gradient, changes between runs
     external,  // bound to an address before each run
     temporary, // in the arena
 };
@@ -49,7 +52,7 @@ struct Value {
     DType type;
     Shape shape;
     Kind kind;
-    const void *data = nullptr; // constants; nullptr in a graph made only for planning
+    const void *data = nullptr; // constants and parameters; nullptr in a graph only for planning
     bool needs_gradient = false;
     size_t bytes() const { return size_t(shape.count()) * size_of(type); }
 };
@@ -62,13 +65,29 @@ struct Call {
     std::vector<double> attr;
 };
 
+// What is wanted of a recording, chosen when it starts.
+struct Mode {
+    bool higher = false;         // gradients of gradients: fused ops are recorded as compositions
+    bool train_backbone = false; // the backbone's weights are parameters
+    bool train_adapter = false;  // the adapter's slow weights are
+    double dropout = 0;          // probability, on embeddings and residual branches
+    Id dropout_seed = -1;
+};
+
 class Graph {
 public:
     // act: type of activations and large frozen weights. wide: f32, f64 when act is.
-    explicit Graph(DType act) : act(act), wide(act == DType::f64 ? act : DType::f32) {}
-    const DType act, wide;
+    explicit Graph(DType act, Mode mode = {});
+    DType act, wide;
+    Mode mode;
 
-    Id constant(std::string name, DType type, Shape shape, const void *data);
+    // The constant or parameter of that name; asked for twice it is the same value.
+    Id weight(std::string name, DType type, Shape shape, const void *data, bool trained);
+    Id constant(std::string name, DType type, Shape shape, const void *data) {
+        return weight(std::move(name), type, shape, data, false);
+    }
+    // A constant in `wide` that the graph owns.
+    Id literal(Shape shape, const std::vector<double> &values);
     Id external(std::string name, DType type, Shape shape, bool needs_gradient = false);
     Id temporary(DType type, Shape shape, bool needs_gradient = false);
     // Gives a computed value a fixed place: its address is bound like an external's.
@@ -85,11 +104,19 @@ public:
 private:
     std::vector<Value> values_;
     std::vector<Call> calls_;
+    std::map<std::string, Id> weights_;
+    std::vector<std::shared_ptr<const std::byte[]>> literals_;
 };
 
-// Records the backward pass of scalar `loss` with respect to `wanted` (values that need a
-// gradient); returns their gradients in wide types. Calls that lead to no wanted value are left
-// out, so the pass ends at the lowest layer with fast weights.
+// Records the backward pass of sum <value, gradient> over the seeds with respect to `wanted` (values
+// that need a gradient); returns their gradients in wide types. Calls that lead to no wanted value
+// are left out, so the pass ends at the lowest layer with fast weights.
+struct Seed {
+    Id value, gradient;
+};
+std::vector<Id> gradients(Graph &graph, const std::vector<Seed> &seeds,
+                          const std::vector<Id> &wanted);
+// Of a scalar.
 std::vector<Id> gradients(Graph &graph, Id loss, const std::vector<Id> &wanted);
 
 } // namespace ponder

@@ -146,12 +146,9 @@ Id layer_norm(Graph &, Id x, Id g, Id b, double eps, DType out);
 Id linear(Graph &, Id x, Id w, Id b, Id add, bool transposed, DType out);
 Id lora_linear(Graph &, Id x, Id w, Id b, Id a, Id bb, Id add, double scale, DType out);
 Id gelu(Graph &, Id x);
-Id add(Graph &, Id a, Id b, DType out);
-Id mul(Graph &, Id a, Id b);
-Id sigmoid(Graph &, Id x);
-Id slice_rows(Graph &, Id x, int64_t first, int64_t count);
+Id dropout(Graph &, Id x, int64_t salt); // by the graph's mode
 struct CrossEntropy {
-    Id nll, entropy;
+    Id nll, entropy; // entropy: none in a composition
 };
 // keep: the probabilities stay for a backward pass.
 CrossEntropy cross_entropy(Graph &, Id h, Id table, Id target, bool keep);
@@ -173,9 +170,44 @@ TttResult ttt_scan(Graph &, Id q, Id k, Id v, Id lr, Id index, Id g, Id b,
 Id mean(Graph &, Id x, int64_t count);
 Id fill(Graph &, Shape shape, double value);
 Id matmul_tn(Graph &, Id a, Id b);
+Id matmul_tn_sum(Graph &, Id a, Id b);
 Id norm(Graph &, Id a, Id b);
-// State tensors are externals that the caller bound; nothing is returned.
-void adam(Graph &, Id w, Id g, Id m, Id v, Id h, Id gnorm, Id w2, Id m2, Id v2);
-void sgd(Graph &, Id w, Id g, Id h, Id gnorm, Id w2);
+
+// One step of an update rule; m and v are none for SGD, rate, keep and start may be. State tensors
+// are externals that the caller bound, so nothing is returned.
+struct Step {
+    Id w, g, m, v, h, norm, rate = none, keep = none, start = none;
+};
+struct StepGradient {
+    Id w, g, m, v, rate = none, keep = none, start = none;
+};
+void adam(Graph &, const Step &step, Id w2, Id m2, Id v2);
+void sgd(Graph &, const Step &step, Id w2);
+void adam_vjp(Graph &, const Step &step, Id dw2, Id dm2, Id dv2, const StepGradient &to);
+void sgd_vjp(Graph &, const Step &step, Id dw2, const StepGradient &to);
+void adamw(Graph &, const Step &step, Id w2, Id m2, Id v2);
+
+// Primitives. What stays of the same shape is returned as it is.
+Id add(Graph &, Id a, Id b, DType out);
+Id sub(Graph &, Id a, Id b);
+Id mul(Graph &, Id a, Id b);
+Id broadcast(Graph &, Id x, Shape shape);
+Id sum_last(Graph &, Id x);
+Id sum_to(Graph &, Id x, Shape shape);
+Id reshape(Graph &, Id x, Shape shape);
+Id affine(Graph &, Id x, double factor, double offset);
+Id power(Graph &, Id x, double exponent);
+Id exp(Graph &, Id x);
+Id relu(Graph &, Id x);
+Id sigmoid(Graph &, Id x);
+Id gelu_derivative(Graph &, Id x, int order);
+Id softmax(Graph &, Id x, bool causal);
+Id log_sum_exp(Graph &, Id x);
+Id pick(Graph &, Id x, Id target);
+Id matmul(Graph &, Id a, Id b, bool ta, bool tb, DType out = DType::none);
+Id split_heads(Graph &, Id x, int64_t heads, int64_t part, int64_t parts);
+Id merge_heads(Graph &, Id x, int64_t part, int64_t parts);
+Id slice_rows(Graph &, Id x, int64_t first, int64_t count);
+Id pad_rows(Graph &, Id x, int64_t first, int64_t count); // x as rows first.. of `count`
 
 } // namespace ponder

@@ -1,7 +1,5 @@
 // Products with weights, and what stands between them: one row at a time.
-#include "tensor/ops.hpp"
-
-#include "base/error.hpp"
+#include "tensor/compose.hpp"
 
 namespace ponder {
 
@@ -11,24 +9,52 @@ uint64_t rows_of(const Shape &s) { return uint64_t(s.count() / s[s.rank - 1]); }
 
 uint64_t no_flops(const Graph &, const Call &) { return 0; }
 
-extern const OpRule linear_rule, lora_linear_vjp_rule, layer_norm_vjp_rule, gelu_vjp_rule,
-    slice_rows_vjp_rule;
+extern const OpRule lora_linear_vjp_rule, layer_norm_vjp_rule, gelu_vjp_rule;
 
-// ---- embedding: y_t = table[id_t] + position[first + t]; frozen, so without a vjp
+bool any_needs(const Graph &g, std::initializer_list<Id> ids) {
+    for (Id id : ids)
+        if (id != none && g.value(id).needs_gradient)
+            return true;
+    return false;
+}
 
-const OpRule embedding_rule{"embedding", true, no_flops, nullptr};
+// ---- embedding: y_t = table[id_t] + position[first + t]
+
+const OpRule embedding_vjp_rule{"embedding_vjp", false, no_flops, nullptr};
+
+void embedding_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    const Id table = call.in[1], position = call.in[2];
+    const Id dtable = g.temporary(g.wide, g.shape(table));
+    const Id dposition = g.temporary(g.wide, g.shape(position));
+    g.add_call(embedding_vjp_rule, {tape.gradient(call.out[0]), call.in[0]}, {dtable, dposition},
+               call.attr);
+    tape.add(table, dtable);
+    tape.add(position, dposition);
+}
+
+const OpRule embedding_rule{"embedding", true, no_flops, embedding_backward};
 
 // ---- layer_norm
 
+const OpRule layer_norm_vjp_weight_rule{"layer_norm_vjp_weight", false, no_flops, nullptr};
+
 void layer_norm_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
-    if (!tape.wants(call.in[0]))
+    const Id dy = tape.gradient(call.out[0]), x = call.in[0], stats = call.out[1];
+    if (tape.wants(call.in[1])) {
+        const Id dg = g.temporary(g.wide, g.shape(call.in[1]));
+        const Id db = g.temporary(g.wide, g.shape(call.in[2]));
+        g.add_call(layer_norm_vjp_weight_rule, {dy, x, stats}, {dg, db});
+        tape.add(call.in[1], dg);
+        tape.add(call.in[2], db);
+    }
+    if (!tape.wants(x))
         return;
-    const Id dy = tape.gradient(call.out[0]), x = call.in[0];
     const Id dx = g.temporary(g.wide, g.shape(x));
     // The residual stream's gradient so far is added in the same sweep.
     const Id carry = tape.take(x);
-    g.add_call(layer_norm_vjp_rule, {dy, x, call.in[1], call.out[1], carry}, {dx});
+    g.add_call(layer_norm_vjp_rule, {dy, x, call.in[1], stats, carry}, {dx});
     tape.add(x, dx);
 }
 
@@ -45,12 +71,16 @@ uint64_t linear_flops(const Graph &g, const Call &call) {
 void linear_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
     const Id dy = tape.gradient(call.out[0]), x = call.in[0], residual = call.in[3];
-    if (tape.wants(call.in[1]) || tape.wants(call.in[2]))
-        throw_error(PONDER_E_INTERNAL, "linear: gradient of a frozen weight");
+    const Id w = call.in[1], b = call.in[2];
+    const bool transposed = call.attr[0] != 0;
+    if (tape.wants(w))
+        tape.add(w, transposed ? matmul_tn_sum(g, dy, x) : matmul_tn_sum(g, x, dy));
+    if (tape.wants(b))
+        tape.add(b, sum_to(g, dy, g.shape(b)));
     if (tape.wants(residual))
         tape.add(residual, dy);
     if (tape.wants(x))
-        tape.add(x, linear(g, dy, call.in[1], none, none, call.attr[0] == 0, g.value(x).type));
+        tape.add(x, linear(g, dy, w, none, none, !transposed, g.value(x).type));
 }
 
 const OpRule linear_rule{"linear", true, linear_flops, linear_backward};
@@ -77,9 +107,8 @@ void lora_linear_backward(Tape &tape, const Call &call) {
     if (tape.wants(a))
         tape.add(a, matmul_tn(g, x, du));
     if (tape.wants(bb)) {
-        if (call.attr[0] != 1)
-            throw_error(PONDER_E_INTERNAL, "lora_linear: only scale 1 has a gradient");
-        tape.add(bb, matmul_tn(g, u, dy));
+        const Id dbb = matmul_tn(g, u, dy);
+        tape.add(bb, call.attr[0] == 1 ? dbb : affine(g, dbb, call.attr[0], 0));
     }
 }
 
@@ -93,40 +122,31 @@ uint64_t lora_linear_vjp_flops(const Graph &g, const Call &call) {
 
 const OpRule lora_linear_vjp_rule{"lora_linear_vjp", true, lora_linear_vjp_flops, nullptr};
 
-// ---- gelu, add, mul, sigmoid, slice_rows
+// ---- gelu
 
 void gelu_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
-    const Id x = call.in[0];
+    const Id x = call.in[0], dy = tape.gradient(call.out[0]);
+    if (g.mode.higher)
+        return tape.add(x, mul(g, dy, gelu_derivative(g, x, 1)));
     const Id dx = g.temporary(g.value(x).type, g.shape(x));
-    g.add_call(gelu_vjp_rule, {tape.gradient(call.out[0]), x}, {dx});
+    g.add_call(gelu_vjp_rule, {dy, x}, {dx});
     tape.add(x, dx);
 }
 
 const OpRule gelu_rule{"gelu", true, no_flops, gelu_backward};
 const OpRule gelu_vjp_rule{"gelu_vjp", true, no_flops, nullptr};
 
-void add_backward(Tape &tape, const Call &call) {
-    for (Id in : call.in)
-        if (tape.wants(in))
-            tape.add(in, tape.gradient(call.out[0]));
-}
+// ---- dropout: the same call drops the same places of the gradient
 
-const OpRule add_rule{"add", true, no_flops, add_backward};
-const OpRule mul_rule{"mul", true, no_flops, nullptr};
-const OpRule sigmoid_rule{"sigmoid", true, no_flops, nullptr};
-
-void slice_rows_backward(Tape &tape, const Call &call) {
+void dropout_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
-    const Id x = call.in[0];
-    const Id dx = g.temporary(g.value(x).type, g.shape(x));
-    g.add_call(slice_rows_vjp_rule, {tape.gradient(call.out[0])}, {dx}, call.attr);
-    tape.add(x, dx);
+    const Id dx = g.temporary(g.value(call.in[0]).type, g.shape(call.in[0]));
+    g.add_call(*call.rule, {tape.gradient(call.out[0]), call.in[1]}, {dx}, call.attr);
+    tape.add(call.in[0], dx);
 }
 
-// Not rows ops: output row t is input row t + first, another task's.
-const OpRule slice_rows_rule{"slice_rows", false, no_flops, slice_rows_backward};
-const OpRule slice_rows_vjp_rule{"slice_rows_vjp", false, no_flops, nullptr};
+const OpRule dropout_rule{"dropout", true, no_flops, dropout_backward};
 
 } // namespace
 
@@ -138,6 +158,8 @@ Id embedding(Graph &g, Id ids, Id table, Id position, int64_t first) {
 }
 
 Id layer_norm(Graph &g, Id x, Id scale, Id shift, double eps, DType out) {
+    if (g.mode.higher && any_needs(g, {x, scale, shift}))
+        return compose::layer_norm(g, x, scale, shift, eps);
     const Shape s = g.shape(x);
     const Id y = g.temporary(out, s), stats = g.temporary(g.wide, s.with_last(2));
     g.add_call(layer_norm_rule, {x, scale, shift}, {y, stats}, {eps});
@@ -151,6 +173,8 @@ Id linear(Graph &g, Id x, Id w, Id b, Id residual, bool transposed, DType out) {
 }
 
 Id lora_linear(Graph &g, Id x, Id w, Id b, Id a, Id bb, Id residual, double scale, DType out) {
+    if (g.mode.higher)
+        return compose::lora_linear(g, x, w, b, a, bb, residual, scale);
     const Shape s = g.shape(x);
     const Id y = g.temporary(out, s.with_last(g.shape(w)[1]));
     const Id u = g.temporary(g.act, s.with_last(g.shape(a)[2]));
@@ -164,28 +188,11 @@ Id gelu(Graph &g, Id x) {
     return y;
 }
 
-Id add(Graph &g, Id a, Id b, DType out) {
-    const Id y = g.temporary(out, g.shape(a));
-    g.add_call(add_rule, {a, b}, {y});
-    return y;
-}
-
-Id mul(Graph &g, Id a, Id b) {
-    const Id y = g.temporary(g.value(a).type, g.shape(a));
-    g.add_call(mul_rule, {a, b}, {y});
-    return y;
-}
-
-Id sigmoid(Graph &g, Id x) {
+Id dropout(Graph &g, Id x, int64_t salt) {
+    if (g.mode.dropout == 0)
+        return x;
     const Id y = g.temporary(g.value(x).type, g.shape(x));
-    g.add_call(sigmoid_rule, {x}, {y});
-    return y;
-}
-
-Id slice_rows(Graph &g, Id x, int64_t first, int64_t count) {
-    const Shape &s = g.shape(x);
-    const Id y = g.temporary(g.value(x).type, {s[0], count, s[2]});
-    g.add_call(slice_rows_rule, {x}, {y}, {double(first)});
+    g.add_call(dropout_rule, {x, g.mode.dropout_seed}, {y}, {g.mode.dropout, double(salt)});
     return y;
 }
 

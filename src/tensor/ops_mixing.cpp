@@ -1,5 +1,5 @@
 // Ops that look across rows: attention, the TTT layer's pieces, and the loss.
-#include "tensor/ops.hpp"
+#include "tensor/compose.hpp"
 
 namespace ponder {
 
@@ -7,7 +7,8 @@ namespace {
 
 uint64_t no_flops(const Graph &, const Call &) { return 0; }
 
-extern const OpRule attention_vjp_rule, cross_entropy_vjp_rule, mean_vjp_rule;
+extern const OpRule attention_vjp_rule, cross_entropy_vjp_rule, cross_entropy_vjp_table_rule,
+    mean_vjp_rule;
 
 // ---- attention: causal, so token t meets t + 1 keys
 
@@ -46,10 +47,16 @@ uint64_t cross_entropy_flops(const Graph &g, const Call &call) {
 
 void cross_entropy_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
-    const Id h = call.in[0];
+    const Id h = call.in[0], table = call.in[1], dnll = tape.gradient(call.out[0]);
+    if (tape.wants(table)) {
+        const Id dtable = g.temporary(g.wide, g.shape(table));
+        g.add_call(cross_entropy_vjp_table_rule, {call.out[2], h, call.in[2], dnll}, {dtable});
+        tape.add(table, dtable);
+    }
+    if (!tape.wants(h))
+        return;
     const Id dh = g.temporary(g.value(h).type, g.shape(h));
-    g.add_call(cross_entropy_vjp_rule,
-               {call.out[2], call.in[1], call.in[2], tape.gradient(call.out[0])}, {dh});
+    g.add_call(cross_entropy_vjp_rule, {call.out[2], table, call.in[2], dnll}, {dh});
     tape.add(h, dh);
 }
 
@@ -61,6 +68,14 @@ uint64_t cross_entropy_vjp_flops(const Graph &g, const Call &call) {
 const OpRule cross_entropy_rule{"cross_entropy", true, cross_entropy_flops, cross_entropy_backward};
 const OpRule cross_entropy_vjp_rule{"cross_entropy_vjp", true, cross_entropy_vjp_flops, nullptr};
 
+uint64_t cross_entropy_vjp_table_flops(const Graph &g, const Call &call) {
+    const Shape &h = g.shape(call.in[1]), &table = g.shape(call.out[0]);
+    return 2 * uint64_t(h.count()) * uint64_t(table[0]);
+}
+
+const OpRule cross_entropy_vjp_table_rule{"cross_entropy_vjp_table", false,
+                                          cross_entropy_vjp_table_flops, nullptr};
+
 // ---- mean
 
 void mean_backward(Tape &tape, const Call &call) {
@@ -71,12 +86,44 @@ void mean_backward(Tape &tape, const Call &call) {
 }
 
 const OpRule mean_rule{"mean", false, no_flops, mean_backward};
-const OpRule mean_vjp_rule{"mean_vjp", false, no_flops, nullptr};
+
+void mean_vjp_backward(Tape &tape, const Call &call) {
+    tape.add(call.in[0], mean(tape.graph, tape.gradient(call.out[0]), int64_t(call.attr[0])));
+}
+
+const OpRule mean_vjp_rule{"mean_vjp", false, no_flops, mean_vjp_backward};
 
 // ---- the TTT layer's pieces
 
-const OpRule conv1d_rule{"conv1d", false, no_flops, nullptr};
-const OpRule rope_rule{"rope", false, no_flops, nullptr};
+const OpRule conv1d_vjp_rule{"conv1d_vjp", false, no_flops, nullptr};
+
+void conv1d_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    const Id x = call.in[0], w = call.in[1], b = call.in[2];
+    const Id dx = g.temporary(g.value(x).type, g.shape(x));
+    const Id dw = g.temporary(g.wide, g.shape(w)), db = g.temporary(g.wide, g.shape(b));
+    g.add_call(conv1d_vjp_rule, {tape.gradient(call.out[0]), x, w}, {dx, dw, db}, call.attr);
+    if (tape.wants(x))
+        tape.add(x, dx);
+    if (tape.wants(w))
+        tape.add(w, dw);
+    if (tape.wants(b))
+        tape.add(b, db);
+}
+
+const OpRule conv1d_rule{"conv1d", false, no_flops, conv1d_backward};
+
+// A rotation: its vjp turns back.
+void rope_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    const Id dx = g.temporary(g.value(call.in[0]).type, g.shape(call.in[0]));
+    std::vector<double> attr = call.attr;
+    attr[3] = attr[3] == 0;
+    g.add_call(*call.rule, {tape.gradient(call.out[0])}, {dx}, attr);
+    tape.add(call.in[0], dx);
+}
+
+const OpRule rope_rule{"rope", false, no_flops, rope_backward};
 
 // Per head and mini-batch of m tokens: K W, Q W, K^T g (m D D each), Q K^T and A g (m m D, causal).
 uint64_t ttt_linear_flops(const Graph &g, const Call &call) {
@@ -96,12 +143,46 @@ uint64_t ttt_mlp_flops(const Graph &g, const Call &call) {
     return 2 * tokens * heads * (7 * d * inner + (m + 1) * (d + inner));
 }
 
-const OpRule ttt_linear_rule{"ttt_linear", false, ttt_linear_flops, nullptr};
+// The scan again, and about twice its products.
+uint64_t ttt_linear_vjp_flops(const Graph &g, const Call &call) {
+    return 3 * ttt_linear_flops(g, call);
+}
+
+const OpRule ttt_linear_vjp_rule{"ttt_linear_vjp", false, ttt_linear_vjp_flops, nullptr};
+
+void ttt_linear_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    std::vector<Id> in = call.in, out;
+    for (Id output : call.out) {
+        const Id gradient = tape.gradient(output);
+        in.push_back(gradient != none ? gradient : fill(g, g.shape(output), 0));
+    }
+    for (size_t i = 0; i < call.in.size(); ++i) {
+        const Value &v = g.value(call.in[i]);
+        // q, k, v, lr in their own type; what is summed in wide
+        out.push_back(g.temporary(i < 4 ? v.type : g.wide, v.shape));
+    }
+    g.add_call(ttt_linear_vjp_rule, in, out, call.attr);
+    for (size_t i = 0; i < call.in.size(); ++i)
+        if (tape.wants(call.in[i]))
+            tape.add(call.in[i], out[i]);
+}
+
+const OpRule ttt_linear_rule{"ttt_linear", false, ttt_linear_flops, ttt_linear_backward};
 const OpRule ttt_mlp_rule{"ttt_mlp", false, ttt_mlp_flops, nullptr};
+
+bool any_needs(const Graph &g, const std::vector<Id> &ids) {
+    for (Id id : ids)
+        if (g.value(id).needs_gradient)
+            return true;
+    return false;
+}
 
 } // namespace
 
 Id attention(Graph &g, Id qkv, int64_t heads) {
+    if (g.mode.higher && any_needs(g, {qkv}))
+        return compose::attention(g, qkv, heads);
     const Shape s = g.shape(qkv);
     const Id o = g.temporary(g.act, s.with_last(s[2] / 3));
     const Id lse = g.temporary(g.wide, {s[0], heads, s[1]});
@@ -110,6 +191,8 @@ Id attention(Graph &g, Id qkv, int64_t heads) {
 }
 
 CrossEntropy cross_entropy(Graph &g, Id h, Id table, Id target, bool keep) {
+    if (g.mode.higher && any_needs(g, {h, table}))
+        return {compose::cross_entropy(g, h, table, target), none};
     const Shape s = g.shape(h);
     const CrossEntropy r{g.temporary(g.wide, {s[0], s[1]}), g.temporary(g.wide, {s[0], s[1]})};
     const Id p = keep ? g.temporary(g.act, s.with_last(g.shape(table)[0])) : none;
@@ -124,6 +207,8 @@ Id mean(Graph &g, Id x, int64_t count) {
 }
 
 Id conv1d(Graph &g, Id x, Id w, Id b, int64_t shift) {
+    if (g.mode.higher && any_needs(g, {x, w, b}))
+        return compose::conv1d(g, x, w, b, shift);
     const Id y = g.temporary(g.value(x).type, g.shape(x));
     g.add_call(conv1d_rule, {x, w, b}, {y}, {double(shift)});
     return y;
@@ -131,12 +216,17 @@ Id conv1d(Graph &g, Id x, Id w, Id b, int64_t shift) {
 
 Id rope(Graph &g, Id x, int64_t heads, int64_t period, double theta) {
     const Id y = g.temporary(g.value(x).type, g.shape(x));
-    g.add_call(rope_rule, {x}, {y}, {double(heads), double(period), theta});
+    g.add_call(rope_rule, {x}, {y}, {double(heads), double(period), theta, 0});
     return y;
 }
 
 TttResult ttt_scan(Graph &g, Id q, Id k, Id v, Id lr, Id index, Id scale, Id shift,
                    const std::vector<Id> &state, const TttScan &form) {
+    // The MLP's scan has no backward kernel: its composition gives the gradient.
+    std::vector<Id> inputs{q, k, v, lr, index, scale, shift};
+    inputs.insert(inputs.end(), state.begin(), state.end());
+    if ((g.mode.higher || form.mlp) && any_needs(g, inputs))
+        return compose::ttt_scan(g, q, k, v, lr, index, scale, shift, state, form);
     TttResult r{
         g.temporary(g.value(q).type, g.shape(q)), g.temporary(g.wide, {g.shape(q)[0], 3}), {}};
     std::vector<Id> in{q, k, v, lr, index, scale, shift}, out{r.y};

@@ -12,10 +12,37 @@ uint64_t matmul_tn_flops(const Graph &g, const Call &call) {
 }
 
 const OpRule fill_rule{"fill", false, no_flops, nullptr};
-const OpRule matmul_tn_rule{"matmul_tn", false, matmul_tn_flops, nullptr};
+// c = a^T b: da = b dc^T, db = a dc
+void matmul_tn_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    const Id a = call.in[0], b = call.in[1], dc = tape.gradient(call.out[0]);
+    if (tape.wants(a))
+        tape.add(a, matmul(g, b, dc, false, true));
+    if (tape.wants(b))
+        tape.add(b, matmul(g, a, dc, false, false));
+}
+const OpRule matmul_tn_rule{"matmul_tn", false, matmul_tn_flops, matmul_tn_backward};
+
+void matmul_tn_sum_backward(Tape &tape, const Call &call) {
+    Graph &g = tape.graph;
+    const Id dc = tape.gradient(call.out[0]);
+    const auto flat = [&](Id x) {
+        const Shape s = g.shape(x);
+        return reshape(g, x, {s[0] * s[1], s[2]});
+    };
+    for (int i = 0; i < 2; ++i)
+        if (tape.wants(call.in[size_t(i)]))
+            tape.add(call.in[size_t(i)],
+                     reshape(g, matmul(g, flat(call.in[size_t(1 - i)]), dc, false, i == 0),
+                             g.shape(call.in[size_t(i)])));
+}
+const OpRule matmul_tn_sum_rule{"matmul_tn_sum", false, matmul_tn_flops, matmul_tn_sum_backward};
 const OpRule norm_rule{"norm", false, no_flops, nullptr};
 const OpRule adam_rule{"adam", false, no_flops, nullptr};
 const OpRule sgd_rule{"sgd", false, no_flops, nullptr};
+const OpRule adam_vjp_rule{"adam_vjp", false, no_flops, nullptr};
+const OpRule sgd_vjp_rule{"sgd_vjp", false, no_flops, nullptr};
+const OpRule adamw_rule{"adamw", false, no_flops, nullptr};
 
 } // namespace
 
@@ -38,12 +65,33 @@ Id norm(Graph &g, Id a, Id b) {
     return y;
 }
 
-void adam(Graph &g, Id w, Id grad, Id m, Id v, Id h, Id gnorm, Id w2, Id m2, Id v2) {
-    g.add_call(adam_rule, {w, grad, m, v, h, gnorm}, {w2, m2, v2});
+Id matmul_tn_sum(Graph &g, Id a, Id b) {
+    const Id c = g.temporary(g.wide, {g.shape(a)[2], g.shape(b)[2]});
+    g.add_call(matmul_tn_sum_rule, {a, b}, {c});
+    return c;
 }
 
-void sgd(Graph &g, Id w, Id grad, Id h, Id gnorm, Id w2) {
-    g.add_call(sgd_rule, {w, grad, h, gnorm}, {w2});
+void adam(Graph &g, const Step &s, Id w2, Id m2, Id v2) {
+    g.add_call(adam_rule, {s.w, s.g, s.m, s.v, s.h, s.norm, s.rate, s.keep, s.start}, {w2, m2, v2});
+}
+
+void sgd(Graph &g, const Step &s, Id w2) {
+    g.add_call(sgd_rule, {s.w, s.g, s.h, s.norm, s.rate, s.keep, s.start}, {w2});
+}
+
+void adam_vjp(Graph &g, const Step &s, Id dw2, Id dm2, Id dv2, const StepGradient &d) {
+    g.add_call(adam_vjp_rule,
+               {s.w, s.g, s.m, s.v, s.h, s.norm, s.rate, s.keep, s.start, dw2, dm2, dv2},
+               {d.w, d.g, d.m, d.v, d.rate, d.keep, d.start});
+}
+
+void sgd_vjp(Graph &g, const Step &s, Id dw2, const StepGradient &d) {
+    g.add_call(sgd_vjp_rule, {s.w, s.g, s.h, s.norm, s.rate, s.keep, s.start, dw2},
+               {d.w, d.g, d.rate, d.keep, d.start});
+}
+
+void adamw(Graph &g, const Step &s, Id w2, Id m2, Id v2) {
+    g.add_call(adamw_rule, {s.w, s.g, s.m, s.v, s.h, s.norm}, {w2, m2, v2});
 }
 
 } // namespace ponder

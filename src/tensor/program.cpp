@@ -13,7 +13,7 @@ namespace {
 
 int64_t rows_of(const Graph &graph, const Call &call) {
     const Shape &s = graph.shape(call.out[0]);
-    return s.rank < 2 ? 1 : s[0] * s[1];
+    return s.rank < 1 ? 1 : s.count() / s[s.rank - 1];
 }
 
 size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -215,6 +215,7 @@ std::vector<void *> Program::addresses(const Bindings &bindings, std::byte *aren
             const Value &value = graph_.value(id);
             switch (value.kind) {
             case Kind::constant:
+            case Kind::parameter:
                 address = const_cast<void *>(value.data);
                 break;
             case Kind::temporary:
@@ -231,23 +232,27 @@ std::vector<void *> Program::addresses(const Bindings &bindings, std::byte *aren
     return result;
 }
 
+void Program::run_task(const Batch &batch, void *const *addresses, std::byte *workspace,
+                       uint32_t task) const {
+    const auto run = [&](size_t c, uint32_t i) {
+        const Device::Kernel &kernel = kernels_[c];
+        kernel.owner->run(kernel.plan.kernel, addresses + argument_[c], workspace, i);
+    };
+    if (batch.chain) {
+        for (size_t c : batch.calls)
+            run(c, task);
+    } else {
+        const size_t at =
+            size_t(std::upper_bound(batch.first_task.begin(), batch.first_task.end(), task) -
+                   batch.first_task.begin()) -
+            1;
+        run(batch.calls[at], task - batch.first_task[at]);
+    }
+}
+
 void Program::run_batch(const Batch &batch, void *const *addresses, std::byte *workspace) const {
     device_->threads().run(batch.tasks, [&](uint32_t task, uint32_t worker) {
-        std::byte *own = workspace + worker * workspace_bytes_;
-        const auto run = [&](size_t c, uint32_t i) {
-            const Device::Kernel &kernel = kernels_[c];
-            kernel.owner->run(kernel.plan.kernel, addresses + argument_[c], own, i);
-        };
-        if (batch.chain) {
-            for (size_t c : batch.calls)
-                run(c, task);
-        } else {
-            const size_t at =
-                size_t(std::upper_bound(batch.first_task.begin(), batch.first_task.end(), task) -
-                       batch.first_task.begin()) -
-                1;
-            run(batch.calls[at], task - batch.first_task[at]);
-        }
+        run_task(batch, addresses, workspace + worker * workspace_bytes_, task);
     });
 }
 
@@ -260,6 +265,19 @@ void Program::run(size_t segment, const Bindings &bindings, std::byte *arena, st
         if (check)
             check();
         run_batch(batch, places.data(), workspace);
+    }
+}
+
+void Program::run_serial(size_t segment, const Bindings &bindings, std::byte *arena,
+                         std::byte *workspace, const std::function<void()> &check) const {
+    const std::vector<void *> places = addresses(bindings, arena);
+    for (const Batch &batch : batches_) {
+        if (batch.segment != segment)
+            continue;
+        if (check)
+            check();
+        for (uint32_t task = 0; task < batch.tasks; ++task)
+            run_task(batch, places.data(), workspace, task);
     }
 }
 

@@ -56,6 +56,9 @@ public:
     // segments need.
     void run(size_t segment, const Bindings &bindings, std::byte *arena, std::byte *workspace,
              const std::function<void()> &check) const;
+    // The same on the calling thread alone, for callers that run many passes at once.
+    void run_serial(size_t segment, const Bindings &bindings, std::byte *arena,
+                    std::byte *workspace, const std::function<void()> &check) const;
     // The same, one call after the other, adding each call's time under its op's name.
     void profile(size_t segment, const Bindings &bindings, std::byte *arena, std::byte *workspace,
                  std::vector<CallTime> &times) const;
@@ -71,6 +74,8 @@ private:
     };
     void add_batches(const Group &group);
     std::vector<void *> addresses(const Bindings &bindings, std::byte *arena) const;
+    void run_task(const Batch &batch, void *const *addresses, std::byte *workspace,
+                  uint32_t task) const;
     void run_batch(const Batch &batch, void *const *addresses, std::byte *workspace) const;
 
     Graph graph_;

@@ -1,0 +1,209 @@
+#include "train/adapter_trainer.hpp"
+
+#include "adapt/stored.hpp"
+#include "base/error.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+
+namespace ponder {
+
+namespace {
+
+// Untrained decay towards the initial fast weights: 0.1 % of the distance a step.
+constexpr float initial_decay = -6.9f;
+
+bool is_matrix(const Shape &shape) {
+    int wide = 0;
+    for (int i = 0; i < shape.rank; ++i)
+        wide += shape[i] > 1;
+    return wide > 1;
+}
+
+} // namespace
+
+AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options &options)
+    : Trainer(std::move(model), "adapter", with_stored_options(options)) {
+    const Gpt2 &backbone = model_->backbone();
+    adapter_ = make_adapter(backbone.config(), options_, backbone.hash());
+    if (adapter_->fast_count() == 0)
+        throw_error(PONDER_E_ARGUMENT, "option 'adapter' is '%s': nothing to train",
+                    options_.text("adapter").c_str());
+    device_ = std::make_shared<Device>(model_->runtime().backend(model_->device()->backend().name),
+                                       model_->runtime().memory, model_->runtime().threads,
+                                       model_->runtime().log);
+    const bool between = !adapter_->learns_inside(), inner = options_.boolean("train.inner");
+    const size_t n = adapter_->fast_count();
+    const double rates = between && inner ? options_.number("train.rate_lr") : 0;
+    std::vector<Outer::Segment> segments{{n, 1, true},
+                                         {adapter_->fast_tensors().size(), rates, false},
+                                         {adapter_->groups(), rates, false}};
+    for (const auto &[name, slow] : adapter_->slow())
+        segments.push_back({size_t(slow.shape.count()), 1, is_matrix(slow.shape)});
+    outer_ = std::make_unique<Outer>(options_, device_, std::move(segments));
+
+    const Parts values = parts(outer_->values());
+    Random random(uint64_t(options_.integer("seed")));
+    adapter_->initial(values.fast, random);
+    if (adapter_->rates().log_rate.empty()) {
+        std::fill(values.log_rate.begin(), values.log_rate.end(), 0.0f);
+        std::fill(values.decay.begin(), values.decay.end(), initial_decay);
+    } else {
+        std::copy_n(adapter_->rates().log_rate.begin(), values.log_rate.size(),
+                    values.log_rate.begin());
+        std::copy_n(adapter_->rates().decay.begin(), values.decay.size(), values.decay.begin());
+    }
+    float *slow_value = values.slow.data();
+    for (const auto &[name, slow] : adapter_->slow())
+        slow_value = std::copy(slow.values.begin(), slow.values.end(), slow_value);
+
+    rate_.resize(n);
+    keep_.resize(n);
+    unroll_ = std::make_unique<Unroll<float>>(
+        backbone, *adapter_, options_, device_,
+        LearnedRates<float>{rate_.data(), keep_.data(), values.fast.data()});
+    for (uint32_t i = 0; i < device_->threads().count(); ++i)
+        work_.push_back(unroll_->make_work());
+    spread();
+}
+
+AdapterTrainer::Parts AdapterTrainer::parts(std::span<float> all) const {
+    const auto take = [&](size_t count) {
+        const std::span<float> part = all.first(count);
+        all = all.subspan(count);
+        return part;
+    };
+    const std::span<float> fast = take(adapter_->fast_count());
+    const std::span<float> log_rate = take(adapter_->fast_tensors().size());
+    const std::span<float> decay = take(adapter_->groups());
+    return {fast, log_rate, decay, all};
+}
+
+void AdapterTrainer::spread() {
+    const Parts values = parts(outer_->values());
+    for (float &x : values.log_rate)
+        x = std::clamp(x, -20.0f, 20.0f);
+    for (float &x : values.decay)
+        x = std::clamp(x, -20.0f, 20.0f);
+    adapter_->store_rates({{values.log_rate.begin(), values.log_rate.end()},
+                           {values.decay.begin(), values.decay.end()}});
+    adapter_->expand_rates(options_.number("inner.lr"), rate_, keep_);
+    const float *from = values.slow.data();
+    for (const auto &[name, slow] : adapter_->slow()) {
+        std::copy_n(from, slow.values.size(), adapter_->slow_values(name).begin());
+        device_->refresh(slow.values.data());
+        from += slow.values.size();
+    }
+}
+
+// The mean gradient over the streams, each weighing as many predictions as it has. Sums run in the
+// order of the streams, whoever computed them.
+void AdapterTrainer::collect(std::span<const Unroll<float>::Result> results) {
+    const Parts to = parts(outer_->gradient());
+    std::fill(outer_->gradient().begin(), outer_->gradient().end(), 0.0f);
+    double predictions = 0;
+    for (const auto &r : results)
+        predictions += double(r.predictions);
+    std::vector<double> log_rate(to.log_rate.size()), decay(to.decay.size());
+    const std::vector<FastTensor> &fast = adapter_->fast_tensors();
+    for (const auto &r : results) {
+        const double share = double(r.predictions) / predictions;
+        for (size_t i = 0; i < to.fast.size(); ++i)
+            to.fast[i] += float(share) * r.fast[i];
+        for (size_t i = 0; i < to.slow.size(); ++i)
+            to.slow[i] += float(share) * r.slow[i];
+        // rate = inner.lr exp(log_rate), keep = 1 - s(decay)
+        for (size_t t = 0; t < fast.size(); ++t) {
+            double rate = 0, keep = 0;
+            for (size_t i = fast[t].offset; i < fast[t].offset + fast[t].count(); ++i) {
+                rate += double(r.rate[i]) * double(rate_[i]);
+                keep += double(r.keep[i]);
+            }
+            const double kept = double(keep_[fast[t].offset]);
+            log_rate[t] += share * rate;
+            decay[fast[t].group] -= share * keep * kept * (1 - kept);
+        }
+    }
+    std::copy(log_rate.begin(), log_rate.end(), to.log_rate.begin());
+    std::copy(decay.begin(), decay.end(), to.decay.begin());
+}
+
+ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
+                                         const CallGuard &guard) {
+    check_streams(streams, model_->backbone().config().vocabulary);
+    for (size_t s = 0; s < streams.size(); ++s)
+        if (unroll_->chunks_of(streams[s].count) < 2)
+            throw_error(PONDER_E_ARGUMENT, "streams[%zu]: %zu tokens are less than two chunks", s,
+                        streams[s].count);
+    const uint64_t start = now_ns();
+    std::vector<Unroll<float>::Result> results(streams.size());
+    std::vector<std::exception_ptr> problems(streams.size());
+    device_->threads().run(uint32_t(streams.size()), [&](uint32_t s, uint32_t worker) {
+        try {
+            guard.check();
+            results[s] = unroll_->run({streams[s].ids, streams[s].count}, *work_[worker],
+                                      [&] { guard.check(); });
+        } catch (...) {
+            problems[s] = std::current_exception();
+        }
+    });
+    for (const std::exception_ptr &problem : problems)
+        if (problem)
+            std::rethrow_exception(problem);
+    guard.progress(streams.size(), streams.size());
+
+    collect(results);
+    ponder_train_record r = empty_record();
+    const Outer::Taken taken = outer_->step();
+    if (taken.finite)
+        spread();
+    else
+        r.flags |= PONDER_TRAIN_NOT_FINITE;
+    uint64_t chunks = 0, steps = 0;
+    double first = 0, reconstruction = 0;
+    for (const auto &result : results) {
+        r.tokens += result.predictions;
+        r.loss += result.loss * double(result.predictions);
+        r.flops += result.flops;
+        first += result.first;
+        reconstruction += result.reconstruction;
+        chunks += result.chunks;
+        steps += result.steps;
+    }
+    r.step = outer_->steps();
+    r.loss /= double(r.tokens);
+    r.loss_first = first / double(results.size());
+    if (adapter_->learns_inside())
+        r.reconstruction = reconstruction / double(results.size());
+    r.gradient_norm = taken.norm;
+    r.learning_rate = taken.rate;
+    double log_sum = 0;
+    for (float x : parts(outer_->values()).log_rate)
+        log_sum += double(x);
+    if (!adapter_->learns_inside())
+        r.inner_rate = options_.number("inner.lr") *
+                       std::exp(log_sum / double(adapter_->fast_tensors().size()));
+    r.cost = double(steps) / double(chunks);
+    r.ns = now_ns() - start;
+    uint64_t tokens = 0;
+    for (const ponder_stream &stream : streams)
+        tokens += stream.count;
+    r.tokens_per_second = double(tokens) * 1e9 / double(std::max<uint64_t>(r.ns, 1));
+    return r;
+}
+
+void AdapterTrainer::export_to(const std::string &folder) const {
+    const Parts values = parts(outer_->values());
+    save_adapter(folder, adapter_kind(options_), model_->backbone().hash(), options_,
+                 *adapter_, values.fast);
+}
+
+void AdapterTrainer::write(SafeTensorsWriter &writer) const { outer_->write(writer); }
+
+void AdapterTrainer::read(const SafeTensors &file) {
+    outer_->read(file);
+    spread();
+}
+
+} // namespace ponder

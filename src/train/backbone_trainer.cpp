@@ -1,0 +1,187 @@
+#include "train/backbone_trainer.hpp"
+
+#include "base/error.hpp"
+#include "formats/gpt2_write.hpp"
+
+#include <algorithm>
+
+namespace ponder {
+
+BackboneTrainer::BackboneTrainer(std::shared_ptr<const Model> model, const Options &options)
+    : Trainer(std::move(model), "backbone", options),
+      device_(std::make_shared<Device>(
+          model_->runtime().backend(model_->device()->backend().name), model_->runtime().memory,
+          model_->runtime().threads, model_->runtime().log)),
+      working_(model_->backbone(), model_->runtime().memory) {
+    size_t matrices = 0, offset = 0;
+    for (const bool matrix : {true, false}) {
+        for (const Gpt2::Weight &w : working_.weights()) {
+            if ((w.shape.rank == 2) != matrix)
+                continue;
+            weights_.push_back({w.name, w.shape, w.type, w.data, offset});
+            offset += size_t(w.shape.count());
+        }
+        if (matrix)
+            matrices = offset;
+    }
+    outer_ = std::make_unique<Outer>(
+        options_, device_,
+        std::vector<Outer::Segment>{{matrices, 1, true}, {offset - matrices, 1, false}});
+    for (const Weight &w : weights_) {
+        float *to = outer_->values().data() + w.offset;
+        const size_t count = size_t(w.shape.count());
+        if (w.type == DType::bf16)
+            std::transform(reinterpret_cast<const bf16 *>(w.data),
+                           reinterpret_cast<const bf16 *>(w.data) + count, to, to_float);
+        else
+            std::copy_n(reinterpret_cast<const float *>(w.data), count, to);
+    }
+}
+
+void BackboneTrainer::spread() {
+    device_->threads().run(uint32_t(weights_.size()), [&](uint32_t i, uint32_t) {
+        const Weight &w = weights_[i];
+        const float *from = outer_->values().data() + w.offset;
+        const size_t count = size_t(w.shape.count());
+        if (w.type == DType::bf16)
+            std::transform(from, from + count, reinterpret_cast<bf16 *>(w.data), to_bf16);
+        else
+            std::copy_n(from, count, reinterpret_cast<float *>(w.data));
+        device_->refresh(w.data);
+    });
+}
+
+const BackboneTrainer::Pass &BackboneTrainer::pass(int64_t streams, int64_t tokens) {
+    const auto found = passes_.find({streams, tokens});
+    if (found != passes_.end())
+        return found->second;
+    Mode mode;
+    mode.train_backbone = true;
+    mode.dropout = options_.number("train.dropout");
+    Graph g(working_.type(), mode);
+    Pass p{};
+    p.tokens = g.external("tokens", DType::i32, {streams, tokens});
+    p.targets = g.external("targets", DType::i32, {streams, tokens});
+    p.seed = g.mode.dropout_seed = g.external("seed", DType::i32, {2});
+    const Id hidden = working_.hidden(g, p.tokens, tokens, Adapter(), g.act);
+    const CrossEntropy ce = cross_entropy(g, hidden, working_.head(g), p.targets, true);
+    p.loss = mean(g, ce.nll, streams * tokens);
+    std::vector<Id> wanted;
+    for (const Weight &w : weights_)
+        wanted.push_back(g.weight(w.name, w.type, w.shape, w.data, true));
+    p.gradient = gradients(g, p.loss, wanted);
+    g.expose(p.loss, "loss");
+    for (Id id : p.gradient)
+        g.expose(id, "gradient");
+    const size_t end = g.calls().size();
+    p.program = std::make_unique<Program>(std::move(g), std::vector{end}, device_);
+    const auto fit = [&](Buffer &buffer, size_t size) {
+        if (buffer.size() < size) {
+            buffer = Buffer();
+            buffer = Buffer(device_->memory(), size);
+        }
+    };
+    fit(arena_, p.program->arena_bytes());
+    fit(workspace_, p.program->workspace_bytes() * device_->threads().count());
+    return passes_.emplace(std::pair(streams, tokens), std::move(p)).first->second;
+}
+
+ponder_train_record BackboneTrainer::step(std::span<const ponder_stream> streams,
+                                          const CallGuard &guard) {
+    const Gpt2Config &config = working_.config();
+    check_streams(streams, config.vocabulary);
+    const int64_t tokens = int64_t(streams[0].count) - 1;
+    for (size_t s = 0; s < streams.size(); ++s)
+        if (int64_t(streams[s].count) != tokens + 1 || tokens < 1 || tokens > config.context)
+            throw_error(PONDER_E_ARGUMENT,
+                        "streams[%zu]: %zu tokens; all windows have the same length, 2..%d", s,
+                        streams[s].count, int(config.context) + 1);
+    const uint64_t start = now_ns();
+    const size_t most = size_t(options_.integer("train.micro"));
+    ponder_train_record r = empty_record();
+    std::vector<int32_t> ids, targets;
+    const std::span<float> total = outer_->gradient();
+    for (size_t first = 0; first < streams.size(); first += most) {
+        const std::span<const ponder_stream> micro =
+            streams.subspan(first, std::min(most, streams.size() - first));
+        ids.clear();
+        targets.clear();
+        for (const ponder_stream &s : micro) {
+            ids.insert(ids.end(), s.ids, s.ids + tokens);
+            targets.insert(targets.end(), s.ids + 1, s.ids + 1 + tokens);
+        }
+        const Pass &p = pass(int64_t(micro.size()), tokens);
+        // The first pass writes where the sum is kept, the others beside it.
+        float *gradient = total.data();
+        if (first > 0) {
+            micro_.resize(total.size());
+            gradient = micro_.data();
+        }
+        const int32_t seed[2] = {int32_t(options_.integer("seed") * 0x9e3779b1 + int64_t(first)),
+                                 int32_t(outer_->steps() + 1)};
+        float loss = 0;
+        Program::Bindings at(p.program->graph().values().size());
+        const auto bind = [&](Id id, const void *data) {
+            if (id != none)
+                at[size_t(id)] = const_cast<void *>(data);
+        };
+        bind(p.tokens, ids.data());
+        bind(p.targets, targets.data());
+        bind(p.seed, seed);
+        bind(p.loss, &loss);
+        for (size_t i = 0; i < weights_.size(); ++i)
+            bind(p.gradient[i], gradient + weights_[i].offset);
+        p.program->run(0, at, arena_.data(), workspace_.data(), [&] { guard.check(); });
+
+        const double share = double(micro.size()) / double(streams.size());
+        r.loss += share * double(loss);
+        r.flops += p.program->flops(0);
+        constexpr size_t block = size_t(1) << 16;
+        if (share < 1)
+            device_->threads().run(
+                uint32_t((total.size() + block - 1) / block), [&](uint32_t i, uint32_t) {
+                    const size_t end = std::min(total.size(), (i + 1) * block);
+                    for (size_t j = i * block; j < end; ++j)
+                        total[j] = (first > 0 ? total[j] : 0.0f) + float(share) * gradient[j];
+                });
+        guard.progress(first + micro.size(), streams.size());
+    }
+    const Outer::Taken taken = outer_->step();
+    if (taken.finite)
+        spread();
+    else
+        r.flags |= PONDER_TRAIN_NOT_FINITE;
+    r.step = outer_->steps();
+    r.tokens = uint64_t(tokens) * streams.size();
+    r.gradient_norm = taken.norm;
+    r.learning_rate = taken.rate;
+    r.ns = now_ns() - start;
+    r.tokens_per_second = double(r.tokens) * 1e9 / double(std::max<uint64_t>(r.ns, 1));
+    return r;
+}
+
+void BackboneTrainer::export_to(const std::string &folder) const {
+    const DType type = working_.type();
+    std::vector<std::vector<bf16>> narrow; // vectors, which passes keep in f32
+    std::vector<Gpt2Tensor> tensors;
+    for (const Weight &w : weights_) {
+        const float *from = outer_->values().data() + w.offset;
+        const void *data = from;
+        if (type == DType::bf16) {
+            std::vector<bf16> &to = narrow.emplace_back(size_t(w.shape.count()));
+            std::transform(from, from + to.size(), to.begin(), to_bf16);
+            data = to.data();
+        }
+        tensors.push_back({w.name, {w.shape.dim, w.shape.dim + w.shape.rank}, data});
+    }
+    write_gpt2(folder, working_.config(), type, tensors);
+}
+
+void BackboneTrainer::write(SafeTensorsWriter &writer) const { outer_->write(writer); }
+
+void BackboneTrainer::read(const SafeTensors &file) {
+    outer_->read(file);
+    spread();
+}
+
+} // namespace ponder

@@ -1,0 +1,50 @@
+// Trains every weight of a backbone on next-token loss. The master copy is f32; passes run on a
+// working copy of the model's dtype, made again after each step together with the device's packed
+// forms (Micikevicius et al. 2018, arXiv 1710.03740; bf16 needs no loss scaling).
+#pragma once
+
+#include "train/outer.hpp"
+#include "train/trainer.hpp"
+
+#include <map>
+
+namespace ponder {
+
+class BackboneTrainer : public Trainer {
+public:
+    BackboneTrainer(std::shared_ptr<const Model> model, const Options &options);
+    ponder_train_record step(std::span<const ponder_stream> streams,
+                             const CallGuard &guard) override;
+    uint64_t steps() const override { return outer_->steps(); }
+    void export_to(const std::string &folder) const override;
+
+protected:
+    void write(SafeTensorsWriter &writer) const override;
+    void read(const SafeTensors &file) override;
+
+private:
+    struct Pass {
+        Id tokens, targets, seed, loss;
+        std::vector<Id> gradient; // in the order of weights_
+        std::unique_ptr<const Program> program;
+    };
+    const Pass &pass(int64_t streams, int64_t tokens);
+    void spread(); // master -> working copy -> packed forms
+
+    std::shared_ptr<const Device> device_; // its own: what it packs changes with every step
+    Gpt2 working_;
+    struct Weight {
+        std::string name;
+        Shape shape;
+        DType type;
+        std::byte *data;
+        size_t offset; // in the master copy: matrices first, then vectors
+    };
+    std::vector<Weight> weights_;
+    std::unique_ptr<Outer> outer_;
+    std::map<std::pair<int64_t, int64_t>, Pass> passes_; // by streams and tokens
+    std::vector<float> micro_;                           // gradient of one pass
+    Buffer arena_, workspace_;
+};
+
+} // namespace ponder

@@ -1,0 +1,137 @@
+#include "train/outer.hpp"
+
+#include "base/error.hpp"
+#include "base/options.hpp"
+#include "formats/safetensors.hpp"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <numbers>
+
+namespace ponder {
+
+Outer::Outer(const Options &options, std::shared_ptr<const Device> device,
+             std::vector<Segment> segments)
+    : lr_(options.number("train.lr")), end_(options.number("train.end")),
+      beta1_(options.number("train.beta1")), beta2_(options.number("train.beta2")),
+      epsilon_(options.number("train.epsilon")), decay_(options.number("train.decay")),
+      clip_(options.number("train.clip")), schedule_(uint64_t(options.integer("train.steps"))),
+      warmup_(uint64_t(options.integer("train.warmup"))), segments_(std::move(segments)) {
+    for (const Segment &segment : segments_)
+        count_ += segment.count;
+    data_ = Buffer(device->memory(), std::max<size_t>(4 * count_, 1) * sizeof(float));
+    std::fill_n(data_.data<float>(), 4 * count_, 0.0f);
+    size_t workspace = 0;
+    const auto program = [&](Graph g) {
+        const size_t end = g.calls().size();
+        auto made = std::make_unique<Program>(std::move(g), std::vector{end}, device);
+        workspace = std::max(workspace, made->workspace_bytes());
+        return made;
+    };
+    for (const Segment &segment : segments_) {
+        Graph g(DType::f32);
+        const auto vector = [&](const char *name) {
+            return g.external(name, g.wide, {int64_t(std::max<size_t>(segment.count, 1))});
+        };
+        Update u{};
+        u.in.w = vector("values");
+        u.in.g = vector("gradient");
+        u.in.m = vector("first moment");
+        u.in.v = vector("second moment");
+        u.in.h = g.external("hyperparameters", g.wide, {8});
+        u.in.norm = g.external("gradient norm", g.wide, {1});
+        u.w2 = vector("new values");
+        u.m2 = vector("new first moment");
+        u.v2 = vector("new second moment");
+        adamw(g, u.in, u.w2, u.m2, u.v2);
+        u.program = program(std::move(g));
+        updates_.push_back(std::move(u));
+    }
+    Graph g(DType::f32);
+    norm_.a = g.external("gradient", g.wide, {int64_t(std::max<size_t>(count_, 1))});
+    norm_.out = norm(g, norm_.a, none);
+    g.expose(norm_.out, "gradient norm");
+    norm_.program = program(std::move(g));
+    workspace_ = Buffer(device->memory(), workspace * device->threads().count());
+}
+
+double Outer::learning_rate(uint64_t step) const {
+    if (step <= warmup_)
+        return lr_ * double(step) / double(warmup_ + 1);
+    const uint64_t length = schedule_ > warmup_ ? schedule_ - warmup_ : 1;
+    const double share = std::min(1.0, double(step - warmup_) / double(length));
+    return lr_ * (end_ + (1 - end_) * 0.5 * (1 + std::cos(std::numbers::pi * share)));
+}
+
+Outer::Taken Outer::step() {
+    steps_ += 1;
+    const double rate = learning_rate(steps_);
+    float norm = 0;
+    {
+        Program::Bindings at(norm_.program->graph().values().size());
+        at[size_t(norm_.a)] = gradient().data();
+        at[size_t(norm_.out)] = &norm;
+        norm_.program->run(0, at, nullptr, workspace_.data(), nullptr);
+    }
+    if (!std::isfinite(norm))
+        return {double(norm), rate, false};
+    size_t offset = 0;
+    for (size_t i = 0; i < segments_.size(); ++i) {
+        const Segment &segment = segments_[i];
+        const Update &u = updates_[i];
+        if (segment.rate > 0 && segment.count > 0) {
+            float h[8] = {float(rate * segment.rate),
+                          float(beta1_),
+                          float(beta2_),
+                          float(epsilon_),
+                          float(1 - std::pow(beta1_, double(steps_))),
+                          float(1 - std::pow(beta2_, double(steps_))),
+                          float(clip_),
+                          segment.decays ? float(decay_) : 0.0f};
+            Program::Bindings at(u.program->graph().values().size());
+            const auto bind = [&](Id id, float *data) { at[size_t(id)] = data; };
+            bind(u.in.w, values().data() + offset);
+            bind(u.in.g, gradient().data() + offset);
+            bind(u.in.m, first_moment() + offset);
+            bind(u.in.v, second_moment() + offset);
+            bind(u.in.h, h);
+            bind(u.in.norm, &norm);
+            bind(u.w2, values().data() + offset);
+            bind(u.m2, first_moment() + offset);
+            bind(u.v2, second_moment() + offset);
+            u.program->run(0, at, nullptr, workspace_.data(), nullptr);
+        }
+        offset += segment.count;
+    }
+    return {double(norm), rate, true};
+}
+
+void Outer::write(SafeTensorsWriter &writer) const {
+    writer.metadata["steps"] = std::to_string(steps_);
+    const std::vector<int64_t> shape{int64_t(count_)};
+    writer.add("outer.values", DType::f32, shape, values().data());
+    writer.add("outer.first_moment", DType::f32, shape, first_moment());
+    writer.add("outer.second_moment", DType::f32, shape, second_moment());
+}
+
+void Outer::read(const SafeTensors &file) {
+    std::vector<float> fresh(3 * count_);
+    const std::vector<int64_t> shape{int64_t(count_)};
+    file.read("outer.values", shape, DType::f32, fresh.data());
+    file.read("outer.first_moment", shape, DType::f32, fresh.data() + count_);
+    file.read("outer.second_moment", shape, DType::f32, fresh.data() + 2 * count_);
+    uint64_t steps = 0;
+    const auto text = file.metadata().find("steps");
+    const char *end = text == file.metadata().end() ? nullptr : text->second.data() + text->second.size();
+    if (!end || std::from_chars(text->second.data(), end, steps).ptr != end || steps > 1ull << 53)
+        throw_error(PONDER_E_FORMAT, "%s: 'steps' is no count", file.name().c_str());
+    for (float value : fresh)
+        if (!std::isfinite(value))
+            throw_error(PONDER_E_FORMAT, "%s: 'outer.*' is not finite", file.name().c_str());
+    steps_ = steps;
+    std::copy_n(fresh.begin(), count_, values().begin());
+    std::copy_n(fresh.begin() + std::ptrdiff_t(count_), 2 * count_, first_moment());
+}
+
+} // namespace ponder

@@ -1,0 +1,70 @@
+// The outer optimizer: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over one flat vector of
+// trained values, with warm-up, cosine decay and clipping.
+#pragma once
+
+#include "base/memory.hpp"
+#include "tensor/ops.hpp"
+#include "tensor/program.hpp"
+
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace ponder {
+
+class Options;
+class SafeTensors;
+class SafeTensorsWriter;
+
+class Outer {
+public:
+    // A run of values that are treated alike.
+    struct Segment {
+        size_t count;
+        double rate = 1; // times the learning rate; 0 = not trained
+        bool decays = false;
+    };
+    Outer(const Options &options, std::shared_ptr<const Device> device,
+          std::vector<Segment> segments);
+
+    size_t count() const { return count_; }
+    std::span<float> values() const { return {data_.data<float>(), count_}; }
+    std::span<float> gradient() const { return {data_.data<float>() + count_, count_}; }
+
+    uint64_t steps() const { return steps_; }
+    double learning_rate(uint64_t step) const; // of step 1, 2, ...
+
+    // One step along gradient(). Where that is not finite, values and moments stay as they are.
+    struct Taken {
+        double norm, rate;
+        bool finite;
+    };
+    Taken step();
+
+    // Values and moments as tensors "outer.*", the number of steps as metadata.
+    void write(SafeTensorsWriter &writer) const;
+    void read(const SafeTensors &file);
+
+private:
+    float *first_moment() const { return data_.data<float>() + 2 * count_; }
+    float *second_moment() const { return data_.data<float>() + 3 * count_; }
+
+    double lr_, end_, beta1_, beta2_, epsilon_, decay_, clip_;
+    uint64_t schedule_, warmup_, steps_ = 0;
+    std::vector<Segment> segments_;
+    size_t count_ = 0;
+    Buffer data_; // values, gradient, moments
+    Buffer workspace_;
+    struct Update {
+        Step in;
+        Id w2, m2, v2;
+        std::unique_ptr<const Program> program;
+    };
+    std::vector<Update> updates_; // of each segment
+    struct {
+        Id a, out;
+        std::unique_ptr<const Program> program;
+    } norm_;
+};
+
+} // namespace ponder
