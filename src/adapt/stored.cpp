@@ -37,32 +37,38 @@ bool fixes_structure(std::string_view option) {
     return option.starts_with("lora.") || option.starts_with("ttt.");
 }
 
+// The session's options under those that the folder's description stores.
+Options under(const json::Value &root, const std::string &file, const Options &session) {
+    Options options = session;
+    const json::Value *stored = root.find("options");
+    if (!stored)
+        return options;
+    for (const auto &[name, value] : stored->members) {
+        if (value.type != json::Type::string)
+            throw_error(PONDER_E_FORMAT, "%s: option %s is no string", file.c_str(),
+                        json::shown(name).c_str());
+        if (name == "adapter" || name.starts_with("train.") || name.starts_with("model."))
+            throw_error(PONDER_E_FORMAT, "%s: option %s cannot be stored", file.c_str(),
+                        json::shown(name).c_str());
+        if (fixes_structure(name) || !session.given(name))
+            options.set_default(name, value.string);
+    }
+    return options;
+}
+
 } // namespace
 
 Options with_stored_options(const Options &session) {
     const std::string &folder = session.text("adapter");
-    Options options = session;
     if (is_built_in(folder))
-        return options;
+        return session;
     const std::string file = folder + "/ponder.json";
     if (!file_exists(file))
         throw_error(PONDER_E_ARGUMENT,
                     "adapter '%.200s' is none of none, lora, ttt-linear, ttt-mlp, and no folder "
                     "with a ponder.json",
                     folder.c_str());
-    const json::Value root = read_description(folder);
-    if (const json::Value *stored = root.find("options"))
-        for (const auto &[name, value] : stored->members) {
-            if (value.type != json::Type::string)
-                throw_error(PONDER_E_FORMAT, "%s: option %s is no string", file.c_str(),
-                            json::shown(name).c_str());
-            if (name == "adapter" || name.starts_with("train.") || name.starts_with("model."))
-                throw_error(PONDER_E_FORMAT, "%s: option %s cannot be stored", file.c_str(),
-                            json::shown(name).c_str());
-            if (fixes_structure(name) || !session.given(name))
-                options.set_default(name, value.string);
-        }
-    return options;
+    return under(read_description(folder), file, session);
 }
 
 std::string adapter_stamp(const std::string &folder) {
@@ -80,7 +86,7 @@ std::shared_ptr<Adapter> load_adapter(const std::string &folder, const Gpt2Confi
     if (!model_hash.empty() && hash != model_hash)
         throw_error(PONDER_E_MISMATCH, "%s: 'model' is %.40s, the loaded backbone is %s",
                     file.c_str(), hash.c_str(), model_hash.c_str());
-    const Options options = with_stored_options(session);
+    const Options options = under(root, file, session);
     const std::string &kind = text_field(root, "kind", file);
     std::shared_ptr<Adapter> adapter;
     if (kind == "lora")

@@ -3,6 +3,8 @@
 #include "base/error.hpp"
 #include "tensor/ops.hpp"
 
+#include <algorithm>
+
 namespace ponder {
 
 Graph::Graph(DType act, Mode mode)
@@ -97,7 +99,12 @@ std::vector<Id> gradients(Graph &graph, const std::vector<Seed> &seeds,
         if (tape.gradient(id) == none)
             throw_error(PONDER_E_INTERNAL, "no gradient reaches '%s'",
                         graph.value(id).name.c_str());
-        result.push_back(tape.gradient(id));
+        // Each result is a value of its own: no seed, and not another's result.
+        Id gradient = tape.gradient(id);
+        if (graph.value(gradient).kind == Kind::external ||
+            std::find(result.begin(), result.end(), gradient) != result.end())
+            gradient = affine(graph, gradient, 1, 0);
+        result.push_back(gradient);
     }
     return result;
 }
