@@ -388,6 +388,160 @@ TEST_P(CpuOps, TttLinear) {
                 }
 }
 
+// Gradients of trainable weights.
+TEST_P(CpuOps, WeightGradients) {
+    for (const Length &n : lengths)
+        for (DType act : {f32, half}) {
+            const std::string what = shape_name(act, n.s, n.t);
+            for (const auto &[m, w] :
+                 {std::pair<int64_t, int64_t>{5, 3}, {16, 192}, {200, 16}, {65, 130}, {300, 520}})
+                check({"matmul_tn_sum",
+                       {random(act, {n.s, n.t, m}), random(act, {n.s, n.t, w})},
+                       {{f32, {m, w}}},
+                       {}},
+                      limit(act, true), what);
+            for (int64_t c : {5, 64, 100, 256}) {
+                const Tensor x = random(f32, {n.s, n.t, c}, 2), dy = random(act, {n.s, n.t, c});
+                const Tensor stats =
+                    runner->run("layer_norm", {x, filled(f32, {c}, 1), filled(f32, {c}, 0)},
+                                {{f32, x.shape}, {f32, {n.s, n.t, 2}}}, {1e-5})[1];
+                check({"layer_norm_vjp_weight", {dy, x, stats}, {{f32, {c}}, {f32, {c}}}, {}}, 1e-4,
+                      what);
+                check({"sum_to", {dy}, {{f32, {c}}}, {}}, 1e-5, what);
+            }
+            const int64_t v = 70, c = 37, positions = n.t + 5;
+            check({"embedding_vjp",
+                   {random(f32, {n.s, n.t, c}), random_ids({n.s, n.t}, seed++, 0, 40)},
+                   {{f32, {v, c}}, {f32, {positions, c}}},
+                   {3}},
+                  1e-5, what);
+            for (int64_t vocabulary : {3, 520}) {
+                const Tensor p = random(act, {n.s, n.t, vocabulary});
+                check({"cross_entropy_vjp_table",
+                       {p, random(act, {n.s, n.t, c}),
+                        random_ids({n.s, n.t}, seed++, -1, int32_t(vocabulary)),
+                        random(f32, {n.s, n.t})},
+                       {{f32, {vocabulary, c}}},
+                       {}},
+                      limit(act, true), what);
+            }
+            const Tensor bits = random_ids({2}, seed++, -1000, 1000);
+            check({"dropout", {random(act, {n.s, n.t, c}), bits}, {{act, {n.s, n.t, c}}}, {0.1, 7}},
+                  limit(act), what);
+            check({"dropout", {random(act, {n.s, n.t, c}), bits}, {{f32, {n.s, n.t, c}}}, {0.9, 0}},
+                  limit(f32), what);
+        }
+    check({"matmul_tn_sum",
+           {random(half, {3, 700, 70}), random(f32, {3, 700, 32})},
+           {{f32, {70, 32}}},
+           {}},
+          2e-2, "long and mixed");
+    check({"cross_entropy_vjp_table",
+           {random(half, {2, 600, 1500}), random(half, {2, 600, 96}),
+            random_ids({2, 600}, seed++, -1, 1500), random(f32, {2, 600})},
+           {{f32, {1500, 96}}},
+           {}},
+          2e-2, "long");
+}
+
+TEST_P(CpuOps, Primitives) {
+    for (const Shape &shape : {Shape{3}, {5, 37}, {2, 65, 16}, {2, 3, 70, 19}, {1, 130, 128}})
+        for (DType act : {f32, half}) {
+            const std::string what = shape_name(act, shape[0], int64_t(shape.size()));
+            const Tensor x = random(act, shape, 3);
+            const std::vector<Out> same = {{act, shape}};
+            check({"affine", {x}, same, {-1.5, 0.25}}, limit(act), what);
+            check({"exp", {x}, same, {}}, limit(act), what);
+            check({"relu", {x}, same, {}}, limit(act), what);
+            check({"step", {x}, same, {}}, limit(act), what);
+            for (double order : {1.0, 2.0, 3.0})
+                check({"gelu_derivative", {x}, same, {order}}, limit(act), what);
+            Tensor positive = random(act, shape);
+            for (int64_t i = 0; i < x.count(); ++i)
+                positive.set(i, i == 0 ? 0 : 1.5 + positive.at(i));
+            for (double exponent : {-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 0.3, -1.7})
+                check({"power", {positive}, same, {exponent}}, limit(act), what);
+            check({"power", {x}, same, {3}}, limit(act), what);
+            Shape column = shape, half_rows = shape;
+            column.back() = 1;
+            check({"sum_last", {x}, {{f32, column}}, {}}, 1e-4, what);
+            check({"log_sum_exp", {x}, {{f32, column}}, {}}, 1e-5, what);
+            check({"softmax", {x}, same, {0}}, limit(act), what);
+            if (shape.size() > 1)
+                check({"softmax", {x}, same, {1}}, limit(act), what);
+            check({"reshape", {x}, {{f32, {x.count()}}}, {}}, 1e-6, what);
+            // Operands of every shape that broadcasts, by the dims that they keep.
+            for (uint32_t keep = 0; keep < 1u << shape.size(); ++keep) {
+                Shape other = shape;
+                for (size_t i = 0; i < shape.size(); ++i)
+                    if (!(keep >> i & 1))
+                        other[i] = 1;
+                const Tensor b = random(f32, other);
+                std::vector<Tensor> out;
+                std::string why;
+                for (const char *op : {"add", "sub", "mul"})
+                    if (runner->try_run(op, {x, b}, same, {}, out, why) == PONDER_PLAN_OK) {
+                        check({op, {x, b}, same, {}}, limit(act), what);
+                        check({op, {b, x}, {{f32, shape}}, {}}, limit(f32), what);
+                    }
+                if (runner->try_run("broadcast", {b}, same, {}, out, why) == PONDER_PLAN_OK)
+                    check({"broadcast", {b}, same, {}}, limit(act), what);
+                if (runner->try_run("sum_to", {x}, {{f32, other}}, {}, out, why) == PONDER_PLAN_OK)
+                    check({"sum_to", {x}, {{f32, other}}, {}}, 1e-4, what);
+            }
+            for (size_t from = 1; from < shape.size(); ++from) { // without the leading dims
+                const Shape tail(shape.begin() + int64_t(from), shape.end());
+                check({"mul", {random(f32, tail), x}, same, {}}, limit(act), what);
+                check({"sum_to", {x}, {{f32, tail}}, {}}, 1e-4, what);
+            }
+            if (shape.size() == 3) {
+                const Shape rows = {shape[0], shape[1]}, one = {shape[0], shape[1], 1};
+                const Tensor target = random_ids(rows, seed++, -1, int32_t(shape[2]));
+                check({"pick", {x, target}, {{f32, one}}, {}}, 1e-6, what);
+                check({"pick_vjp", {random(act, one), target}, same, {}}, 1e-6, what);
+            }
+            if (shape.size() > 1) {
+                Shape part = shape;
+                part[shape.size() - 2] -= 2;
+                if (part[shape.size() - 2] > 0) {
+                    check({"slice_rows", {x}, {{act, part}}, {1}}, 1e-6, what);
+                    check({"slice_rows_vjp", {random(act, part)}, same, {1}}, 1e-6, what);
+                }
+            }
+        }
+    for (DType act : {f32, half})
+        for (double part : {0.0, 2.0}) {
+            const Tensor x = random(act, {2, 70, 3 * 60}), y = random(act, {2, 5, 70, 12});
+            check({"split_heads", {x}, {{act, y.shape}}, {5, part, 3}}, 1e-6, "");
+            check({"merge_heads", {y}, {{act, x.shape}}, {5, part, 3}}, 1e-6, "");
+        }
+}
+
+TEST_P(CpuOps, Matmul) {
+    struct {
+        int64_t count, m, n, k;
+    } sizes[] = {{1, 1, 1, 1},     {3, 5, 7, 9},       {2, 64, 64, 64}, {1, 300, 520, 16},
+                 {1, 16, 256, 70}, {1, 256, 16, 1100}, {4, 65, 40, 33}, {1, 130, 96, 600}};
+    for (const auto &z : sizes)
+        for (DType act : {f32, half})
+            for (int flags = 0; flags < 4; ++flags) {
+                const bool ta = flags & 1, tb = flags & 2;
+                check({"matmul",
+                       {random(act, ta ? Shape{z.count, z.k, z.m} : Shape{z.count, z.m, z.k}),
+                        random(act, tb ? Shape{z.count, z.n, z.k} : Shape{z.count, z.k, z.n})},
+                       {{f32, {z.count, z.m, z.n}}},
+                       {double(ta), double(tb)}},
+                      limit(act, true),
+                      std::to_string(z.m) + "x" + std::to_string(z.n) + "x" + std::to_string(z.k) +
+                          " " + std::to_string(flags));
+            }
+    check({"matmul",
+           {random(f32, {2, 3, 20, 30}), random(f32, {2, 3, 30, 10})},
+           {{f32, {2, 3, 20, 10}}},
+           {0, 0}},
+          1e-5, "rank 4");
+}
+
 // A weight that changed in place: packed copies follow at refresh, at the same addresses.
 TEST_P(CpuOps, Refresh) {
     for (DType act : {f32, half}) {

@@ -1,5 +1,5 @@
-// slice_rows:      y[s, i] = x[s, first + i], i < n.
-// slice_rows_vjp:  dx[s, first + i] = dy[s, i], zeros elsewhere.
+// slice_rows:      y[.., i, :] = x[.., first + i, :], i < n.
+// slice_rows_vjp:  dx[.., first + i, :] = dy[.., i, :], zeros elsewhere.
 // Input and output rows differ, so the tiles are independent tasks and no link of a row chain.
 #include "ops.hpp"
 
@@ -27,13 +27,15 @@ void run(const Kernel *kernel, void *const *buffers, void *, uint32_t task) {
 }
 
 int32_t plan(const Call &c, int64_t move) {
-    if (!floats(in(c, 0)) || !floats(out(c, 0)) || in(c, 0).rank != 3 || out(c, 0).rank != 3)
+    if (!floats(in(c, 0)) || !floats(out(c, 0)) || in(c, 0).rank < 2 ||
+        out(c, 0).rank != in(c, 0).rank)
         return PONDER_PLAN_NONE;
     Slice *k = new_kernel<Slice>(run);
     if (!k)
         return PONDER_PLAN_FAILED;
     k->row_count = rows(out(c, 0)), k->width = last(out(c, 0)), k->move = move;
-    k->in_tokens = in(c, 0).dim[1], k->out_tokens = out(c, 0).dim[1];
+    k->in_tokens = in(c, 0).dim[in(c, 0).rank - 2];
+    k->out_tokens = out(c, 0).dim[out(c, 0).rank - 2];
     k->x = in(c, 0).dtype, k->y = out(c, 0).dtype;
     return planned(c, k, tiles(k->row_count, kTile), PONDER_TILE_ANY);
 }

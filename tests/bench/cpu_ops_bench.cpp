@@ -284,6 +284,65 @@ void bench_ops(const Model &m, DType act, const std::string &filter) {
     go("matmul_tn", [&] {
         return make("matmul_tn", {u, qkv}, {Tensor(f32, {1, r, 3 * c})}, {}, 6 * tc * double(r));
     });
+    // Training: eight streams, summed.
+    const Tensor x8(act, {8, t, c}), dy8(act, {8, t, 4 * c}), wide8(f32, {8, t, c});
+    const Tensor stats8(f32, {8, t, 2}), ids8(DType::i32, {8, t}), out_c(f32, {c});
+    go("matmul_tn_sum", [&] {
+        return make("matmul_tn_sum", {x8, wide8}, {Tensor(f32, {c, c})}, {}, 16 * tc * double(c));
+    });
+    go("matmul_tn_sum", [&] {
+        return make("matmul_tn_sum", {x8, dy8}, {Tensor(f32, {c, 4 * c})}, {}, 64 * tc * double(c));
+    });
+    go("matmul_tn_sum", [&] {
+        return make("matmul_tn_sum", {dy8, x8}, {Tensor(f32, {4 * c, c})}, {}, 64 * tc * double(c));
+    });
+    go("layer_norm_vjp_weight", [&] {
+        return make("layer_norm_vjp_weight", {x8, wide8, stats8}, {out_c, out_c}, {});
+    });
+    go("sum_to", [&] { return make("sum_to", {dy8}, {Tensor(f32, {4 * c})}, {}); });
+    go("embedding_vjp", [&] {
+        return make("embedding_vjp", {wide8, ids8}, {Tensor(f32, {v, c}), Tensor(f32, {t, c})},
+                    {0});
+    });
+    go("dropout", [&] { return make("dropout", {dy8, Tensor(DType::i32, {2})}, {dy8}, {0.1, 1}); });
+    const Tensor state(f32, {4 * c, c}, 0.1), hyper(f32, {8}), length(f32, {1});
+    go("adamw", [&] {
+        return make("adamw", {state, state, state, state, hyper, length},
+                    {Tensor(f32, {4 * c, c}), Tensor(f32, {4 * c, c}), Tensor(f32, {4 * c, c})},
+                    {});
+    });
+    // The second-order path.
+    const auto matmul = [&](Shape a, Shape b, Shape y, double ta, double tb, double flops) {
+        go("matmul", [&] {
+            return make("matmul", {Tensor(f32, a), Tensor(f32, b)}, {Tensor(f32, y)}, {ta, tb},
+                        flops);
+        });
+    };
+    if (act == f32) {
+        const int64_t d = c / m.heads;
+        const double scores = 2 * tc * double(t);
+        matmul({1, m.heads, t, d}, {1, m.heads, t, d}, {1, m.heads, t, t}, 0, 1, scores);
+        matmul({1, m.heads, t, t}, {1, m.heads, t, d}, {1, m.heads, t, d}, 0, 0, scores);
+        matmul({1, m.heads, t, t}, {1, m.heads, t, d}, {1, m.heads, t, d}, 1, 0, scores);
+        matmul({1, t, c}, {1, c, 4 * c}, {1, t, 4 * c}, 0, 0, 8 * tc * double(c));
+        matmul({1, t, 4 * c}, {1, c, 4 * c}, {1, t, c}, 0, 1, 0);
+        matmul({1, t, c}, {1, c, r}, {1, t, r}, 0, 0, 2 * tc * double(r));
+        matmul({1, t, r}, {1, r, 4 * c}, {1, t, 4 * c}, 0, 0, 8 * tc * double(r));
+        matmul({1, t, c}, {1, t, r}, {1, c, r}, 1, 0, 2 * tc * double(r));
+        const Tensor s(f32, {1, m.heads, t, t}), column(f32, {1, t, 1}), wide2(f32, {1, t, c});
+        go("softmax", [&] { return make("softmax", {s}, {s}, {1}); });
+        go("mul", [&] { return make("mul", {wide, wide}, {wide2}, {}); });
+        go("mul [C]", [&] { return make("mul", {wide, g}, {wide2}, {}); });
+        go("mul [..,1]", [&] { return make("mul", {wide, column}, {wide2}, {}); });
+        go("exp", [&] { return make("exp", {wide}, {wide2}, {}); });
+        go("power", [&] { return make("power", {wide}, {wide2}, {-0.5}); });
+        go("gelu_derivative", [&] { return make("gelu_derivative", {wide}, {wide2}, {2}); });
+        go("sum_last", [&] { return make("sum_last", {wide}, {column}, {}); });
+        go("split_heads", [&] {
+            return make("split_heads", {wide}, {Tensor(f32, {1, m.heads, t, c / m.heads})},
+                        {double(m.heads), 0, 1});
+        });
+    }
     const double pairs = double(t) * double(t + 1) / 2 * double(c);
     go("attention", [&] {
         return make("attention", {qkv}, {x, lse}, {double(m.heads)}, 4 * pairs);
@@ -299,6 +358,10 @@ void bench_ops(const Model &m, DType act, const std::string &filter) {
         const Tensor p(act, {1, t, v});
         go("cross_entropy p", [&] {
             return make("cross_entropy", {x, table, ids}, {row, row, p}, {}, 2 * tc * double(v));
+        });
+        go("cross_entropy_vjp_table", [&] {
+            return make("cross_entropy_vjp_table", {p, x, ids, row}, {Tensor(f32, {v, c})}, {},
+                        2 * tc * double(v));
         });
         go("cross_entropy_vjp", [&] {
             return make("cross_entropy_vjp", {p, table, ids, row}, {x}, {}, 2 * tc * double(v));
