@@ -53,7 +53,8 @@ void make_block(const TransposedProduct &t, int64_t block, View a, View b, int64
             }
             right = to, right_step = at.n;
         }
-        if (!t.half_ && at.n % kPanel == 0) {
+        // What one tile of rows reads once is not worth packing.
+        if (!t.half_ && at.n % kPanel == 0 && at.m <= kTile) {
             p.part[0] =
                 direct_part(left, reinterpret_cast<const float *>(right.data), depth, right_step);
         } else {
