@@ -309,6 +309,13 @@ TEST_P(CpuOps, ConvolutionAndRope) {
                        {{act, {n.s, n.t, 37}}},
                        {shift}},
                       limit(act), what);
+            for (double shift : {0.0, 1.0})
+                check({"conv1d_vjp",
+                       {random(act, {n.s, n.t, 101}), random(act, {n.s, n.t, 101}),
+                        random(f32, {4, 101})},
+                       {{act, {n.s, n.t, 101}}, {f32, {4, 101}}, {f32, {101}}},
+                       {shift}},
+                      limit(act, true), what);
             for (int64_t d : {6, 64})
                 check({"rope",
                        {random(act, {n.s, n.t, 3 * d})},
@@ -346,6 +353,14 @@ TEST_P(CpuOps, Reductions) {
                 sgd.insert(sgd.end(), three.begin(), three.end());
                 check({"adam", adam, {{f32, {n}}, {f32, {n}}, {f32, {n}}}, {}}, 1e-5, "three");
                 check({"sgd", sgd, {{f32, {n}}}, {}}, 1e-5, "three");
+                std::vector<Out> gradients(4, {f32, {n}});
+                for (const Tensor &t : three)
+                    gradients.push_back(t.block ? Out{f32, {n}} : Out{});
+                adam.insert(adam.end(), {rate, keep, start});
+                sgd.push_back(keep);
+                check({"adam_vjp", adam, gradients, {}}, 1e-4, "");
+                gradients.erase(gradients.begin(), gradients.begin() + 2);
+                check({"sgd_vjp", sgd, gradients, {}}, 1e-4, "");
             }
         }
     }
@@ -386,6 +401,40 @@ TEST_P(CpuOps, TttLinear) {
                            {form, 1.0 / double(d), form * 0.1, 1e-6, form * 2, -form}},
                           limit(act, true), shape_name(act, n.s, n.t) + " D=" + std::to_string(d));
                 }
+}
+
+TEST_P(CpuOps, TttLinearGradient) {
+    for (const Length &n : {Length{1, 1}, {2, 2}, {3, 65}, {1, 96}})
+        for (DType act : {f32, half})
+            for (int64_t d : {8, 20, 64, 96})
+                for (double form : {0.0, 1.0})
+                    for (bool all : {true, false}) {
+                        const int64_t heads = d == 64 ? 3 : 2, c = heads * d, m = d == 20 ? 5 : 16;
+                        const Shape rows = {n.s, n.t, c}, w = {n.s, heads, d, d};
+                        const Shape b = {n.s, heads, d}, gates = {n.s, n.t, heads};
+                        const Tensor lr = random(act, gates);
+                        for (int64_t i = 0; i < lr.count(); ++i)
+                            lr.set(i, 0.5 + 0.4 * lr.at(i));
+                        check(
+                            {"ttt_linear_vjp",
+                             {random(act, rows), random(act, rows), random(act, rows), lr,
+                              random(f32, {m}, 0.05), random(f32, {heads, d}),
+                              random(f32, {heads, d}), random(f32, w, 0.1), random(f32, b, 0.1),
+                              random(act, rows), all ? random(f32, w) : none(),
+                              all ? random(f32, b) : none(), all ? random(f32, {n.s, 3}) : none()},
+                             {{act, rows},
+                              {act, rows},
+                              {act, rows},
+                              {act, gates},
+                              {f32, {m}},
+                              {f32, {heads, d}},
+                              {f32, {heads, d}},
+                              {f32, w},
+                              {f32, b}},
+                             {form, 1.0 / double(d), form * 0.1, 1e-4, form * 2, -form}},
+                            act == half ? 2e-2 : 1e-3,
+                            shape_name(act, n.s, n.t) + " D=" + std::to_string(d));
+                    }
 }
 
 // Gradients of trainable weights.

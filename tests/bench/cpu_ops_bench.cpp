@@ -311,6 +311,27 @@ void bench_ops(const Model &m, DType act, const std::string &filter) {
                     {Tensor(f32, {4 * c, c}), Tensor(f32, {4 * c, c}), Tensor(f32, {4 * c, c})},
                     {});
     });
+    if (act == f32) {
+        const int64_t d = c / m.heads;
+        const auto rows = [&](int64_t n) { return Tensor(f32, {8, t, n}); };
+        const Tensor w1(f32, {8, m.heads, d, d}, 0.1), b1(f32, {8, m.heads, d}, 0.1);
+        const Tensor norm(f32, {m.heads, d}), index(f32, {16}, 0.05), loss(f32, {8, 3});
+        const std::vector<double> form = {1, 1 / double(d), 0, 1e-6, 0, 0};
+        const double flops = 16 * tc * double(3 * d + 17);
+        std::vector<Tensor> in = {rows(c), rows(c), rows(c), rows(m.heads), index, norm,
+                                  norm,    w1,      b1};
+        go("ttt_linear", [&] {
+            return make("ttt_linear", in, {rows(c), w1, b1, loss}, form, flops);
+        });
+        in.insert(in.end(), {rows(c), w1, b1, loss});
+        go("ttt_linear_vjp", [&] {
+            return make("ttt_linear_vjp", in,
+                        {rows(c), rows(c), rows(c), rows(m.heads), Tensor(f32, {16}),
+                         Tensor(f32, {m.heads, d}), Tensor(f32, {m.heads, d}),
+                         Tensor(f32, {8, m.heads, d, d}), Tensor(f32, {8, m.heads, d})},
+                        form, 3 * flops);
+        });
+    }
     // The second-order path.
     const auto matmul = [&](Shape a, Shape b, Shape y, double ta, double tb, double flops) {
         go("matmul", [&] {
