@@ -113,6 +113,9 @@ constexpr ponder_option_info table[] = {
     boolean("train.higher", "0",
             "adapters: exact gradients through the inner updates, second order included (f32); 0 "
             "takes inner gradients as constants"),
+    number("train.permute", "0", 0, 1, "",
+           "adapters: up to this share of the token ids change places, differently in each stream: "
+           "text that has to be learned anew (Rajendran et al. 2020)"),
     boolean("train.keep", "0",
             "adapters: keep the activations of all chunks of a window; 0 computes them again"),
     number("train.reconstruction", "0.1", 0, 1000, "",

@@ -21,6 +21,26 @@ bool is_matrix(const Shape &shape) {
     return wide > 1;
 }
 
+// Meta-augmentation (Rajendran et al. 2020, arXiv 2007.05549): a stream under a random change of
+// ids cannot be predicted from the initial weights alone, only by learning from its beginning. The
+// share of ids that move is uniform in 0..most.
+std::vector<int32_t> permuted(const ponder_stream &stream, int64_t vocabulary, double most,
+                              Random random) {
+    std::vector<int32_t> map(size_t(vocabulary)), moving;
+    const double share = most * random.uniform();
+    for (int32_t id = 0; id < vocabulary; ++id) {
+        map[size_t(id)] = id;
+        if (random.uniform() < share)
+            moving.push_back(id);
+    }
+    for (size_t i = moving.size(); i > 1; --i)
+        std::swap(map[size_t(moving[i - 1])], map[size_t(moving[random.next() % i])]);
+    std::vector<int32_t> ids(stream.count);
+    for (size_t i = 0; i < ids.size(); ++i)
+        ids[i] = map[size_t(stream.ids[i])];
+    return ids;
+}
+
 } // namespace
 
 AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options &options)
@@ -137,13 +157,20 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
             throw_error(PONDER_E_ARGUMENT, "streams[%zu]: %zu tokens are less than two chunks", s,
                         streams[s].count);
     const uint64_t start = now_ns();
+    const double permute = options_.number("train.permute");
+    const uint64_t seed = uint64_t(options_.integer("seed")) + 0x9e3779b97f4a7c15u * (steps() + 1);
     std::vector<Unroll<float>::Result> results(streams.size());
     std::vector<std::exception_ptr> problems(streams.size());
     device_->threads().run(uint32_t(streams.size()), [&](uint32_t s, uint32_t worker) {
         try {
             guard.check();
-            results[s] = unroll_->run({streams[s].ids, streams[s].count}, *work_[worker],
-                                      [&] { guard.check(); });
+            const std::span<const int32_t> ids{streams[s].ids, streams[s].count};
+            std::vector<int32_t> changed;
+            if (permute > 0)
+                changed = permuted(streams[s], model_->backbone().config().vocabulary, permute,
+                                   Random(seed + s));
+            results[s] = unroll_->run(permute > 0 ? std::span<const int32_t>(changed) : ids,
+                                      *work_[worker], [&] { guard.check(); });
         } catch (...) {
             problems[s] = std::current_exception();
         }
