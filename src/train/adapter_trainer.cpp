@@ -26,7 +26,7 @@ bool is_matrix(const Shape &shape) {
 // share of ids that move is uniform in 0..most.
 std::vector<int32_t> permuted(const ponder_stream &stream, int64_t vocabulary, double most,
                               Random random) {
-    std::vector<int32_t> map(size_t(vocabulary)), moving;
+    std::vector<int32_t> map(static_cast<size_t>(vocabulary)), moving;
     const double share = most * random.uniform();
     for (int32_t id = 0; id < vocabulary; ++id) {
         map[size_t(id)] = id;
