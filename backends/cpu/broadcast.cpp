@@ -1,15 +1,14 @@
 // add: y = a + b.  sub: y = a - b.  mul: y = a b.  broadcast: y = a, a and b being broadcast to y.
-// An operand repeats outer copies of its numbers, each of them `inner` times: element i of y reads
-// number i / inner mod count. That covers equal shapes, [C], [..,1], scalars and one block of dims
-// in the middle; what repeats in between is left to the reference.
+// y falls into runs in which an operand has its numbers side by side or is one number.
 #include "ops.hpp"
 
 namespace ponder::cpu::PONDER_ISA {
 namespace {
 
+// Dims from the right, neighbours of one kind taken together: `step` 0 where they repeat.
 struct Operand {
-    int64_t count, inner;
-    int32_t type;
+    int32_t type, rank;
+    int64_t n[PONDER_MAX_RANK], step[PONDER_MAX_RANK];
 };
 
 struct Broadcast : Kernel {
@@ -23,39 +22,41 @@ using Run = void (*)(const Kernel *, void *const *, void *, uint32_t);
 bool operand_of(const ponder_tensor &x, const ponder_tensor &y, Operand &o) {
     if (!floats(x) || x.rank > y.rank)
         return false;
-    o = {count(x), 1, x.dtype};
-    bool kept = false, after = false; // dims from the right: repeated, kept, repeated
-    for (int32_t i = 0; i < y.rank; ++i) {
-        const int64_t n = y.dim[y.rank - 1 - i], have = i < x.rank ? x.dim[x.rank - 1 - i] : 1;
+    o = {};
+    o.type = x.dtype;
+    int64_t step = 1;
+    for (int32_t i = 1; i <= y.rank; ++i) {
+        const int64_t n = y.dim[y.rank - i], have = i <= x.rank ? x.dim[x.rank - i] : 1;
         if (have != n && have != 1)
             return false;
         if (n == 1)
             continue;
-        if (have == 1 && !kept)
-            o.inner *= n;
-        else if (have == 1)
-            after = true;
-        else if (after)
-            return false;
-        else
-            kept = true;
+        if (o.rank && (o.step[o.rank - 1] != 0) == (have == n)) {
+            o.n[o.rank - 1] *= n;
+        } else {
+            o.n[o.rank] = n, o.step[o.rank] = have == n ? step : 0;
+            ++o.rank;
+        }
+        step *= have;
     }
+    if (o.rank == 0)
+        o.n[0] = o.step[0] = o.rank = 1;
     return true;
 }
 
-// An operand from element i of y on: numbers side by side, or one number.
+// Where an operand is at element i of y, and for how many elements its run goes on.
 struct Reader {
     View data;
-    Operand o;
-    int64_t at, left; // elements of y until the run ends
+    const Operand &o;
+    int64_t at, left;
     bool one;
-    __attribute__((always_inline)) Reader(void *buffer, const Operand &o_, int64_t i)
-        : data(View::of(buffer, o_.type)), o(o_), one(o_.inner > 1) {
-        seek(i);
-    }
+    __attribute__((always_inline)) Reader(void *buffer, const Operand &o_)
+        : data(View::of(buffer, o_.type)), o(o_), at(0), left(0), one(o_.step[0] == 0) {}
     __attribute__((always_inline)) void seek(int64_t i) {
-        at = i / o.inner % o.count;
-        left = one ? o.inner - i % o.inner : o.count - at;
+        left = o.n[0] - i % o.n[0];
+        at = 0;
+        for (int32_t axis = 0; axis < o.rank; i /= o.n[axis++])
+            at += i % o.n[axis] * o.step[axis];
     }
 };
 
@@ -65,8 +66,7 @@ PONDER_INLINE void combine(const Kernel *kernel, void *const *buffers, uint32_t 
     const Span s = span(task, kTile, k.row_count);
     const int64_t end = s.end * k.width;
     const View y = View::of(buffers[N], k.y);
-    Reader a(buffers[0], k.operand[0], s.begin * k.width);
-    Reader b(buffers[N - 1], k.operand[N - 1], s.begin * k.width);
+    Reader a(buffers[0], k.operand[0]), b(buffers[N - 1], k.operand[N - 1]);
     for (int64_t i = s.begin * k.width; i < end;) {
         a.seek(i), b.seek(i);
         const int64_t n = smaller(end - i, smaller(a.left, b.left));

@@ -1,6 +1,6 @@
 // Sums over rows, of columns: the gradients of biases and norms.
 //     layer_norm_vjp_weight: dg = sum of dy (x - mean) / std, db = sum of dy
-//     sum_to:                y = sum of x over the leading dims, or over the last ones
+//     sum_to:                y = sum of x over dims that stand together
 // A task takes 64 columns through all rows, in their order, 64 rows at a time: the error of a sum
 // grows with the number of such blocks only.
 #include "ops.hpp"
@@ -70,8 +70,10 @@ void norm_weights(const Kernel *kernel, void *const *buffers, void *, uint32_t t
 
 void column_sums(const Kernel *kernel, void *const *buffers, void *, uint32_t task) {
     const SumRows &k = *static_cast<const SumRows *>(kernel);
-    const Span s = span(task, kColumns, k.width);
-    const View x = View::of(buffers[0], k.x), y = View::of(buffers[1], k.y);
+    const int64_t across = tiles(k.width, kColumns), block = task / across;
+    const Span s = span(uint32_t(task % across), kColumns, k.width);
+    const View x = View::of(buffers[0], k.x).at(block * k.row_count * k.width);
+    const View y = View::of(buffers[1], k.y).at(block * k.width);
     sum_columns<1>(
         k.row_count, s.begin, s.end - s.begin,
         [&](int64_t r, int64_t c, int n, vf *sums)
@@ -123,31 +125,33 @@ int32_t plan_layer_norm_vjp_weight(const Call &c) {
     return planned(c, k, tiles(k->width, kColumns), PONDER_TILE_ANY);
 }
 
+// Neighbouring dims are taken together: [outer, summed, kept] is the widest pattern with a kernel.
 int32_t plan_sum_to(const Call &c) {
     const ponder_tensor &x = in(c, 0), &y = out(c, 0);
     if (!floats(x) || !floats(y) || y.rank > x.rank)
         return PONDER_PLAN_NONE;
-    // How many dims at the right are kept, and at the left.
-    int32_t right = 0, left = 0;
-    while (right < y.rank && y.dim[y.rank - 1 - right] == x.dim[x.rank - 1 - right])
-        ++right;
-    if (y.rank == x.rank)
-        while (left < y.rank && y.dim[left] == x.dim[left])
-            ++left;
-    int64_t kept = 1, summed = 1;
-    for (int32_t i = 0; i < right; ++i)
-        kept *= x.dim[x.rank - 1 - i];
-    for (int32_t i = left; i < x.rank; ++i)
-        summed *= x.dim[i];
-    if (count(y) == kept && kept > 1) {
-        SumRows *k = kernel_of(column_sums, x, y, kept);
-        return planned(c, k, tiles(kept, kColumns), PONDER_TILE_ANY);
+    int64_t kept = 1, summed = 1, outer = 1; // from the right
+    for (int32_t i = 1; i <= x.rank; ++i) {
+        const int64_t n = x.dim[x.rank - i], left = i <= y.rank ? y.dim[y.rank - i] : 1;
+        if (n == 1)
+            continue;
+        if (left == n && summed == 1)
+            kept *= n;
+        else if (left == n)
+            outer *= n;
+        else if (outer == 1)
+            summed *= n;
+        else
+            return PONDER_PLAN_NONE;
     }
-    if (count(y) * summed == count(x)) {
+    if (kept == 1) {
         SumRows *k = kernel_of(row_sums, x, y, summed);
-        return planned(c, k, tiles(count(y), kTile), PONDER_TILE_ANY);
+        return planned(c, k, tiles(outer, kTile), PONDER_TILE_ANY);
     }
-    return PONDER_PLAN_NONE;
+    SumRows *k = kernel_of(column_sums, x, y, kept);
+    if (k)
+        k->row_count = summed;
+    return planned(c, k, outer * tiles(kept, kColumns), PONDER_TILE_ANY);
 }
 
 int32_t plan_sum_last(const Call &c) {
