@@ -577,5 +577,246 @@ TEST(Fixtures, GradientsOfTttLayers) {
         }
 }
 
+// ---- backbones
+
+// Every weight of a backbone, against differences in float64.
+TEST(Backbone, EveryWeightMatchesDifferences) {
+    const TempDir folder;
+    write_backbone(folder.path(), small);
+    const auto runtime = make_runtime(1);
+    const auto device = std::make_shared<Device>(runtime->backend("reference"), runtime->memory,
+                                                 runtime->threads, nullptr);
+    for (const double dropout : {0.0, 0.25}) {
+        Gpt2 model(Gpt2Folder(folder.path()), DType::f64, runtime->memory,
+                   [](uint64_t, uint64_t) {});
+        Graph g(DType::f64, Mode{.train_backbone = true, .dropout = dropout});
+        const Id tokens = g.external("tokens", DType::i32, {2, 6});
+        const Id targets = g.external("targets", DType::i32, {2, 6});
+        const Id seed = g.mode.dropout_seed = g.external("seed", DType::i32, {2});
+        const Id hidden = model.hidden(g, tokens, 6, Adapter(), g.act);
+        const Id loss = mean(
+            g, cross_entropy(g, hidden, model.head(g), targets, true).nll, 12);
+        const size_t forward = g.calls().size();
+        std::vector<Id> wanted;
+        for (const Gpt2::Weight &w : model.weights())
+            wanted.push_back(g.weight(w.name, w.type, w.shape, w.data, true));
+        std::vector<Id> gradient = gradients(g, loss, wanted);
+        g.expose(loss, "loss");
+        for (Id id : gradient)
+            g.expose(id, "gradient");
+        const size_t end = g.calls().size(), count = g.values().size();
+        const Program program(g, {forward, end}, device);
+        std::vector<int32_t> ids = random_tokens(14, small.vocabulary);
+        const int32_t seeds[2] = {7, 1};
+        double value = 0;
+        std::vector<std::vector<double>> result;
+        Program::Bindings at(count);
+        at[size_t(tokens)] = ids.data();
+        at[size_t(targets)] = ids.data() + 1;
+        at[size_t(seed)] = const_cast<int32_t *>(seeds);
+        at[size_t(loss)] = &value;
+        for (Id id : gradient)
+            at[size_t(id)] =
+                result.emplace_back(size_t(g.shape(id).count())).data();
+        std::vector<std::byte> arena(program.arena_bytes());
+        const auto run = [&](size_t segment) {
+            program.run(segment, at, arena.data(), nullptr, nullptr);
+            return value;
+        };
+        run(0);
+        run(1);
+        const std::vector<std::vector<double>> analytic = result;
+        const auto weights = model.weights();
+        for (size_t w = 0; w < weights.size(); ++w) {
+            double *x = reinterpret_cast<double *>(weights[w].data);
+            std::vector<double> a, n;
+            for (size_t i = 0; i < analytic[w].size(); i += analytic[w].size() / 7 + 1) {
+                const double kept = x[i], h = 1e-5;
+                x[i] = kept + h;
+                const double above = run(0);
+                x[i] = kept - h;
+                n.push_back((above - run(0)) / (2 * h));
+                x[i] = kept;
+                a.push_back(analytic[w][i]);
+            }
+            double norm = 0;
+            for (double d : n)
+                norm += d * d;
+            if (norm > 1e-18) {
+                EXPECT_LE(relative_error(a, n), 1e-6) << weights[w].name;
+            }
+        }
+    }
+}
+
+// ---- trainers as a whole
+
+struct Trained {
+    TempDir folder;
+    std::shared_ptr<const Model> model;
+    std::atomic<bool> cancel{false};
+
+    explicit Trained(const char *dtype = "f32", uint32_t threads = 2) {
+        write_backbone(folder.path(), {2, 16, 2, 64, 32, 50, 1e-5, true}, 0.1);
+        model = load_model(folder.path(), "cpu", dtype, threads);
+    }
+    Options options(std::initializer_list<std::pair<const char *, std::string>> values = {}) {
+        Options o = make_options({{"chunk", "8"},
+                                  {"context", "8"},
+                                  {"lora.rank", "2"},
+                                  {"train.lr", "1e-2"},
+                                  {"train.warmup", "1"}});
+        for (const auto &[name, value] : values)
+            o.set(name, value);
+        return o;
+    }
+    static std::vector<std::vector<int32_t>> batch(uint64_t seed, size_t tokens) {
+        std::vector<std::vector<int32_t>> streams;
+        for (uint64_t s = 0; s < 3; ++s) {
+            // A pattern to be learned, and some noise.
+            std::vector<int32_t> ids = random_tokens(tokens, 50, seed * 16 + s);
+            for (size_t i = 0; i < ids.size(); ++i)
+                if (ids[i] % 4 != 0)
+                    ids[i] = int32_t(i * 7 % 13);
+            streams.push_back(ids);
+        }
+        return streams;
+    }
+    ponder_train_record step(Trainer &trainer, uint64_t seed, size_t tokens) {
+        const auto streams = batch(seed, tokens);
+        std::vector<ponder_stream> given;
+        for (const auto &s : streams)
+            given.push_back({s.data(), s.size()});
+        return trainer.step(given, CallGuard(cancel, nullptr));
+    }
+};
+
+const std::initializer_list<std::tuple<int32_t, const char *, size_t>> kinds{
+    {PONDER_TRAIN_ADAPTER, "lora", 40},
+    {PONDER_TRAIN_ADAPTER, "ttt-linear", 40},
+    {PONDER_TRAIN_ADAPTER, "ttt-mlp", 40},
+    {PONDER_TRAIN_BACKBONE, "none", 17}};
+
+TEST(TrainerTest, LossFalls) {
+    for (const char *dtype : {"f32", "bf16"}) {
+        Trained t(dtype);
+        for (const auto &[kind, adapter, tokens] : kinds) {
+            const auto trainer = make_trainer(t.model, kind, t.options({{"adapter", adapter}}));
+            const double first = t.step(*trainer, 0, tokens).loss;
+            double last = 0;
+            for (int i = 0; i < 40; ++i)
+                last = t.step(*trainer, 0, tokens).loss;
+            EXPECT_LT(last, first - 0.1) << adapter << " " << dtype;
+            EXPECT_EQ(trainer->steps(), 41u);
+        }
+    }
+}
+
+TEST(TrainerTest, ACheckpointGoesOnBitForBit) {
+    Trained t;
+    for (const auto &[kind, adapter, tokens] : kinds) {
+        const Options options =
+            t.options({{"adapter", adapter}, {"train.dropout", "0.1"}, {"train.permute", "0.2"}});
+        const auto whole = make_trainer(t.model, kind, options);
+        const TempDir dir;
+        std::vector<double> losses;
+        for (uint64_t i = 0; i < 4; ++i) {
+            losses.push_back(t.step(*whole, i, tokens).loss);
+            if (i == 1)
+                whole->save(dir.file("at-2.ckpt"), "position 2");
+        }
+        const auto resumed = make_trainer(t.model, kind, options);
+        resumed->load(dir.file("at-2.ckpt"));
+        EXPECT_EQ(resumed->note(), "position 2");
+        EXPECT_EQ(resumed->steps(), 2u);
+        for (uint64_t i = 2; i < 4; ++i)
+            EXPECT_EQ(t.step(*resumed, i, tokens).loss, losses[i]) << adapter;
+        whole->save(dir.file("a.ckpt"), "");
+        resumed->save(dir.file("b.ckpt"), "");
+        EXPECT_EQ(read_file(dir.file("a.ckpt"), 1 << 24), read_file(dir.file("b.ckpt"), 1 << 24));
+        // Another kind, other options, a damaged file: refused, and nothing has changed.
+        const auto other = make_trainer(t.model, kind, t.options({{"adapter", adapter},
+                                                                  {"train.lr", "2e-2"}}));
+        EXPECT_THROW(other->load(dir.file("a.ckpt")), Error);
+        std::string bytes = read_file(dir.file("a.ckpt"), 1 << 24);
+        bytes.resize(bytes.size() - 5);
+        dir.write("cut.ckpt", bytes);
+        EXPECT_THROW(resumed->load(dir.file("cut.ckpt")), Error);
+        EXPECT_EQ(resumed->steps(), 4u);
+    }
+}
+
+TEST(TrainerTest, ThreadsDoNotMatter) {
+    for (const auto &[kind, adapter, tokens] : kinds) {
+        std::vector<std::string> files;
+        for (const uint32_t threads : {1u, 3u}) {
+            Trained t("f32", threads);
+            const auto trainer = make_trainer(t.model, kind, t.options({{"adapter", adapter}}));
+            for (uint64_t i = 0; i < 3; ++i)
+                t.step(*trainer, i, tokens);
+            const TempDir dir;
+            trainer->save(dir.file("x"), "");
+            files.push_back(read_file(dir.file("x"), 1 << 24));
+        }
+        EXPECT_EQ(files[0], files[1]) << adapter;
+    }
+}
+
+TEST(TrainerTest, CancelledAndRefusedStepsChangeNothing) {
+    Trained t;
+    const auto trainer = make_trainer(t.model, PONDER_TRAIN_ADAPTER, t.options());
+    const TempDir dir;
+    t.step(*trainer, 0, 40);
+    trainer->save(dir.file("a"), "");
+    ponder_call late{};
+    late.struct_size = sizeof late;
+    late.timeout_ns = 1;
+    const auto ids = Trained::batch(1, 40)[0];
+    const ponder_stream stream{ids.data(), ids.size()};
+    EXPECT_THROW(trainer->step({&stream, 1}, CallGuard(t.cancel, &late)), Error);
+    const ponder_stream small_stream{ids.data(), 12};
+    EXPECT_THROW(trainer->step({&small_stream, 1}, CallGuard(t.cancel, nullptr)), Error);
+    std::vector<int32_t> bad = ids;
+    bad[3] = 50;
+    const ponder_stream wrong{bad.data(), bad.size()};
+    EXPECT_THROW(trainer->step({&wrong, 1}, CallGuard(t.cancel, nullptr)), Error);
+    trainer->save(dir.file("b"), "");
+    EXPECT_EQ(read_file(dir.file("a"), 1 << 24), read_file(dir.file("b"), 1 << 24));
+}
+
+// An exported adapter gives a session the losses that the trainer saw.
+TEST(TrainerTest, ExportsWhatASessionRuns) {
+    Trained t;
+    for (const char *adapter : {"lora", "ttt-linear", "ttt-mlp"}) {
+        const auto trainer =
+            make_trainer(t.model, PONDER_TRAIN_ADAPTER, t.options({{"adapter", adapter}}));
+        for (uint64_t i = 0; i < 5; ++i)
+            t.step(*trainer, i, 40);
+        const TempDir dir;
+        trainer->export_to(dir.path());
+        const auto ids = Trained::batch(9, 40)[1];
+        const ponder_stream stream{ids.data(), ids.size()};
+        const double expected = trainer->step({&stream, 1}, CallGuard(t.cancel, nullptr)).loss;
+        Session session(t.model, make_options({{"adapter", dir.path()},
+                                               {"chunk", "8"},
+                                               {"context", "8"}}));
+        session.feed(ids);
+        session.adapt(no_limits(session));
+        double sum = 0;
+        const size_t first = std::string(adapter) == "lora" ? 1 : 0;
+        for (size_t c = first; c < 5; ++c)
+            sum += session.records()[c].loss_before;
+        EXPECT_NEAR(sum / double(5 - first), expected, 1e-5) << adapter;
+    }
+    // A backbone's folder loads, and has the weights that were trained.
+    const auto trainer = make_trainer(t.model, PONDER_TRAIN_BACKBONE, t.options());
+    t.step(*trainer, 0, 17);
+    const TempDir dir;
+    trainer->export_to(dir.path());
+    const auto again = make_trainer(load_model(dir.path(), "cpu"), PONDER_TRAIN_BACKBONE,
+                                    t.options());
+    EXPECT_EQ(t.step(*again, 1, 17).loss, t.step(*trainer, 1, 17).loss);
+}
+
 } // namespace
 } // namespace ponder::test
