@@ -298,6 +298,12 @@ void Gpt2Folder::read(const std::string &tensor, DType type, void *out) const {
     shards_[shard].read(stored_name, info->shape, type, out);
 }
 
+DType Gpt2Folder::stored_type(const std::string &tensor) const {
+    const auto &[shard, name] = place_.at(tensor);
+    const std::string &type = shards_[shard].find(name)->dtype;
+    return type == "BF16" ? DType::bf16 : type == "F64" ? DType::f64 : DType::f32;
+}
+
 uint64_t Gpt2Folder::stored_bytes() const {
     uint64_t total = 0;
     for (const auto &[name, place] : place_) {

@@ -33,6 +33,8 @@ public:
         return expected_;
     }
     void read(const std::string &tensor, DType type, void *out) const;
+    // The dtype in the file; f32 for F16, which has no type of its own here.
+    DType stored_type(const std::string &tensor) const;
     uint64_t stored_bytes() const; // of the tensors above, as in the files
 
 private:

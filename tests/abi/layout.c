@@ -125,6 +125,27 @@ IS(offsetof(ponder_session_info, has_fast_weights), 52);
 IS(offsetof(ponder_session_info, records), 56);
 IS(offsetof(ponder_session_info, budget_left), 64);
 
+IS(sizeof(ponder_stream), 16);
+IS(offsetof(ponder_stream, ids), 0);
+IS(offsetof(ponder_stream, count), 8);
+
+IS(sizeof(ponder_train_record), 112);
+IS(offsetof(ponder_train_record, struct_size), 0);
+IS(offsetof(ponder_train_record, flags), 4);
+IS(offsetof(ponder_train_record, step), 8);
+IS(offsetof(ponder_train_record, tokens), 16);
+IS(offsetof(ponder_train_record, loss), 24);
+IS(offsetof(ponder_train_record, loss_first), 32);
+IS(offsetof(ponder_train_record, reconstruction), 40);
+IS(offsetof(ponder_train_record, gradient_norm), 48);
+IS(offsetof(ponder_train_record, learning_rate), 56);
+IS(offsetof(ponder_train_record, inner_rate), 64);
+IS(offsetof(ponder_train_record, cost), 72);
+IS(offsetof(ponder_train_record, temperature), 80);
+IS(offsetof(ponder_train_record, tokens_per_second), 88);
+IS(offsetof(ponder_train_record, flops), 96);
+IS(offsetof(ponder_train_record, ns), 104);
+
 IS(sizeof(ponder_profile_entry), 48);
 IS(offsetof(ponder_profile_entry, struct_size), 0);
 IS(offsetof(ponder_profile_entry, calls), 4);
@@ -162,6 +183,10 @@ IS(PONDER_RECORD_OVER_BUDGET, 4);
 IS(PONDER_RECORD_CALIBRATING, 8);
 IS(PONDER_RECORD_SCORED_ONLY, 16);
 IS(PONDER_RECORD_NOT_CAUSAL, 32);
+IS(PONDER_TRAIN_ADAPTER, 0);
+IS(PONDER_TRAIN_GATE, 1);
+IS(PONDER_TRAIN_BACKBONE, 2);
+IS(PONDER_TRAIN_NOT_FINITE, 1);
 
 IS(sizeof(ponder_tensor), 40);
 IS(offsetof(ponder_tensor, dtype), 0);
@@ -195,7 +220,7 @@ IS(offsetof(ponder_backend_host, allocate), 16);
 IS(offsetof(ponder_backend_host, release), 24);
 IS(offsetof(ponder_backend_host, log), 32);
 
-IS(sizeof(ponder_backend), 136);
+IS(sizeof(ponder_backend), 144);
 IS(offsetof(ponder_backend, struct_size), 0);
 IS(offsetof(ponder_backend, abi), 4);
 IS(offsetof(ponder_backend, name), 8);
@@ -215,6 +240,7 @@ IS(offsetof(ponder_backend, plan), 104);
 IS(offsetof(ponder_backend, run), 112);
 IS(offsetof(ponder_backend, drop), 120);
 IS(offsetof(ponder_backend, packed_bytes), 128);
+IS(offsetof(ponder_backend, refresh), 136);
 
 IS(PONDER_DTYPE_NONE, 0);
 IS(PONDER_DTYPE_F32, 1);

@@ -78,6 +78,17 @@ const char *const train_examples =
     "      --set model.layers=4 --set model.width=128\n"
     "  ponder report run1/log.jsonl --out run1.html\n";
 
+const char *const adapter_help =
+    "Turns a LoRA adapter folder into one of Hugging Face's PEFT (export-peft) and back\n"
+    "(import-peft), or adds it to the weights of a copy of its backbone (merge). All of them\n"
+    "take the A and B that the adapter starts from; what it learned about its updates stays\n"
+    "behind.";
+
+const char *const adapter_examples = "Examples:\n"
+                                     "  ponder adapter export-peft run1 run1-peft\n"
+                                     "  ponder adapter import-peft some-peft run3 --model gpt2\n"
+                                     "  ponder adapter merge run1 code-10m-merged\n";
+
 const char *const report_help =
     "Draws the logs of training runs, one over the other, as one self-contained page.";
 
@@ -159,6 +170,7 @@ struct Raw {
     std::map<std::string, bool> switches;     // its booleans
     std::vector<std::string> sets;
     std::string memory_limit;
+    std::string kind; // of train; action of adapter
     std::string train_steps;
     bool no_baseline = false, no_load = false;
 };
@@ -238,12 +250,9 @@ void take_hyperparameters(Settings &s, const Raw &raw, const CLI::App &app) {
 
 void add_train(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
     TrainSettings &t = s.train;
-    static const std::map<std::string, TrainKind> kinds{{"adapter", TrainKind::adapter},
-                                                        {"gate", TrainKind::gate},
-                                                        {"backbone", TrainKind::backbone}};
-    app.add_option("KIND", t.kind, "adapter, gate or backbone")
+    app.add_option("KIND", raw.kind, "adapter, gate or backbone")
         ->required()
-        ->transform(unnamed(CLI::Transformer(kinds)))
+        ->check(unnamed(CLI::IsMember({"adapter", "gate", "backbone"})))
         ->type_name("");
     const auto natural = [](const std::string &least = "1") {
         return unnamed(CLI::Range(std::stod(least), 1e15));
@@ -292,7 +301,7 @@ void add_train(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
 }
 
 struct Subcommands {
-    CLI::App *run, *eval, *train, *report, *info, *backends, *bench;
+    CLI::App *run, *eval, *train, *report, *adapter, *info, *backends, *bench;
 };
 
 Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
@@ -326,6 +335,18 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
     report->add_option("--out", s.html, "the page to write")->required()->type_name("FILE");
     report->add_flag("-q,--quiet", s.quiet, "no notes");
 
+    CLI::App *adapter = app.add_subcommand("adapter", "to and from PEFT; merged into a model");
+    adapter->add_option("ACTION", raw.kind, "export-peft, import-peft or merge")
+        ->required()
+        ->check(unnamed(CLI::IsMember({"export-peft", "import-peft", "merge"})))
+        ->type_name("");
+    adapter->add_option("FROM-TO", s.paths, "the folder to read, the folder to write")
+        ->required()
+        ->expected(2)
+        ->type_name("");
+    adapter->add_flag("-q,--quiet", s.quiet, "no notes");
+    adapter->footer("\n" + std::string(adapter_examples) + "\n" + exit_codes);
+
     CLI::App *info = app.add_subcommand("info", "model, adapter and memory plan");
     add_output(*info, s);
     info->add_flag("--plan-only", raw.no_load, "load nothing: the plan from the files' headers");
@@ -343,7 +364,7 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
         ->check(unnamed(CLI::Range(1, 1000)))
         ->type_name("N");
     bench->footer("\n" + hyper + "\n" + exit_codes);
-    return {run, eval, train, report, info, backends, bench};
+    return {run, eval, train, report, adapter, info, backends, bench};
 }
 
 // The list of subcommands has one line each; their own help says more.
@@ -351,7 +372,8 @@ void print_help(CLI::App &app, const Subcommands &all) {
     const std::vector<CLI::App *> chosen = app.get_subcommands();
     for (const auto &[command, text] :
          {std::pair(all.run, run_help), std::pair(all.eval, eval_help),
-          std::pair(all.train, train_help), std::pair(all.report, report_help)})
+          std::pair(all.train, train_help), std::pair(all.report, report_help),
+          std::pair(all.adapter, adapter_help)})
         if (!chosen.empty() && chosen.front() == command)
             command->description(std::string(text) + "\n");
     std::fputs(app.help().c_str(), stdout);
@@ -369,28 +391,32 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     app.footer(std::string("\n") + main_examples + "\n" + exit_codes);
     app.get_formatter()->column_width(help_column);
     const auto all = add_subcommands(app, s, raw, option_help(table));
-    for (CLI::App *sub : {all.run, all.eval, all.train, all.info, all.backends, all.bench}) {
+    for (CLI::App *sub :
+         {all.run, all.eval, all.train, all.adapter, all.info, all.backends, all.bench}) {
         if (sub != all.backends)
             add_model(*sub, s);
         add_machine(*sub, s, raw);
-        if (sub != all.backends)
+        if (sub != all.backends && sub != all.adapter)
             add_hyperparameters(*sub, raw, table);
     }
 
     if (argc > 1 && argv[1][0] != '-' && argv[1][0] != '\0' &&
         app.get_subcommands([&](CLI::App *sub) { return sub->get_name() == argv[1]; }).empty())
-        throw Failure(exit_usage,
-                      "'" + std::string(argv[1]) + "' is no command; there are " +
-                          "run, eval, train, report, info, backends, bench (see ponder --help)");
+        throw Failure(
+            exit_usage,
+            "'" + std::string(argv[1]) + "' is no command; there are " +
+                "run, eval, train, report, adapter, info, backends, bench (see ponder --help)");
     const std::map<const CLI::App *, Command> commands{
-        {all.run, Command::run},       {all.eval, Command::eval}, {all.train, Command::train},
-        {all.report, Command::report}, {all.info, Command::info}, {all.backends, Command::backends},
-        {all.bench, Command::bench}};
+        {all.run, Command::run},           {all.eval, Command::eval},
+        {all.train, Command::train},       {all.report, Command::report},
+        {all.adapter, Command::adapter},   {all.info, Command::info},
+        {all.backends, Command::backends}, {all.bench, Command::bench}};
     try {
         app.parse(argc, argv);
         const CLI::App *chosen = app.get_subcommands().front();
         s.command = commands.at(chosen);
-        if (s.command != Command::backends && s.command != Command::report)
+        if (s.command != Command::backends && s.command != Command::report &&
+            s.command != Command::adapter)
             take_hyperparameters(s, raw, *chosen);
     } catch (const CLI::CallForHelp &) {
         print_help(app, all);
@@ -401,6 +427,12 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     } catch (const CLI::ParseError &error) {
         throw Failure(exit_usage, std::string(error.what()) + " (see ponder --help)");
     }
+    s.train.kind = raw.kind == "gate"       ? TrainKind::gate
+                   : raw.kind == "backbone" ? TrainKind::backbone
+                                            : TrainKind::adapter;
+    s.adapter_action = raw.kind == "export-peft"   ? AdapterAction::export_peft
+                       : raw.kind == "import-peft" ? AdapterAction::import_peft
+                                                   : AdapterAction::merge;
     s.baseline = !raw.no_baseline;
     s.load = !raw.no_load;
     if (!raw.memory_limit.empty())

@@ -9,6 +9,7 @@ int run_command(const Settings &settings);
 int eval_command(const Settings &settings);
 int train_command(const Settings &settings);
 int report_command(const Settings &settings);
+int adapter_command(const Settings &settings);
 int info_command(const Settings &settings);
 int backends_command(const Settings &settings);
 int bench_command(const Settings &settings);

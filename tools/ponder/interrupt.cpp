@@ -25,6 +25,7 @@ void catch_interrupts() {
     action.sa_handler = on_interrupt;
     action.sa_flags = int(SA_RESETHAND); // the second one kills
     sigaction(SIGINT, &action, nullptr);
+    std::signal(SIGXFSZ, SIG_IGN); // a file at its size limit is an error like a full disk
 }
 
 bool interrupted() { return flag.load(); }

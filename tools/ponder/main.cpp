@@ -25,6 +25,8 @@ int run(int argc, char **argv) {
         return train_command(*settings);
     case Command::report:
         return report_command(*settings);
+    case Command::adapter:
+        return adapter_command(*settings);
     case Command::info:
         return info_command(*settings);
     case Command::backends:

@@ -8,7 +8,7 @@
 
 namespace tool {
 
-enum class Command { run, eval, train, report, info, backends, bench };
+enum class Command { run, eval, train, report, adapter, info, backends, bench };
 
 enum class TrainKind { adapter, gate, backbone };
 
@@ -28,6 +28,8 @@ struct TrainSettings {
     uint64_t valid_every = 100, valid_chunks = 16;
 };
 
+enum class AdapterAction { export_peft, import_peft, merge };
+
 struct Settings {
     Command command = Command::run;
 
@@ -42,7 +44,7 @@ struct Settings {
     bool json = false;
     bool quiet = false;
 
-    std::vector<std::string> paths; // run; empty = the current directory
+    std::vector<std::string> paths; // run: empty = the current directory; adapter: from, to
     bool list = false;              // run: only say which files would be read
     bool baseline = true;           // run
     std::string html;               // run: empty = no page; report: the page
@@ -54,6 +56,8 @@ struct Settings {
     TrainSettings train;
 
     std::vector<std::string> logs; // report
+
+    AdapterAction adapter_action = AdapterAction::merge;
 
     bool load = true; // info: false = the plan alone, from the files' headers
 

@@ -471,6 +471,24 @@ PONDER_API ponder_status ponder_tokenizer_train(
     int32_t (*next)(void *user_data, const char **text, size_t *length), void *user_data,
     ponder_error *error);
 
+/* ---- Adapter folders ---------------------------------------------------- */
+
+/* Writes the A and B that an adapter starts from as a folder of Hugging Face's PEFT. What it
+ * learned about its updates has no place there. PONDER_E_UNSUPPORTED if it is not LoRA. `out` is
+ * made if its parent exists. */
+PONDER_API ponder_status ponder_adapter_to_peft(const char *adapter, const char *out,
+                                                ponder_error *error);
+/* The other way: a LoRA folder of PEFT for this model as an adapter folder, with the options'
+ * defaults for its updates. PONDER_E_UNSUPPORTED for what goes beyond one scaled product on GPT-2's
+ * linears. */
+PONDER_API ponder_status ponder_adapter_from_peft(const ponder_model *model, const char *peft,
+                                                  const char *out, ponder_error *error);
+/* A copy of a Hugging Face folder whose weights contain a LoRA adapter as it starts: W + A B,
+ * added in f32 and stored in the dtype of W. PONDER_E_MISMATCH if the adapter was made for another
+ * model, PONDER_E_STATE if `out` holds a model. */
+PONDER_API ponder_status ponder_adapter_merge(const char *model, const char *adapter,
+                                              const char *out, ponder_error *error);
+
 /* ---- Measuring ---------------------------------------------------------- */
 
 /* Seconds spent in each op of the last pass kind, for profiles. */
