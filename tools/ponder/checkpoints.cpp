@@ -74,15 +74,23 @@ void RunFolder::keep(uint64_t newest) const {
         unlink(checkpoint(all[i]).c_str());
 }
 
-void RunFolder::remove_unfinished() const {
+void remove_unfinished(const std::string &folder) {
+    // NAME.PROCESS-NUMBER.tmp
+    const auto temporary = [](const std::string &name) {
+        const size_t end = name.size() - std::min<size_t>(name.size(), 4);
+        if (name.substr(end) != ".tmp")
+            return false;
+        const size_t dot = name.rfind('.', end - 1);
+        const std::string middle = dot == name.npos ? "" : name.substr(dot + 1, end - dot - 1);
+        return middle.find('-') != middle.npos &&
+               middle.find_first_not_of("0123456789-x") == middle.npos;
+    };
     std::error_code problem;
     std::vector<fs::path> left;
-    for (fs::directory_iterator at(path_, problem), end; !problem && at != end;
-         at.increment(problem)) {
-        const std::string name = at->path().filename().string();
-        if (name.ends_with(".tmp") && name.find(".ckpt.") != name.npos)
+    for (fs::directory_iterator at(folder, problem), end; !problem && at != end;
+         at.increment(problem))
+        if (temporary(at->path().filename().string()))
             left.push_back(at->path());
-    }
     for (const fs::path &file : left)
         fs::remove(file, problem);
 }

@@ -21,11 +21,13 @@ public:
     std::vector<uint64_t> steps() const; // of the checkpoints, ascending
     std::optional<uint64_t> latest() const;
     void keep(uint64_t newest) const; // removes older checkpoints
-    void remove_unfinished() const;   // what a killed process was writing
 
 private:
     std::string path_;
     int lock_ = -1;
 };
+
+// Of a process that was killed: what the library was writing into the folder.
+void remove_unfinished(const std::string &folder);
 
 } // namespace tool

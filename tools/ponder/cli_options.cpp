@@ -40,6 +40,8 @@ const char *const run_examples =
     "Examples:\n"
     "  ponder run\n"
     "  ponder run src include --policy every:2\n"
+    "  ponder run src --adapter run1       what `ponder train adapter --out run1` learned\n"
+    "  ponder run src --adapter lora       untrained, in place of the default model's own\n"
     "  git log -p | ponder run - --json\n"
     "  ponder run docs --steps 2 --set lora.rank=32 --html report.html\n";
 
@@ -55,7 +57,8 @@ const char *const eval_examples =
     "\n"
     "Examples:\n"
     "  ponder eval --stream go.test.jsonl.xz --adapter none --json\n"
-    "  ponder eval --stream go.test.jsonl.xz --steps 2 --set lora.rank=32 --json\n";
+    "  ponder eval --stream go.test.jsonl.xz --steps 2 --set lora.rank=32 --json\n"
+    "  ponder eval --stream go.test.jsonl.xz --adapter run1\n";
 
 const char *const train_help =
     "Trains an adapter (what a session starts from, through its own updates), the gate of\n"

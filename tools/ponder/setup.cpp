@@ -74,6 +74,19 @@ std::string model_folder(const Settings &settings) {
                                  "); name one with --model");
 }
 
+std::string default_adapter(const Settings &settings) {
+    if (!settings.model.empty() ||
+        (settings.command != Command::run && settings.command != Command::info))
+        return "";
+    // Whoever shapes an adapter wants one of that shape.
+    for (const auto &[name, value] : settings.options)
+        if (name == "adapter" || name.rfind("lora.", 0) == 0 || name.rfind("ttt.", 0) == 0)
+            return "";
+    const fs::path folder = fs::path(model_folder(settings)) / "adapter";
+    std::error_code ignored;
+    return fs::exists(folder / "ponder.json", ignored) ? folder.string() : "";
+}
+
 Options make_options(const Settings &settings) {
     ponder_options *raw = nullptr;
     call(ponder_options_create, &raw);
@@ -88,6 +101,8 @@ Options make_options(const Settings &settings) {
     }
     if (settings.command == Command::bench && !given(settings, "lora.layers"))
         set("lora.layers", "half");
+    if (const std::string adapter = default_adapter(settings); !adapter.empty())
+        set("adapter", adapter);
     for (const auto &[name, value] : settings.options)
         set(name.c_str(), value);
     // These look at each chunk alone unless they are told otherwise.
@@ -152,7 +167,10 @@ Session make_session(const ponder_model *model, const ponder_options *options) {
 }
 
 std::string method_text(const ponder_options *options) {
-    const std::string adapter = value_of(options, "adapter"), policy = value_of(options, "policy");
+    std::string adapter = value_of(options, "adapter");
+    if (const fs::path folder = adapter; folder.is_absolute()) // its end says enough
+        adapter = (folder.parent_path().filename() / folder.filename()).string();
+    const std::string policy = value_of(options, "policy");
     const std::string steps = value_of(options, "steps");
     if (adapter == "none")
         return "skip";

@@ -14,6 +14,10 @@ Runtime open_runtime(const Settings &settings);
 // --model, or the folder that comes with the tool. Throws Failure(exit_file).
 std::string model_folder(const Settings &settings);
 
+// The trained adapter beside the default model, for the commands that show what adapting gains;
+// empty if there is none or the user asked for something else.
+std::string default_adapter(const Settings &settings);
+
 // The options in force: the command's own defaults, then what the user gave.
 Options make_options(const Settings &settings);
 

@@ -401,8 +401,9 @@ int train_command(const Settings &given_settings) {
         throw Failure(exit_usage,
                       folder.checkpoint(*latest) +
                           " is there: --resume goes on from it, or choose another --out");
-    folder.remove_unfinished();
     std::string source = folder.path() + "/initial";
+    remove_unfinished(folder.path());
+    remove_unfinished(source);
     if (t.create)
         create_backbone(source, options.get(), settings);
     else

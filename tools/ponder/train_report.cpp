@@ -41,10 +41,11 @@ Log read_log(const std::string &path) {
             if (!numbers.contains("step"))
                 throw std::runtime_error("\"step\" is missing");
         } catch (const std::runtime_error &error) {
+            const std::string place = lines.place();
             // A run that still writes, or was killed, ends in a part of a line.
             if (std::string rest; !lines.next(rest) && log.steps > 0)
                 break;
-            throw Failure(exit_file, lines.place() + ": " + error.what());
+            throw Failure(exit_file, place + ": " + error.what());
         }
         const double step = numbers["step"];
         log.steps = std::max(log.steps, step);
