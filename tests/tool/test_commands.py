@@ -56,7 +56,8 @@ class OtherCommands(Case):
 
     def test_help_teaches(self):
         out = self.succeeds("--help").stdout.decode()
-        for part in ["run", "eval", "info", "backends", "bench", "Exit status", "130"]:
+        for part in ["run", "eval", "train", "report", "adapter", "info", "backends", "bench",
+                     "Exit status", "130"]:
             self.assertIn(part, out)
         out = self.succeeds("run", "--help").stdout.decode()
         for part in ["--policy", "lora.rank=16", "--set", "Examples", "threshold:SIGNAL:X"]:
@@ -64,7 +65,8 @@ class OtherCommands(Case):
         self.assertIn("context", self.succeeds("eval", "--help").stdout.decode())
 
     def test_help_fits_a_narrow_terminal(self):
-        for command in [[], ["run"], ["eval"], ["info"], ["backends"], ["bench"]]:
+        for command in [[], ["run"], ["eval"], ["train"], ["report"], ["adapter"], ["info"],
+                        ["backends"], ["bench"]]:
             out = self.succeeds(*command, "--help").stdout.decode()
             self.assertLessEqual(max(len(line) for line in out.splitlines()), 88)
 

@@ -269,7 +269,7 @@ void add_train(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
     app.add_option("--valid", t.valid, "files and folders to measure on; never trained on")
         ->type_name("SRC...");
     app.add_option("--valid-share", t.valid_share,
-                   "or this share of the packages of --data, chosen by their names")
+                   "or this share of the packages of --data, by name")
         ->check(unnamed(CLI::Range(0.0, 1.0)))
         ->type_name("X");
     app.add_option("--valid-every", t.valid_every, "steps between measurements (100); 0 = none")

@@ -100,6 +100,8 @@ int info_command(const Settings &settings) {
     Model model;
     if (settings.load)
         model = load_model(runtime.get(), folder, settings);
+    if (model)
+        use_stored_gate(model.get(), options.get(), settings);
     if (!settings.json) {
         if (model)
             print_model(info_of(model.get()));

@@ -106,7 +106,7 @@ public:
           stepper_(session_.get()), tokens_(model), documents_(documents), progress_(quiet),
           start_(std::chrono::steady_clock::now()) {
         result_.chunk_tokens = info_of(session_.get()).chunk_tokens;
-        if (result_.policy.rfind("first:", 0) == 0)
+        if (result_.policy.rfind("first:", 0) == 0 || result_.policy == "adapter")
             call(ponder_session_expect, session_.get(),
                  count_chunks(documents_, tokens_, result_.chunk_tokens));
     }
@@ -234,6 +234,7 @@ int run_command(const Settings &settings) {
     const Options options = make_options(settings);
     Documents documents(settings); // a wrong path shows before a large model is loaded
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
+    use_stored_gate(model.get(), options.get(), settings);
     RunResult result{};
     result.model = info_of(model.get());
     result.method = method_text(options.get());

@@ -113,6 +113,17 @@ Options make_options(const Settings &settings) {
     return options;
 }
 
+void use_stored_gate(const ponder_model *model, ponder_options *options, const Settings &settings) {
+    if (default_adapter(settings).empty() || given(settings, "policy"))
+        return;
+    const std::string before = value_of(options, "policy");
+    call(ponder_options_set, options, "policy", "adapter");
+    ponder_session *session = nullptr;
+    if (ponder_session_create(&session, model, options, nullptr) != PONDER_OK)
+        call(ponder_options_set, options, "policy", before.c_str());
+    ponder_session_destroy(session);
+}
+
 void require_backend(const ponder_runtime *runtime, const Settings &settings) {
     std::string names;
     bool some_bf16 = false;

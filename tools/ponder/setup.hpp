@@ -18,6 +18,10 @@ std::string model_folder(const Settings &settings);
 // empty if there is none or the user asked for something else.
 std::string default_adapter(const Settings &settings);
 
+// The policy becomes the gate that is stored in the default adapter, if there is one and the user
+// named no policy.
+void use_stored_gate(const ponder_model *model, ponder_options *options, const Settings &settings);
+
 // The options in force: the command's own defaults, then what the user gave.
 Options make_options(const Settings &settings);
 

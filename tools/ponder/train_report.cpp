@@ -157,7 +157,8 @@ std::string table_html(const std::vector<Log> &logs) {
         html += "<td>" + number("0", valid.empty() ? NAN : best->first) + "</td>";
         html += "<td>" + with_commas(uint64_t(log.tokens)) + "</td>";
         html += "<td>" + duration_text(log.seconds) + "</td>";
-        html += "<td>" + number("0", log.tokens / log.seconds) + "</td></tr>\n";
+        const double speed = log.seconds > 0 ? log.tokens / log.seconds : 0;
+        html += "<td>" + with_commas(uint64_t(speed)) + "</td></tr>\n";
     }
     return html + "</table>\n";
 }
