@@ -207,6 +207,7 @@ int eval_command(const Settings &settings) {
     const Runtime runtime = open_runtime(settings);
     const Options options = make_options(settings);
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
+    use_stored_gate(model.get(), options.get(), settings);
     const Evaluation result = evaluate(model.get(), options.get(), settings);
     if (!result.complete)
         note(settings.quiet, "interrupted; this is what was done so far");

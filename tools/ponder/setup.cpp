@@ -114,13 +114,14 @@ Options make_options(const Settings &settings) {
 }
 
 void use_stored_gate(const ponder_model *model, ponder_options *options, const Settings &settings) {
-    if (default_adapter(settings).empty() || given(settings, "policy"))
+    std::error_code ignored;
+    if (given(settings, "policy") || !fs::is_directory(value_of(options, "adapter"), ignored))
         return;
-    const std::string before = value_of(options, "policy");
-    call(ponder_options_set, options, "policy", "adapter");
+    const Options tried = make_options(settings);
+    call(ponder_options_set, tried.get(), "policy", "adapter");
     ponder_session *session = nullptr;
-    if (ponder_session_create(&session, model, options, nullptr) != PONDER_OK)
-        call(ponder_options_set, options, "policy", before.c_str());
+    if (ponder_session_create(&session, model, tried.get(), nullptr) == PONDER_OK)
+        call(ponder_options_set, options, "policy", "adapter");
     ponder_session_destroy(session);
 }
 

@@ -18,8 +18,8 @@ std::string model_folder(const Settings &settings);
 // empty if there is none or the user asked for something else.
 std::string default_adapter(const Settings &settings);
 
-// The policy becomes the gate that is stored in the default adapter, if there is one and the user
-// named no policy.
+// The policy becomes the gate that is stored in the adapter's folder, if there is one and the user
+// named no policy: the library does the same, and the tool has to know.
 void use_stored_gate(const ponder_model *model, ponder_options *options, const Settings &settings);
 
 // The options in force: the command's own defaults, then what the user gave.
