@@ -2,6 +2,8 @@
 #pragma once
 
 #include "base/random.hpp"
+#include "policy/features.hpp"
+#include "ponder/ponder.h"
 
 #include <cstdint>
 #include <limits>
@@ -24,6 +26,7 @@ struct Situation {
     uint64_t chunk = 0;    // index in the stream
     uint64_t expected = 0; // chunks in the stream, 0 if unknown
     Signals signals;
+    double budget_left = std::numeric_limits<double>::infinity(); // steps
 };
 
 struct Decision {
@@ -31,6 +34,8 @@ struct Decision {
     bool calibrating = false;
     double score = std::numeric_limits<double>::quiet_NaN(); // what was compared ...
     double threshold = score;                                // ... with what
+    int32_t steps = -1; // inner steps, -1 = the session's option
+    double scale = 1;   // on the update
 };
 
 class Policy {
@@ -39,6 +44,11 @@ public:
     virtual Decision decide(const Situation &situation, Random &random) = 0;
     virtual Signal reads() const { return Signal::none; }
     virtual bool never() const { return false; } // updates nothing, ever
+    // A policy that observes is shown every scored chunk before it decides on it (layers that learn
+    // inside: before it decides on the next one), and then what was done.
+    virtual bool observes() const { return false; }
+    virtual void observe(const Observation &) {}
+    virtual void learned(const ponder_record &) {}
     // Everything that changes over a stream.
     virtual std::vector<double> state() const { return {}; }
     virtual void set_state(const std::vector<double> &) {}

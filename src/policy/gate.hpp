@@ -1,0 +1,65 @@
+// A trained gate: features in, a score out, and the calibration that turns scores into decisions.
+#pragma once
+
+#include "policy/features.hpp"
+#include "policy/gate_net.hpp"
+
+#include <memory>
+#include <string>
+
+namespace ponder {
+
+// binary: logits of skip and update. soft: logit of a scale in 0..1 on the update. steps: for each
+// of gate_steps what K steps lower the loss of later chunks by, in units of value_unit.
+enum class GateForm { binary, soft, steps };
+constexpr int32_t gate_steps[] = {1, 2, 4};
+constexpr size_t gate_step_count = 3;
+size_t gate_outputs(GateForm form);
+
+// Fitted on streams, without labels. A score above threshold(rate) spends about `rate` steps a
+// chunk.
+struct Calibration {
+    struct Point {
+        double rate, threshold; // rates rise, thresholds do not
+    };
+    std::vector<Point> points;
+    double target = 0.5; // default operating point, steps a chunk
+    // Early steps serve every later chunk: where the stream's length is declared, this share of its
+    // steps is spent at once, and the gate places the rest.
+    double front = 0.9;
+    // Fewer steps may be larger. Factor on every update: scale (1 + slope (mean loss - reference)),
+    // within 1/4 and 4.
+    double scale = 1, slope = 0, reference = 0;
+
+    bool empty() const { return points.empty(); }
+    // Linear between points; above the last rate everything passes.
+    double threshold(double rate) const;
+};
+
+struct Gate {
+    FeatureSet features = FeatureSet::planned;
+    GateForm form = GateForm::steps;
+    GateNet net{planned_feature_count, 64, gate_step_count};
+    std::vector<double> mean, deviation; // of each feature
+    double value_unit = 1;
+    Calibration calibration;
+    std::string hash; // of all of it
+
+    // Centred, scaled, cut at 5 deviations; what is not known is 0.
+    std::vector<double> normalise(std::span<const double> features) const;
+    // The outputs for raw features; of the form `steps` in nats.
+    std::vector<double> evaluate(std::span<const double> features) const;
+    // The best K among 0 and gate_steps at a price of a step, and its score: value per step for
+    // `steps`, else the (difference of) logits.
+    struct Choice {
+        int32_t steps; // -1: the session's
+        double score;
+    };
+    Choice choose(std::span<const double> outputs, double threshold) const;
+};
+
+class Policy;
+// Follows the gate's scores at `target` steps a chunk; 0 = the calibration's target.
+std::unique_ptr<Policy> make_gate_policy(std::shared_ptr<const Gate> gate, double target);
+
+} // namespace ponder
