@@ -4,6 +4,7 @@
 
 #include "backbone/gpt2.hpp"
 #include "base/random.hpp"
+#include "policy/gate.hpp"
 #include "tensor/graph.hpp"
 
 #include <memory>
@@ -71,6 +72,10 @@ public:
     // Over all fast weights: step size and what is kept of the distance to the initial values.
     void expand_rates(double inner_lr, std::span<float> rate, std::span<float> keep) const;
 
+    // What decides when to learn, if it was trained; for policy `adapter`.
+    const std::shared_ptr<const Gate> &gate() const { return gate_; }
+    void store_gate(std::shared_ptr<const Gate> gate) { gate_ = std::move(gate); }
+
     // Parameters that do not change at test time (a TTT layer's projections), by name: shape and
     // values. Stored in an adapter folder beside the initial fast weights.
     struct Slow {
@@ -91,6 +96,7 @@ private:
     size_t fast_count_ = 0;
     std::vector<float> stored_; // initial fast weights, empty if drawn
     Rates rates_;
+    std::shared_ptr<const Gate> gate_;
 };
 
 // The options an adapter is made from. An untrained adapter that never learns changes nothing, so

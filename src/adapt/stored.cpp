@@ -1,6 +1,7 @@
 #include "adapt/stored.hpp"
 
 #include "adapt/lora.hpp"
+#include "adapt/stored_gate.hpp"
 #include "adapt/ttt.hpp"
 #include "base/error.hpp"
 #include "base/hash.hpp"
@@ -118,6 +119,7 @@ std::shared_ptr<Adapter> load_adapter(const std::string &folder, const Gpt2Confi
                                 folder.c_str(), double(value));
         adapter->store_rates(std::move(rates));
     }
+    adapter->store_gate(read_gate(root, file, tensors));
     return adapter;
 }
 

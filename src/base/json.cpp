@@ -212,4 +212,36 @@ std::string number(double value) {
     return std::string(digits, end);
 }
 
+std::string text(const Value &value, int depth) {
+    const std::string inner(size_t(depth + 1) * 2, ' '), outer(size_t(depth) * 2, ' ');
+    switch (value.type) {
+    case Type::null:
+        return "null";
+    case Type::boolean:
+        return value.boolean ? "true" : "false";
+    case Type::integer:
+        return std::to_string(value.integer);
+    case Type::number:
+        return number(value.number);
+    case Type::string:
+        return quote(value.string);
+    case Type::array: {
+        std::string line = "[";
+        for (const Value &item : value.items)
+            line += (line.size() > 1 ? ", " : "") + text(item, depth);
+        return line + "]";
+    }
+    case Type::object:
+        break;
+    }
+    if (value.members.empty())
+        return "{}";
+    std::string lines = "{";
+    for (const auto &[name, member] : value.members) {
+        lines += lines.size() > 1 ? ",\n" : "\n";
+        lines += inner + quote(name) + ": " + text(member, depth + 1);
+    }
+    return lines + "\n" + outer + "}";
+}
+
 } // namespace ponder::json

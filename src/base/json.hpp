@@ -38,6 +38,8 @@ struct Limits {
 // byte offset and what was wrong: syntax, duplicate key, depth, size, non-finite number.
 Value parse(std::string_view text, const std::string &file, const Limits &limits = {});
 
+// A value as indented text.
+std::string text(const Value &value, int depth = 0);
 // A string as a JSON literal with quotes; bytes that are no UTF-8 become U+FFFD.
 std::string quote(std::string_view text);
 // A name out of a file for a one-line message: quoted, cut after 80 bytes.

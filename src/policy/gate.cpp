@@ -1,5 +1,7 @@
 #include "policy/gate.hpp"
 
+#include "base/hash.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -52,13 +54,78 @@ Gate::Choice Gate::choose(std::span<const double> out, double threshold) const {
         const double steps = gate_steps[i];
         score = std::max(score, out[i] / steps);
         // At no price at all one step a chunk is what calibration stands for.
-        const double worth = std::isinf(threshold) ? (i == 0 ? 1 : 0) : out[i] - threshold * steps;
+        const double worth = std::isinf(threshold)
+                                 ? (i == 0 ? 1 : 0)
+                                 : out[i] - threshold * steps - calibration.offset[i];
         if (worth > most) {
             most = worth;
             best = gate_steps[i];
         }
     }
     return {best, score};
+}
+
+void Gate::seal() {
+    Hash all;
+    const auto add = [&](std::span<const double> values) {
+        all.add(values.data(), values.size() * sizeof(double));
+    };
+    all.add_number(uint64_t(features));
+    all.add_number(uint64_t(form));
+    all.add_number(net.hidden());
+    add(net.parameters());
+    add(mean);
+    add(deviation);
+    for (const Calibration::Point &p : calibration.points)
+        add(std::vector{p.rate, p.threshold});
+    add(calibration.offset);
+    add(std::vector{value_unit, calibration.target, calibration.front, calibration.scale,
+                    calibration.slope, calibration.reference});
+    hash = all.hex();
+}
+
+Spending spending(const Gate &gate, std::span<const std::vector<double>> outputs,
+                  double threshold) {
+    Spending all{};
+    for (const std::vector<double> &out : outputs) {
+        const int32_t steps = std::abs(gate.choose(out, threshold).steps);
+        all.steps += double(steps) / double(outputs.size());
+        size_t i = 0;
+        while (i < gate_step_count && steps >= gate_steps[i])
+            ++i;
+        all.share[i] += 1 / double(outputs.size());
+    }
+    return all;
+}
+
+void fit_thresholds(const Gate &gate, std::span<const std::vector<double>> outputs,
+                    Calibration &calibration) {
+    static constexpr double rates[] = {0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55,
+                                       0.6,  0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.25, 1.5,
+                                       1.75, 2.0};
+    calibration.points.clear();
+    if (outputs.empty())
+        return;
+    double low = INFINITY, high = -INFINITY;
+    for (const std::vector<double> &out : outputs) {
+        const double score = gate.choose(out, 0).score;
+        low = std::min(low, score);
+        high = std::max(high, score);
+    }
+    const double width = std::max(high - low, 1e-9);
+    for (const double rate : rates) {
+        if (rate > 1 && gate.form != GateForm::steps)
+            break;
+        // Spending falls with the threshold.
+        double below = low - 2 * width, above = high + width;
+        for (int i = 0; i < 60; ++i) {
+            const double middle = (below + above) / 2;
+            (spending(gate, outputs, middle).steps > rate ? below : above) = middle;
+        }
+        if (!calibration.points.empty())
+            above = std::min(above, calibration.points.back().threshold);
+        calibration.points.push_back({rate, above});
+    }
 }
 
 } // namespace ponder

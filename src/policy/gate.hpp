@@ -24,6 +24,8 @@ struct Calibration {
     };
     std::vector<Point> points;
     double target = 0.5; // default operating point, steps a chunk
+    // Added to the price of gate_steps[i] steps, for a target distribution over K.
+    double offset[gate_step_count] = {};
     // Early steps serve every later chunk: where the stream's length is declared, this share of its
     // steps is spent at once, and the gate places the rest.
     double front = 0.9;
@@ -43,7 +45,8 @@ struct Gate {
     std::vector<double> mean, deviation; // of each feature
     double value_unit = 1;
     Calibration calibration;
-    std::string hash; // of all of it
+    std::string hash; // of all of it; see seal()
+    void seal();
 
     // Centred, scaled, cut at 5 deviations; what is not known is 0.
     std::vector<double> normalise(std::span<const double> features) const;
@@ -57,6 +60,18 @@ struct Gate {
     };
     Choice choose(std::span<const double> outputs, double threshold) const;
 };
+
+// Thresholds for the usual rates: at each, choosing among `outputs` (of many chunks) spends that
+// many steps a chunk on average.
+void fit_thresholds(const Gate &gate, std::span<const std::vector<double>> outputs,
+                    Calibration &calibration);
+// Mean steps a chunk of choosing at a threshold, and the share of chunks with 0 and each of
+// gate_steps (K = -1 counts as one step).
+struct Spending {
+    double steps, share[1 + gate_step_count];
+};
+Spending spending(const Gate &gate, std::span<const std::vector<double>> outputs,
+                  double threshold);
 
 class Policy;
 // Follows the gate's scores at `target` steps a chunk; 0 = the calibration's target.

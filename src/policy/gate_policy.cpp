@@ -22,6 +22,10 @@ public:
         tracker_.learned(record.steps, record.update_norm, record.gradient_norm);
     }
 
+    std::vector<double> features(const Situation &s) const override {
+        return tracker_.features({s.chunk, s.expected, s.budget_left, target_});
+    }
+
     Decision decide(const Situation &s, Random &) override {
         const Calibration &c = gate_->calibration;
         Decision d;
@@ -37,7 +41,7 @@ public:
             return d;
         }
         const std::vector<double> outputs =
-            gate_->evaluate(tracker_.features({s.chunk, s.expected, s.budget_left, target_}));
+            gate_->evaluate(features(s));
         // How dense steps should be from here on, and the price of one at that density.
         double rate = target_ + feedback * (target_ * double(s.chunk) - spent);
         if (declared)

@@ -112,6 +112,62 @@ struct Ema final : Policy {
     std::vector<double> first;
 };
 
+// Greedy, and not causal: the steps that lower the loss of the coming chunks most at the price that
+// spends the target. The price is the value that the wanted share of what was seen so far exceeds.
+struct Oracle final : Policy {
+    static constexpr uint64_t looks = 8; // chunks
+
+    explicit Oracle(double rate) : target(rate) {}
+    Decision decide(const Situation &, Random &) override { return {}; }
+    bool looks_ahead() const override { return true; }
+    uint64_t horizon() const override { return looks; }
+
+    int32_t choose(const Situation &s, std::span<const int32_t> steps,
+                   std::span<const double> losses) override {
+        const bool declared = s.expected > s.chunk;
+        // Early steps serve more chunks.
+        const double chunks = double(declared ? s.expected : s.chunk + 1);
+        const double weight = declared ? (chunks - double(s.chunk) - 1) / chunks : 1;
+        const auto value = [&](size_t i) { return weight * (losses[0] - losses[i]); };
+        double best = 0;
+        for (size_t i = 1; i < steps.size(); ++i)
+            best = std::max(best, value(i) / double(steps[i]));
+        seen.push_back(best);
+        const double left = target * chunks - spent;
+        const double rest = declared ? chunks - double(s.chunk) : 1;
+        std::vector<double> sorted = seen;
+        std::sort(sorted.begin(), sorted.end());
+        const double rate = std::clamp(left / rest, 0.0, 1.0);
+        const double price = sorted[size_t((1 - rate) * double(sorted.size() - 1) + 0.5)];
+        size_t choice = 0;
+        double most = 0;
+        for (size_t i = 1; i < steps.size(); ++i) {
+            const double worth = value(i) - 0.999 * price * double(steps[i]);
+            if (double(steps[i]) <= left + 1e-9 && worth > most) {
+                most = worth;
+                choice = i;
+            }
+        }
+        spent += double(steps[choice]);
+        return steps[choice];
+    }
+    std::vector<double> state() const override {
+        std::vector<double> values{spent};
+        values.insert(values.end(), seen.begin(), seen.end());
+        return values;
+    }
+    void set_state(const std::vector<double> &values) override {
+        if (values.empty())
+            throw_error(PONDER_E_FORMAT, "policy state is empty");
+        spent = values[0];
+        seen.assign(values.begin() + 1, values.end());
+    }
+
+    const double target;
+    double spent = 0;
+    std::vector<double> seen;
+};
+
 [[noreturn]] void bad_policy(const std::string &text, const char *problem) {
     throw_error(PONDER_E_ARGUMENT, "policy '%.80s': %s", text.c_str(), problem);
 }
@@ -148,6 +204,10 @@ double Signals::of(Signal signal) const {
         break;
     }
     return std::numeric_limits<double>::quiet_NaN();
+}
+
+bool never_learns(const std::string &text) {
+    return text != "adapter" && parse_policy(text)->never();
 }
 
 std::unique_ptr<Policy> parse_policy(const std::string &text) {
@@ -192,8 +252,10 @@ std::unique_ptr<Policy> parse_policy(const std::string &text) {
         const Signal signal = parse_signal(text, part[1]);
         return std::make_unique<Ema>(signal, number(0, 1));
     }
+    if (name == "oracle")
+        return expect(2, "the form is oracle:RATE"), std::make_unique<Oracle>(number(0, 64));
     bad_policy(text, "no such policy; there are skip, always, every:N, first:P, random:P, "
-                     "threshold:SIGNAL:X, ema:SIGNAL:RATE");
+                     "threshold:SIGNAL:X, ema:SIGNAL:RATE, oracle:RATE, adapter");
 }
 
 } // namespace ponder

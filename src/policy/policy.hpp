@@ -49,13 +49,24 @@ public:
     virtual bool observes() const { return false; }
     virtual void observe(const Observation &) {}
     virtual void learned(const ponder_record &) {}
+    virtual std::vector<double> features(const Situation &) const { return {}; }
+    // An oracle: decides after the session has tried each number of steps on what comes next.
+    virtual bool looks_ahead() const { return false; }
+    // `losses` of the coming chunks after 0 steps and after each of `steps`. Returns one of them.
+    virtual int32_t choose(const Situation &, std::span<const int32_t>, std::span<const double>) {
+        return 0;
+    }
+    virtual uint64_t horizon() const { return 0; }
     // Everything that changes over a stream.
     virtual std::vector<double> state() const { return {}; }
     virtual void set_state(const std::vector<double> &) {}
 };
 
-// skip | always | every:N | first:P | random:P | threshold:SIGNAL:X | ema:SIGNAL:RATE.
-// PONDER_E_ARGUMENT naming the part that is wrong.
+// Whether a policy of this text updates nothing, ever.
+bool never_learns(const std::string &text);
+
+// skip | always | every:N | first:P | random:P | threshold:SIGNAL:X | ema:SIGNAL:RATE |
+// oracle:RATE. PONDER_E_ARGUMENT naming the part that is wrong. `adapter` is the session's to make.
 std::unique_ptr<Policy> parse_policy(const std::string &text);
 
 } // namespace ponder

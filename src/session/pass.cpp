@@ -5,7 +5,7 @@
 namespace ponder {
 
 Recording record_pass(const Gpt2 &model, const Adapter &adapter, const PassShape &shape) {
-    Recording r{Graph(model.type()), {}, none, none, none, none, none, {}, {}};
+    Recording r{Graph(model.type()), {}, none, none, none, none, none, {}, {}, none, none, none};
     Graph &g = r.graph;
     adapter.bind(g);
     r.tokens = g.external("tokens", DType::i32, {1, shape.tokens});
@@ -27,6 +27,18 @@ Recording record_pass(const Gpt2 &model, const Adapter &adapter, const PassShape
     r.entropy = loss.entropy;
     g.expose(r.nll, "losses");
     g.expose(r.entropy, "entropies");
+    if (shape.watch) {
+        r.hidden = hidden;
+        for (const Call &call : g.calls()) {
+            if (call.rule->name == std::string_view("attention"))
+                r.qkv = call.in[0]; // of the last layer in the end
+            if (call.rule->name == std::string_view("cross_entropy") && call.out.size() > 2)
+                r.probabilities = call.out[2];
+        }
+        for (Id id : r.watched())
+            if (id != none)
+                g.expose(id, "watched");
+    }
     r.segment_ends.push_back(g.calls().size());
 
     if (shape.learn) {

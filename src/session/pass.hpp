@@ -5,6 +5,8 @@
 #include "adapt/adapter.hpp"
 #include "tensor/program.hpp"
 
+#include <array>
+
 namespace ponder {
 
 struct PassShape {
@@ -12,6 +14,7 @@ struct PassShape {
     int64_t scored; // the chunk: the last of them
     bool learn;     // record the backward pass
     bool inside;    // the adapter's layer after the backbone takes part
+    bool watch = false; // a gate reads hidden states, the last attention's input, probabilities
     auto operator<=>(const PassShape &) const = default;
 };
 
@@ -26,6 +29,9 @@ struct Recording {
     Id reconstruction = none;  // wide [1, 3]
     std::vector<Id> new_state; // inside: fast weights after the pass
     std::vector<Id> gradient;  // learn: of each fast tensor
+    // watch: act [1, scored, C], act [1, tokens, 3 C], act [1, scored, V] if a tape keeps it
+    Id hidden = none, qkv = none, probabilities = none;
+    std::array<Id, 3> watched() const { return {hidden, qkv, probabilities}; }
 };
 
 Recording record_pass(const Gpt2 &model, const Adapter &adapter, const PassShape &shape);

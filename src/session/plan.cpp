@@ -33,7 +33,7 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     require_dtype(backend, type);
     const Gpt2 model(Gpt2Folder(folder).config(), type); // no memory: shapes only
     const Gpt2Config &config = model.config();
-    const bool never = parse_policy(options.text("policy"))->never();
+    const bool never = never_learns(options.text("policy"));
     const auto adapter = make_adapter(config, effective_options(options, never), "");
 
     const int64_t chunk = std::min(options.integer("chunk"), config.context);
@@ -41,8 +41,9 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     context = std::clamp(context == 0 ? config.context : context, chunk, config.context);
     const bool inside = adapter->learns_inside(), fast = adapter->fast_count() > 0;
     const bool learn = fast && !inside && !never;
+    const bool watch = options.text("policy") == "adapter";
     const Recording pass =
-        record_pass(model, *adapter, {context / chunk * chunk, chunk, learn, inside});
+        record_pass(model, *adapter, {context / chunk * chunk, chunk, learn, inside, watch});
     const std::vector<Group> groups = schedule(pass.graph, pass.segment_ends);
 
     ponder_memory_plan plan{};
@@ -56,6 +57,8 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     plan.fast_weights = 3 * vector; // now, shadow, initial
     plan.optimizer = vector * (2 * moments + (learn ? 1 : 0));
     plan.activations = plan_arena(pass.graph, groups).bytes;
+    for (Id id : pass.watched())
+        plan.activations += id == none ? 0 : pass.graph.value(id).bytes();
     plan.workspace = packs ? workspace_of_worker(config) * runtime.threads->count() : 0;
     plan.total = plan.weights + plan.packed_weights + plan.fast_weights + plan.optimizer +
                  plan.activations + plan.workspace;

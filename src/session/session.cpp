@@ -44,10 +44,21 @@ UpdateRule::State FastState::view() const {
 }
 
 Session::Session(std::shared_ptr<const Model> model, const Options &options)
-    : model_(std::move(model)), options_(with_stored_options(options)),
-      budget_(options_.number("budget.rate"), options_.number("budget.burst")) {
+    : Session(model, with_stored_options(options), nullptr, nullptr) {}
+
+Session::Session(std::shared_ptr<const Model> model, const Options &options,
+                 std::shared_ptr<const Adapted> adapted, std::shared_ptr<const Gate> gate)
+    : model_(std::move(model)), options_(options), adapted_(std::move(adapted)),
+      gate_(std::move(gate)), budget_(options_.number("budget.rate"),
+                                      options_.number("budget.burst")) {
     const Gpt2Config &config = model_->backbone().config();
-    policy_ = parse_policy(options_.text("policy"));
+    const std::string &policy = options_.text("policy");
+    if (!adapted_)
+        adapted_ = model_->adapted(effective_options(options_, never_learns(policy)));
+    const Adapter &adapter = adapted_->adapter();
+    if (policy == "adapter" && !gate_)
+        gate_ = adapter.gate();
+    policy_ = new_policy();
     chunk_ = options_.integer("chunk");
     context_ = options_.integer("context");
     if (context_ == 0)
@@ -65,8 +76,6 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options)
     analysis_ = options_.boolean("analysis");
     ring_ = size_t(options_.integer("record.ring"));
 
-    adapted_ = model_->adapted(effective_options(options_, policy_->never()));
-    const Adapter &adapter = adapted_->adapter();
     inside_ = adapter.learns_inside();
     if (!inside_ && policy_->reads() == Signal::reconstruction)
         throw_error(PONDER_E_ARGUMENT, "policy '%s': only TTT layers have a reconstruction loss",
@@ -102,13 +111,34 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options)
     // Every pass of full chunks is recorded now, so that later calls allocate nothing.
     for (int64_t before = 0; before + chunk_ <= context_; before += chunk_)
         for (int inside = 0; inside <= int(inside_); ++inside)
-            reserve(
-                *adapted_->pass({before + chunk_, chunk_, records_gradients(), inside != 0}, true));
+            reserve(*adapted_->pass(shape(before + chunk_, chunk_, inside != 0), true));
     reset();
 }
 
+// `policy`, or the gate that has taken its place.
+std::unique_ptr<Policy> Session::new_policy() const {
+    if (gate_)
+        return make_gate_policy(gate_, options_.number("policy.target_rate"));
+    if (options_.text("policy") == "adapter")
+        throw_error(PONDER_E_STATE, "policy 'adapter': the adapter '%.200s' has no gate",
+                    options_.text("adapter").c_str());
+    return parse_policy(options_.text("policy"));
+}
+
+void Session::use_gate(std::shared_ptr<const Gate> gate) {
+    auto policy = make_gate_policy(gate, 0);
+    gate_ = std::move(gate);
+    policy_ = std::move(policy);
+    open_pass_.reset(); // an open chunk runs again, watched
+    tape_ = gradient_ready_ = false;
+}
+
+PassShape Session::shape(int64_t tokens, int64_t scored, bool inside) const {
+    return {tokens, scored, records_gradients(), inside, policy_->observes()};
+}
+
 std::unique_ptr<Session> Session::fork() const {
-    auto copy = std::make_unique<Session>(model_, options_);
+    std::unique_ptr<Session> copy(new Session(model_, options_, adapted_, gate_));
     copy->load(save(), "fork");
     return copy;
 }
@@ -120,7 +150,7 @@ void Session::reset() {
     }
     history_.clear();
     waiting_.clear();
-    policy_ = parse_policy(options_.text("policy"));
+    policy_ = new_policy();
     random_ = Random(uint64_t(options_.integer("seed")) ^ 0x506f6c696379u);
     budget_ = Budget(options_.number("budget.rate"), options_.number("budget.burst"));
     signals_ = {};
@@ -128,6 +158,7 @@ void Session::reset() {
     records_.clear();
     open_ = tape_ = gradient_ready_ = ran_inside_ = false;
     open_tokens_ = 0;
+    scale_ = 1;
     open_ids_.clear();
     open_pass_.reset();
 }
@@ -163,6 +194,14 @@ void Session::reserve(const Pass &pass) {
         arena_ = Buffer(); // the old one first: both together might break the limit
         arena_ = Buffer(memory, pass.program->arena_bytes());
     }
+    for (size_t i = 0; i < watched_.size(); ++i)
+        if (const Id id = pass.recording.watched()[i]; id != none) {
+            const size_t bytes = pass.program->graph().value(id).bytes();
+            if (bytes > watched_[i].size()) {
+                watched_[i] = Buffer();
+                watched_[i] = Buffer(memory, bytes);
+            }
+        }
     size_t each = pass.program->workspace_bytes();
     if (rule_)
         each = std::max(each, rule_->workspace_bytes());
@@ -193,6 +232,8 @@ Program::Bindings Session::bindings(const FastState &weights, std::vector<float>
     bind(r.nll, nll.data());
     bind(r.entropy, entropy_.data());
     bind(r.reconstruction, reconstruction_);
+    for (size_t i = 0; i < watched_.size(); ++i)
+        bind(r.watched()[i], watched_[i].data());
     return at;
 }
 
@@ -218,13 +259,14 @@ class Session::Undo {
 public:
     explicit Undo(Session &session)
         : session_(session), budget_(session.budget_), random_(session.random_),
-          policy_(session.policy_->state()) {}
+          policy_(session.policy_->state()), scale_(session.scale_) {}
     ~Undo() {
         if (!armed_)
             return;
         session_.budget_ = budget_;
         session_.random_ = random_;
         session_.policy_->set_state(policy_);
+        session_.scale_ = scale_;
     }
     void disarm() { armed_ = false; }
 
@@ -233,6 +275,7 @@ private:
     Budget budget_;
     Random random_;
     std::vector<double> policy_;
+    double scale_;
     bool armed_ = true;
 };
 
@@ -277,6 +320,11 @@ void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
     }
     ensure_tape(guard);
     record.flops = open_pass_->program->flops(score_segment);
+    if (policy_->observes()) {
+        const uint64_t before = now_ns();
+        observe();
+        record.decide_ns += now_ns() - before;
+    }
     if (inside_ && analysis_) {
         signals_.loss = mean(nll_);
         signals_.entropy = mean(entropy_);
@@ -319,8 +367,8 @@ void Session::ensure_tape(const CallGuard &guard) {
     if (tape_)
         return;
     const int64_t total = int64_t(open_ids_.size());
-    open_pass_ = adapted_->pass({total, open_tokens_, records_gradients(), ran_inside_},
-                                open_tokens_ == chunk_);
+    open_pass_ =
+        adapted_->pass(shape(total, open_tokens_, ran_inside_), open_tokens_ == chunk_);
     reserve(*open_pass_);
     std::copy(open_ids_.begin(), open_ids_.end(), ids_.begin());
     const auto scored = open_ids_.end() - open_tokens_;
@@ -331,17 +379,50 @@ void Session::ensure_tape(const CallGuard &guard) {
     gradient_ready_ = false;
 }
 
+// Shows the policy the open chunk; its pass has just run.
+void Session::observe() {
+    const Recording &r = open_pass_->recording;
+    const Gpt2Config &config = model_->backbone().config();
+    const Graph &graph = open_pass_->program->graph();
+    const auto view = [&](Id id, const Buffer &buffer) -> MatrixView {
+        if (id == none)
+            return {};
+        const Shape &shape = graph.shape(id);
+        const size_t columns = size_t(shape[shape.rank - 1]);
+        return {buffer.data(), graph.value(id).type, size_t(shape.count()) / columns, columns};
+    };
+    Observation o;
+    const size_t predictions = size_t(open_tokens_) - 1;
+    o.nll = {nll_.data(), predictions};
+    o.entropy = {entropy_.data(), predictions};
+    o.ids = std::span(open_ids_).last(size_t(open_tokens_));
+    o.vocabulary = config.vocabulary;
+    o.hidden = view(r.hidden, watched_[0]);
+    o.qkv = view(r.qkv, watched_[1]);
+    o.heads = config.heads;
+    o.probabilities = view(r.probabilities, watched_[2]);
+    policy_->observe(o);
+}
+
+std::vector<double> Session::features() const {
+    return policy_->features({chunks_ - open_, expected_, signals_, budget_.left()});
+}
+
 // The policy's wish, then what the budget grants: record.steps.
 int32_t Session::decide(int32_t forced, ponder_record &record) {
     Decision decision;
     if (forced < 0) {
-        decision = policy_->decide({record.chunk, expected_, signals_}, random_);
+        decision =
+            policy_->decide({record.chunk, expected_, signals_, budget_.left()}, random_);
         record.gate_score = decision.score;
         record.gate_threshold = decision.threshold;
         if (decision.calibrating)
             record.flags |= PONDER_RECORD_CALIBRATING;
     }
-    const int64_t each = inside_ ? 1 : steps_; // a TTT layer takes its own steps in the pass
+    // A TTT layer takes its own steps in the pass. Steps that the host gave hold for any policy.
+    const bool chooses = decision.steps >= 0 && !options_.given("steps");
+    const int64_t each = inside_ ? 1 : chooses ? decision.steps : steps_;
+    scale_ = decision.scale;
     const int64_t wanted = forced >= 0 ? forced : decision.update ? each : 0;
     budget_.next_chunk();
     const int64_t granted = adapted_->adapter().fast_count() == 0 ? 0 : budget_.grant(wanted);
@@ -372,6 +453,8 @@ void Session::learn(int32_t forced, const CallGuard &guard) {
         if (records_gradients())
             ensure_tape(guard);
         const uint64_t start = now_ns();
+        if (policy_->looks_ahead() && forced < 0)
+            forced = look_ahead(record, guard);
         if (policy_->reads() == Signal::gradient_norm && forced < 0) {
             run_backward(current_, guard);
             gradient_ready_ = true;
@@ -380,10 +463,11 @@ void Session::learn(int32_t forced, const CallGuard &guard) {
                 rule_->norm(gradient_.data<float>(), workspace_.data());
         }
         record.steps_wanted = decide(forced, record);
-        record.decide_ns = now_ns() - start;
+        const uint64_t decided = now_ns();
+        record.decide_ns += decided - start;
         learn_between(record.steps, record, guard);
         undo.disarm();
-        record.learn_ns = now_ns() - start - record.decide_ns;
+        record.learn_ns = now_ns() - decided;
     }
     finish(record);
 }
@@ -411,6 +495,7 @@ void Session::learn_between(int32_t steps, ponder_record &record, const CallGuar
         finite = std::isfinite(norm);
     }
     if (steps > 0) {
+        apply_scale();
         record.update_norm =
             rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
         if (finite && accept(record.update_norm)) {
@@ -431,11 +516,23 @@ void Session::learn_between(int32_t steps, ponder_record &record, const CallGuar
     tape_ = false;
 }
 
+// The shadow's distance from the weights of now, scaled.
+void Session::apply_scale() {
+    if (scale_ == 1)
+        return;
+    const size_t count = adapted_->adapter().fast_count();
+    const float scale = float(scale_), *now = current_.weights();
+    float *next = shadow_.weights();
+    for (size_t i = 0; i < count; ++i)
+        next[i] = now[i] + scale * (next[i] - now[i]);
+}
+
 void Session::learn_inside(ponder_record &record) {
     const uint64_t start = now_ns();
     if (record.steps > 0) {
         const CallGuard unlimited(cancel_, nullptr);
         ensure_tape(unlimited); // after a restore
+        apply_scale();
         record.update_norm =
             rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
         if (accept(record.update_norm)) {
@@ -456,6 +553,7 @@ void Session::finish(ponder_record &record) {
     updated_ += (record.flags & PONDER_RECORD_UPDATED) != 0;
     steps_taken_ += uint64_t(record.steps);
     record.update_rate = double(updated_) / double(chunks_);
+    policy_->learned(record);
     records_.back() = record;
     open_ = false;
     open_pass_.reset();

@@ -45,6 +45,9 @@ private:
 class Session {
 public:
     Session(std::shared_ptr<const Model> model, const Options &options);
+    // Decides by this gate from now on, at its calibration's target, as if the option `policy` were
+    // `adapter` and the gate stored.
+    void use_gate(std::shared_ptr<const Gate> gate);
     std::unique_ptr<Session> fork() const;
     void reset();
 
@@ -60,6 +63,18 @@ public:
     void flush(const CallGuard &guard);
 
     bool has_open() const { return open_; }
+    // What the open chunk would be worth: for each number of steps on it and none later, the mean
+    // loss of the next `horizon` waiting chunks, and the chunk's own after the steps if wanted.
+    // Layers that learn inside are decided on before a chunk: the first of the waiting chunks runs
+    // with the layer (any steps) or without. Not causal; the session stays as it is.
+    struct After {
+        double later, own;
+    };
+    std::vector<After> losses_after(std::span<const int32_t> steps, uint64_t horizon, bool own,
+                                    const CallGuard &guard) const;
+    uint64_t chunks_waiting() const { return waiting_.size() / uint64_t(chunk_); }
+    // The policy's features of the stream so far; empty for policies that do not observe.
+    std::vector<double> features() const;
     std::span<const float> losses() const;
     const std::deque<ponder_record> &records() const { return records_; }
     ponder_session_info info() const;
@@ -74,6 +89,13 @@ public:
 private:
     static constexpr size_t most_waiting = size_t(1) << 24;
 
+    Session(std::shared_ptr<const Model> model, const Options &options,
+            std::shared_ptr<const Adapted> adapted, std::shared_ptr<const Gate> gate);
+    std::unique_ptr<Policy> new_policy() const;
+    PassShape shape(int64_t tokens, int64_t scored, bool inside) const;
+    void observe();
+    int32_t look_ahead(ponder_record &record, const CallGuard &guard);
+    void apply_scale();
     int64_t context_tokens(int64_t scored) const;
     void reserve(const Pass &pass);
     void score_chunk(int64_t tokens, const CallGuard &guard);
@@ -95,6 +117,7 @@ private:
     std::shared_ptr<const Model> model_;
     Options options_;
     std::shared_ptr<const Adapted> adapted_;
+    std::shared_ptr<const Gate> gate_; // of policy `adapter`
     bool inside_ = false; // the adapter learns inside the pass
     int64_t chunk_, context_, steps_;
     double guard_norm_;
@@ -105,6 +128,7 @@ private:
     Buffer arena_, workspace_;
     Buffer gradient_;
     FastState current_, shadow_;
+    std::array<Buffer, 3> watched_; // what a gate reads
     std::vector<float> initial_;
     std::vector<float> rate_, keep_; // of an adapter that has learned its step sizes
     std::vector<int32_t> ids_, targets_; // of the pass
@@ -125,6 +149,7 @@ private:
     std::deque<ponder_record> records_;
     bool open_ = false;             // a scored chunk waits for learn
     bool ran_inside_ = false;       // it ran with the adapter's layer
+    double scale_ = 1;              // on its update
     std::vector<int32_t> open_ids_; // the pass's tokens, to run it again after a restore
     int64_t open_tokens_ = 0;       // scored ones among them
 

@@ -10,7 +10,7 @@ namespace ponder {
 
 namespace {
 
-constexpr const char *format = "ponder-session", *version = "1";
+constexpr const char *format = "ponder-session", *version = "2";
 
 const TensorInfo &tensor(const SafeTensors &file, const std::string &name, const char *dtype) {
     const TensorInfo *info = file.find(name);
@@ -58,6 +58,7 @@ enum Field {
     open,
     ran_inside,
     open_tokens,
+    scale,
     signal_loss,
     signal_entropy,
     signal_reconstruction,
@@ -88,6 +89,7 @@ std::vector<std::byte> Session::save() const {
     state[open] = open_;
     state[ran_inside] = ran_inside_;
     state[open_tokens] = double(open_tokens_);
+    state[scale] = scale_;
     state[signal_loss] = signals_.loss;
     state[signal_entropy] = signals_.entropy;
     state[signal_reconstruction] = signals_.reconstruction;
@@ -102,7 +104,8 @@ std::vector<std::byte> Session::save() const {
                        {"version", version},
                        {"model", model_->backbone().hash()},
                        {"dtype", dtype_text(model_->backbone().type())},
-                       {"options", options_.hash()}};
+                       {"options", options_.hash()},
+                       {"gate", gate_ ? gate_->hash : ""}};
     const auto add = [&](const char *name, DType type, const auto &values) {
         const size_t bytes = values.size() * sizeof(values[0]);
         const size_t element = type == DType::none ? 1 : size_of(type);
@@ -134,12 +137,13 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
     expect_metadata(file, "model", model_->backbone().hash());
     expect_metadata(file, "dtype", dtype_text(model_->backbone().type()));
     expect_metadata(file, "options", options_.hash());
+    expect_metadata(file, "gate", gate_ ? gate_->hash : "");
 
     // Everything is read and checked before anything changes.
     const size_t fast_size = current_.all().size();
     const auto fast = read_vector<float>(file, "fast", "F32", fast_size, fast_size);
     const auto state = read_vector<double>(file, "state", "F64", field_count, field_count);
-    const auto policy = read_vector<double>(file, "policy", "F64", 0, 64);
+    const auto policy = read_vector<double>(file, "policy", "F64", 0, 1 << 20);
     const auto random = read_vector<uint64_t>(file, "random", "U8", 4, 4);
     const auto history =
         read_vector<int32_t>(file, "history", "I32", 0, size_t(2 * context_ + chunk_));
@@ -166,16 +170,16 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
     const bool opened = state[open] != 0;
     if (tokens > uint64_t(chunk_) || tokens > open_ids.size() || (tokens == 1) ||
         (opened && (tokens < 2 || records.empty())) || (state[chunks] > 0 && tokens < 2) ||
-        (state[ran_inside] != 0 && !inside_))
+        (state[ran_inside] != 0 && !inside_) || !(state[scale] >= 0 && state[scale] <= 1e6))
         throw_error(PONDER_E_FORMAT, "%s: tensor 'state': the open chunk does not fit",
                     name.c_str());
     const uint64_t numbers[] = {counted(expected),       counted(chunks),  counted(fed),
                                 counted(scored_tokens),  counted(updated), counted(steps_taken),
                                 counted(optimizer_steps)};
-    auto new_policy = parse_policy(options_.text("policy"));
-    new_policy->set_state(policy);
+    auto restored = new_policy();
+    restored->set_state(policy);
 
-    policy_ = std::move(new_policy);
+    policy_ = std::move(restored);
     std::copy(fast.begin(), fast.end(), current_.all().begin());
     std::copy(random.begin(), random.end(), random_.state.begin());
     history_ = history;
@@ -195,6 +199,7 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
     open_ = opened;
     ran_inside_ = state[ran_inside] != 0;
     open_tokens_ = int64_t(tokens);
+    scale_ = state[scale];
     signals_ = {state[signal_loss], state[signal_entropy], state[signal_reconstruction],
                 state[signal_gradient_norm], state[signal_update_norm]};
     open_pass_.reset();

@@ -4,6 +4,7 @@
 #include "formats/safetensors.hpp"
 #include "train/adapter_trainer.hpp"
 #include "train/backbone_trainer.hpp"
+#include "train/gate_trainer.hpp"
 
 #include <limits>
 
@@ -78,6 +79,8 @@ std::unique_ptr<Trainer> make_trainer(std::shared_ptr<const Model> model, int32_
     switch (kind) {
     case PONDER_TRAIN_ADAPTER:
         return std::make_unique<AdapterTrainer>(std::move(model), options);
+    case PONDER_TRAIN_GATE:
+        return std::make_unique<GateTrainer>(std::move(model), options);
     case PONDER_TRAIN_BACKBONE:
         return std::make_unique<BackboneTrainer>(std::move(model), options);
     default:

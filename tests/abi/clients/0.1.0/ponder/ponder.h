@@ -456,6 +456,36 @@ PONDER_API uint64_t ponder_trainer_steps(const ponder_trainer *trainer);
 PONDER_API ponder_status ponder_trainer_export(const ponder_trainer *trainer, const char *folder,
                                                ponder_error *error);
 
+/* What a calibration found. NaN where nothing was measured. */
+typedef struct ponder_calibration {
+    uint32_t struct_size;
+    uint32_t rounds;       /* of measuring and fitting */
+    double target;         /* steps a chunk */
+    double loss;           /* of the streams, nats a token */
+    double rate;           /* steps a chunk, realised */
+    double rate_farthest;  /* of the stream that is farthest from the target */
+    double share[4];       /* of chunks with 0, 1, 2, 4 steps */
+    double held_loss;      /* the same on the other streams */
+    double held_rate;
+    double held_farthest;
+    double held_share[4];
+    double front;          /* share of a declared stream's steps that is spent at once */
+    double scale, slope;   /* of updates: scale (1 + slope (mean loss - reference)) */
+} ponder_calibration;
+
+/* Fits the gate stored in the folder of option `adapter` to a number of steps a chunk (option
+ * policy.target_rate; 0 = the target stored) or to `share`, four shares of chunks with 0, 1, 2 and 4
+ * steps that sum to 1 (NULL = none), on unlabeled streams, each read as one stream of declared
+ * length. Thresholds for a range of rates, and where `search` is 1 also how early and how large
+ * steps are, by the streams' loss. Stores the result in the folder (atomically) and reports how it
+ * holds on `held` (may be NULL with held_count 0). On error nothing has changed. */
+PONDER_API ponder_status ponder_calibrate(const ponder_model *model, const ponder_options *options,
+                                          const ponder_stream *streams, uint32_t count,
+                                          const ponder_stream *held, uint32_t held_count,
+                                          const double *share, int32_t search,
+                                          ponder_calibration *report, const ponder_call *call,
+                                          ponder_error *error);
+
 /* Writes a GPT-2 folder with random weights (options model.*, seed) for the tokenizer that
  * already lies in it. PONDER_E_STATE if it holds weights. */
 PONDER_API ponder_status ponder_backbone_create(const char *folder, const ponder_options *options,

@@ -1,0 +1,203 @@
+#include "eval/calibrate.hpp"
+
+#include "adapt/stored.hpp"
+#include "adapt/stored_gate.hpp"
+#include "base/error.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace ponder {
+
+namespace {
+
+// What a list of streams did under one calibration.
+struct Run {
+    double loss = 0, rate = 0, farthest = 0; // farthest: the rate farthest from the target
+    double share[4] = {};
+    std::vector<std::vector<double>> outputs; // of the gate, for every chunk
+    uint64_t chunks = 0;
+};
+
+class Calibrator {
+public:
+    Calibrator(std::shared_ptr<const Model> model, const Options &options, const Gate &gate,
+               const CallGuard &guard)
+        : model_(std::move(model)), options_(options), gate_(gate), guard_(guard) {}
+
+    // Streams are declared unless `declared` is false.
+    Run run(std::span<const ponder_stream> streams, const Calibration &calibration,
+            bool declared = true) {
+        auto gate = std::make_shared<Gate>(gate_);
+        gate->calibration = calibration;
+        gate->seal();
+        Session session(model_, options_);
+        const uint64_t chunk = session.info().chunk_tokens;
+        Run all;
+        double predictions = 0;
+        for (size_t s = 0; s < streams.size(); ++s) {
+            const uint64_t chunks = streams[s].count / chunk;
+            if (chunks == 0)
+                throw_error(PONDER_E_ARGUMENT, "streams[%zu] has no chunk of %llu tokens", s,
+                            static_cast<unsigned long long>(chunk));
+            session.use_gate(gate);
+            session.reset();
+            if (declared)
+                session.expect(chunks);
+            double steps = 0;
+            for (uint64_t i = 0; i < chunks; ++i) {
+                session.feed({streams[s].ids + i * chunk, size_t(chunk)});
+                session.score(guard_);
+                const std::vector<double> features = session.features();
+                session.learn(-1, guard_);
+                all.outputs.push_back(gate->evaluate(features));
+                const ponder_record &r = session.records().back();
+                steps += r.steps;
+                all.loss += r.loss_before * r.predictions;
+                predictions += r.predictions;
+                all.share[r.steps <= 0 ? 0 : r.steps == 1 ? 1 : r.steps < 4 ? 2 : 3] += 1;
+                guard_.check();
+            }
+            const double rate = steps / double(chunks);
+            if (std::abs(rate - calibration.target) >=
+                std::abs(all.farthest - calibration.target) || s == 0)
+                all.farthest = rate;
+            all.rate += steps;
+            all.chunks += chunks;
+            ++done_;
+            guard_.progress(done_, std::max(done_, total_));
+        }
+        all.loss /= predictions;
+        all.rate /= double(all.chunks);
+        for (double &share : all.share)
+            share /= double(all.chunks);
+        return all;
+    }
+    void plan(uint64_t streams) { total_ = streams; }
+
+private:
+    std::shared_ptr<const Model> model_;
+    const Options &options_;
+    const Gate &gate_;
+    const CallGuard &guard_;
+    uint64_t done_ = 0, total_ = 0;
+};
+
+// Offsets on the prices of 2 and 4 steps, so that shares are met at the threshold that meets the
+// rate: by turns, since each moves the other.
+void fit_shares(Gate &gate, std::span<const std::vector<double>> outputs,
+                const std::array<double, 4> &share, double target) {
+    double width = 0;
+    for (const std::vector<double> &out : outputs)
+        for (double v : out)
+            width = std::max(width, std::abs(v));
+    width = std::max(width, 1e-9);
+    for (int round = 0; round < 40; ++round) {
+        fit_thresholds(gate, outputs, gate.calibration);
+        const Spending now = spending(gate, outputs, gate.calibration.threshold(target));
+        const double step = width * 0.5 / (1 + round);
+        for (size_t i = 0; i < gate_step_count; ++i)
+            gate.calibration.offset[i] += step * (now.share[1 + i] - share[1 + i]);
+    }
+    fit_thresholds(gate, outputs, gate.calibration);
+}
+
+} // namespace
+
+ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &given,
+                             std::span<const ponder_stream> streams,
+                             std::span<const ponder_stream> held, const CalibrationGoal &goal,
+                             const CallGuard &guard) {
+    const std::string &folder = given.text("adapter");
+    if (is_built_in(folder))
+        throw_error(PONDER_E_ARGUMENT, "option 'adapter' is '%s': an adapter folder is calibrated",
+                    folder.c_str());
+    const Gpt2 &backbone = model->backbone();
+    const auto stored = make_adapter(backbone.config(), with_stored_options(given), backbone.hash());
+    if (!stored->gate())
+        throw_error(PONDER_E_STATE, "adapter '%.200s' has no gate", folder.c_str());
+    Options options = given;
+    options.set("policy", "adapter");
+    options.set("policy.target_rate", "0");
+    Gate gate = *stored->gate();
+    Calibration &best = gate.calibration;
+    if (goal.target > 0)
+        best.target = goal.target;
+    if (goal.share) {
+        if (gate.form != GateForm::steps)
+            throw_error(PONDER_E_ARGUMENT, "shares of K: the gate is not of the form 'steps'");
+        best.target = (*goal.share)[1] + 2 * (*goal.share)[2] + 4 * (*goal.share)[3];
+        if (!(best.target > 0))
+            throw_error(PONDER_E_ARGUMENT, "shares of K: there is nothing to spend");
+    }
+
+    Calibrator calibrator(model, options, gate, guard);
+    static constexpr double fronts[] = {0.8, 0.9, 1.0}, scales[] = {1.0, 1.25, 1.5},
+                            slopes[] = {0, 0.3, 0.6};
+    const uint64_t tries = uint64_t(goal.rounds) + 1 +
+                           (goal.search ? std::size(fronts) + std::size(scales) - 1 +
+                                              std::size(slopes) - 1
+                                        : 0);
+    calibrator.plan(tries * streams.size() + held.size());
+
+    ponder_calibration report{};
+    report.struct_size = sizeof report;
+    Run run = calibrator.run(streams, best);
+    for (int round = 0; round < goal.rounds; ++round) {
+        std::fill(std::begin(best.offset), std::end(best.offset), 0.0);
+        if (goal.share)
+            fit_shares(gate, run.outputs, *goal.share, best.target);
+        else
+            fit_thresholds(gate, run.outputs, best);
+        run = calibrator.run(streams, best);
+        report.rounds += 1;
+    }
+    if (goal.search) {
+        best.reference = run.loss;
+        const auto attempt = [&](auto member, std::span<const double> values) {
+            Calibration chosen = best;
+            Run least = std::move(run);
+            for (const double value : values) {
+                Calibration other = best;
+                other.*member = value;
+                if (value == best.*member)
+                    continue; // measured already
+                Run measured = calibrator.run(streams, other);
+                if (measured.loss < least.loss) {
+                    least = std::move(measured);
+                    chosen = other;
+                }
+            }
+            best = chosen;
+            run = std::move(least);
+        };
+        attempt(&Calibration::front, fronts);
+        attempt(&Calibration::scale, scales);
+        attempt(&Calibration::slope, slopes);
+        fit_thresholds(gate, run.outputs, best);
+        if (goal.share)
+            fit_shares(gate, run.outputs, *goal.share, best.target);
+    }
+    report.target = best.target;
+    report.loss = run.loss;
+    report.rate = run.rate;
+    report.rate_farthest = run.farthest;
+    std::copy(std::begin(run.share), std::end(run.share), report.share);
+    const double unknown = std::numeric_limits<double>::quiet_NaN();
+    report.held_loss = report.held_rate = report.held_farthest = unknown;
+    std::fill(std::begin(report.held_share), std::end(report.held_share), unknown);
+    if (!held.empty()) {
+        const Run other = calibrator.run(held, best);
+        report.held_loss = other.loss;
+        report.held_rate = other.rate;
+        report.held_farthest = other.farthest;
+        std::copy(std::begin(other.share), std::end(other.share), report.held_share);
+    }
+    report.front = best.front;
+    report.scale = best.scale;
+    report.slope = best.slope;
+    save_calibration(folder, best);
+    return report;
+}
+
+} // namespace ponder
