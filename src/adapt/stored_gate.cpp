@@ -142,14 +142,10 @@ Value describe(const Calibration &c) {
     }
     Value v;
     v.type = Type::object;
-    v.members = {{"version", value_of(int64_t(1))},
-                 {"target", value_of(c.target)},
-                 {"front", value_of(c.front)},
-                 {"scale", value_of(c.scale)},
-                 {"slope", value_of(c.slope)},
-                 {"reference", value_of(c.reference)},
-                 {"offset", value_of(c.offset)},
-                 {"rates", value_of(rates)},
+    v.members = {{"version", value_of(int64_t(1))},   {"target", value_of(c.target)},
+                 {"front", value_of(c.front)},        {"scale", value_of(c.scale)},
+                 {"slope", value_of(c.slope)},        {"reference", value_of(c.reference)},
+                 {"offset", value_of(c.offset)},      {"rates", value_of(rates)},
                  {"thresholds", value_of(thresholds)}};
     return v;
 }
@@ -206,8 +202,7 @@ std::shared_ptr<const Gate> read_gate(const Value &root, const std::string &file
     const Fields fields(*object, "gate", file);
     auto gate = std::make_shared<Gate>();
     gate->form = GateForm(fields.choice("form", {forms[0], forms[1], forms[2]}));
-    gate->features =
-        FeatureSet(fields.choice("features", {feature_sets[0], feature_sets[1]}));
+    gate->features = FeatureSet(fields.choice("features", {feature_sets[0], feature_sets[1]}));
     gate->value_unit = fields.number("value_unit", 1e-12, 1e12);
     const size_t inputs = feature_count(gate->features);
     gate->net = GateNet(inputs, fields.whole("hidden", 1, 4096), gate_outputs(gate->form));

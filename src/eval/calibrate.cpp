@@ -60,7 +60,8 @@ public:
             }
             const double rate = steps / double(chunks);
             if (std::abs(rate - calibration.target) >=
-                std::abs(all.farthest - calibration.target) || s == 0)
+                    std::abs(all.farthest - calibration.target) ||
+                s == 0)
                 all.farthest = rate;
             all.rate += steps;
             all.chunks += chunks;
@@ -113,7 +114,8 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
         throw_error(PONDER_E_ARGUMENT, "option 'adapter' is '%s': an adapter folder is calibrated",
                     folder.c_str());
     const Gpt2 &backbone = model->backbone();
-    const auto stored = make_adapter(backbone.config(), with_stored_options(given), backbone.hash());
+    const auto stored =
+        make_adapter(backbone.config(), with_stored_options(given), backbone.hash());
     if (!stored->gate())
         throw_error(PONDER_E_STATE, "adapter '%.200s' has no gate", folder.c_str());
     Options options = given;
@@ -134,10 +136,9 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
     Calibrator calibrator(model, options, gate, guard);
     static constexpr double fronts[] = {0.8, 0.9, 1.0}, scales[] = {1.0, 1.25, 1.5},
                             slopes[] = {0, 0.3, 0.6};
-    const uint64_t tries = uint64_t(goal.rounds) + 1 +
-                           (goal.search ? std::size(fronts) + std::size(scales) - 1 +
-                                              std::size(slopes) - 1
-                                        : 0);
+    const uint64_t tries =
+        uint64_t(goal.rounds) + 1 +
+        (goal.search ? std::size(fronts) + std::size(scales) - 1 + std::size(slopes) - 1 : 0);
     calibrator.plan(tries * streams.size() + held.size());
 
     ponder_calibration report{};

@@ -1,5 +1,5 @@
-// Fits a gate's calibration on streams, without labels: thresholds for a range of rates, how much of
-// a declared stream's steps come first, and how large updates are when there are fewer of them.
+// Fits a gate's calibration on streams, without labels: thresholds for a range of rates, how much
+// of a declared stream's steps come first, and how large updates are when there are fewer of them.
 #pragma once
 
 #include "session/session.hpp"

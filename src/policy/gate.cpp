@@ -100,9 +100,9 @@ Spending spending(const Gate &gate, std::span<const std::vector<double>> outputs
 
 void fit_thresholds(const Gate &gate, std::span<const std::vector<double>> outputs,
                     Calibration &calibration) {
-    static constexpr double rates[] = {0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55,
-                                       0.6,  0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.25, 1.5,
-                                       1.75, 2.0};
+    static constexpr double rates[] = {0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4,
+                                       0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8,
+                                       0.85, 0.9, 0.95, 1.0, 1.25, 1.5, 1.75, 2.0};
     calibration.points.clear();
     if (outputs.empty())
         return;

@@ -70,8 +70,7 @@ void fit_thresholds(const Gate &gate, std::span<const std::vector<double>> outpu
 struct Spending {
     double steps, share[1 + gate_step_count];
 };
-Spending spending(const Gate &gate, std::span<const std::vector<double>> outputs,
-                  double threshold);
+Spending spending(const Gate &gate, std::span<const std::vector<double>> outputs, double threshold);
 
 class Policy;
 // Follows the gate's scores at `target` steps a chunk; 0 = the calibration's target.

@@ -40,13 +40,13 @@ public:
             d.update = d.calibrating = true;
             return d;
         }
-        const std::vector<double> outputs =
-            gate_->evaluate(features(s));
+        const std::vector<double> outputs = gate_->evaluate(features(s));
         // How dense steps should be from here on, and the price of one at that density.
         double rate = target_ + feedback * (target_ * double(s.chunk) - spent);
-        if (declared)
-            rate =
-                spent < c.front * target_ * chunks ? most_rate : left / (chunks - double(s.chunk));
+        if (declared) // after its last chunk nothing is left to gain
+            rate = spent < c.front * target_ * chunks
+                       ? most_rate
+                       : left / std::max(chunks - 1 - double(s.chunk), 1.0);
         d.threshold = c.threshold(std::max(rate, 0.0));
         const Gate::Choice choice = gate_->choose(outputs, d.threshold);
         d.score = choice.score;
@@ -54,11 +54,12 @@ public:
         d.update = d.steps != 0;
         if (gate_->form == GateForm::soft)
             d.scale *= sigmoid(outputs[0]);
-        if (rate <= 0 || left < 0.5 || (declared && s.chunk + 1 == s.expected)) {
-            d.update = false; // after a declared stream's last chunk there is nothing to gain
+        const double least = declared ? 1 : 0.5; // a declared stream stays within its target
+        if (rate <= 0 || left < least || (declared && s.chunk + 1 == s.expected)) {
+            d.update = false;
             d.steps = 0;
         } else if (d.steps > 0) {
-            d.steps = std::min(d.steps, std::max(1, int32_t(left + 0.5)));
+            d.steps = std::min(d.steps, std::max(1, int32_t(left)));
         }
         return d;
     }
@@ -70,8 +71,8 @@ public:
     }
 
 private:
-    static constexpr double feedback = 0.25; // a chunk's rate for each step that is off the plan
-    static constexpr double borrowed = 3;    // chunks
+    static constexpr double feedback = 0.5; // a chunk's rate for each step that is off the plan
+    static constexpr double borrowed = 3;   // chunks
     static constexpr double most_rate = 1e9;
 
     std::shared_ptr<const Gate> gate_;

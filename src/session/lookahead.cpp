@@ -34,8 +34,8 @@ std::vector<Session::After> Session::losses_after(std::span<const int32_t> steps
             fork->learn(0, guard);
             fork->policy_ = parse_policy("random:0");
         }
-        after.later = chunks > 0 ? after.later / double(chunks)
-                                 : std::numeric_limits<double>::quiet_NaN();
+        after.later =
+            chunks > 0 ? after.later / double(chunks) : std::numeric_limits<double>::quiet_NaN();
         losses.push_back(after);
     }
     return losses;

@@ -10,10 +10,10 @@
 namespace ponder {
 
 struct PassShape {
-    int64_t tokens; // context and chunk
-    int64_t scored; // the chunk: the last of them
-    bool learn;     // record the backward pass
-    bool inside;    // the adapter's layer after the backbone takes part
+    int64_t tokens;     // context and chunk
+    int64_t scored;     // the chunk: the last of them
+    bool learn;         // record the backward pass
+    bool inside;        // the adapter's layer after the backbone takes part
     bool watch = false; // a gate reads hidden states, the last attention's input, probabilities
     auto operator<=>(const PassShape &) const = default;
 };

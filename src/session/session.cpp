@@ -49,8 +49,8 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options)
 Session::Session(std::shared_ptr<const Model> model, const Options &options,
                  std::shared_ptr<const Adapted> adapted, std::shared_ptr<const Gate> gate)
     : model_(std::move(model)), options_(options), adapted_(std::move(adapted)),
-      gate_(std::move(gate)), budget_(options_.number("budget.rate"),
-                                      options_.number("budget.burst")) {
+      gate_(std::move(gate)),
+      budget_(options_.number("budget.rate"), options_.number("budget.burst")) {
     const Gpt2Config &config = model_->backbone().config();
     const std::string &policy = options_.text("policy");
     if (!adapted_)
@@ -367,8 +367,7 @@ void Session::ensure_tape(const CallGuard &guard) {
     if (tape_)
         return;
     const int64_t total = int64_t(open_ids_.size());
-    open_pass_ =
-        adapted_->pass(shape(total, open_tokens_, ran_inside_), open_tokens_ == chunk_);
+    open_pass_ = adapted_->pass(shape(total, open_tokens_, ran_inside_), open_tokens_ == chunk_);
     reserve(*open_pass_);
     std::copy(open_ids_.begin(), open_ids_.end(), ids_.begin());
     const auto scored = open_ids_.end() - open_tokens_;
@@ -412,8 +411,7 @@ std::vector<double> Session::features() const {
 int32_t Session::decide(int32_t forced, ponder_record &record) {
     Decision decision;
     if (forced < 0) {
-        decision =
-            policy_->decide({record.chunk, expected_, signals_, budget_.left()}, random_);
+        decision = policy_->decide({record.chunk, expected_, signals_, budget_.left()}, random_);
         record.gate_score = decision.score;
         record.gate_threshold = decision.threshold;
         if (decision.calibrating)

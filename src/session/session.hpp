@@ -118,7 +118,7 @@ private:
     Options options_;
     std::shared_ptr<const Adapted> adapted_;
     std::shared_ptr<const Gate> gate_; // of policy `adapter`
-    bool inside_ = false; // the adapter learns inside the pass
+    bool inside_ = false;              // the adapter learns inside the pass
     int64_t chunk_, context_, steps_;
     double guard_norm_;
     bool carry_, loss_after_, analysis_;
@@ -130,7 +130,7 @@ private:
     FastState current_, shadow_;
     std::array<Buffer, 3> watched_; // what a gate reads
     std::vector<float> initial_;
-    std::vector<float> rate_, keep_; // of an adapter that has learned its step sizes
+    std::vector<float> rate_, keep_;     // of an adapter that has learned its step sizes
     std::vector<int32_t> ids_, targets_; // of the pass
     std::vector<float> nll_, entropy_, later_nll_;
     float reconstruction_[3] = {};

@@ -110,8 +110,8 @@ GateLoss gate_loss(const Gate &gate, std::span<const GateSample *const> samples,
             // The rate is held from both sides, on probabilities without noise.
             const std::vector<double> rate = through_softmax(softmax(logits), cost_of, 1);
             for (size_t k = 0; k < count; ++k)
-                d[k] = d[k] / n + objective.gamma * 2 * (result.cost - objective.target) *
-                                      rate[k] / n;
+                d[k] =
+                    d[k] / n + objective.gamma * 2 * (result.cost - objective.target) * rate[k] / n;
             dout = to_outputs(gate.form, d);
         }
         gate.net.backward(passes[s], dout, gradient);
@@ -125,8 +125,9 @@ GateTrainer::GateTrainer(std::shared_ptr<const Model> model, const Options &opti
     : Trainer(std::move(model), "gate", options), folder_(options.text("adapter")),
       random_(uint64_t(options.integer("seed")) ^ 0x67617465u) {
     if (is_built_in(folder_))
-        throw_error(PONDER_E_ARGUMENT, "option 'adapter' is '%s': a gate is trained for an adapter "
-                                       "folder",
+        throw_error(PONDER_E_ARGUMENT,
+                    "option 'adapter' is '%s': a gate is trained for an adapter "
+                    "folder",
                     folder_.c_str());
     const Gpt2 &backbone = model_->backbone();
     inside_ = make_adapter(backbone.config(), with_stored_options(options_), backbone.hash())
@@ -139,11 +140,11 @@ GateTrainer::GateTrainer(std::shared_ptr<const Model> model, const Options &opti
     if (inside_ && gate_->form == GateForm::steps)
         throw_error(PONDER_E_ARGUMENT, "gate.form 'steps': a TTT layer takes its own steps; its "
                                        "gates are binary or soft");
-    gate_->features = options_.text("gate.features") == "ponder" ? FeatureSet::ponder
-                                                                 : FeatureSet::planned;
+    gate_->features =
+        options_.text("gate.features") == "ponder" ? FeatureSet::ponder : FeatureSet::planned;
     const size_t inputs = feature_count(gate_->features);
-    gate_->net = GateNet(inputs, size_t(options_.integer("gate.hidden")),
-                         gate_outputs(gate_->form));
+    gate_->net =
+        GateNet(inputs, size_t(options_.integer("gate.hidden")), gate_outputs(gate_->form));
     gate_->net.draw(random_);
     gate_->mean.assign(inputs, 0.0);
     gate_->deviation.assign(inputs, 1.0);
@@ -166,8 +167,8 @@ void GateTrainer::measure(const ponder_stream &stream, Random &random, const Cal
     if (random.next() % 2 == 0)
         session.expect(chunks);
     session.feed({stream.ids, size_t(chunks * chunk)});
-    const double wanted = std::min(1.0, double(options_.integer("gate.samples")) /
-                                            double(chunks - 1));
+    const double wanted =
+        std::min(1.0, double(options_.integer("gate.samples")) / double(chunks - 1));
     const uint64_t horizon = uint64_t(options_.integer("gate.horizon"));
     const size_t kinds = choices(gate_->form);
     const std::span<const int32_t> ks(tried, kinds);
@@ -227,16 +228,14 @@ void GateTrainer::normalise() {
 }
 
 double GateTrainer::temperature() const {
-    const double share =
-        std::min(1.0, double(steps_) / double(options_.integer("train.steps")));
+    const double share = std::min(1.0, double(steps_) / double(options_.integer("train.steps")));
     const double first = options_.number("gate.temperature"),
                  last = options_.number("gate.temperature_end");
     return first * std::pow(last / first, share);
 }
 
 double GateTrainer::learning_rate() const {
-    const double share =
-        std::min(1.0, double(steps_) / double(options_.integer("train.steps")));
+    const double share = std::min(1.0, double(steps_) / double(options_.integer("train.steps")));
     const double end = options_.number("train.end");
     return options_.number("train.lr") *
            (end + (1 - end) * 0.5 * (1 + std::cos(std::numbers::pi * share)));
@@ -251,8 +250,7 @@ GateTrainer::Fit GateTrainer::fit() {
     objective.target = options_.number("gate.target");
     objective.temperature = temperature();
     const double rate = learning_rate(), beta1 = options_.number("train.beta1"),
-                 beta2 = options_.number("train.beta2"),
-                 epsilon = options_.number("train.epsilon"),
+                 beta2 = options_.number("train.beta2"), epsilon = options_.number("train.epsilon"),
                  decay = options_.number("train.decay"), clip = options_.number("train.clip");
     const int64_t rounds = options_.integer("gate.replay");
     Fit mean{};
@@ -324,8 +322,7 @@ ponder_train_record GateTrainer::step(std::span<const ponder_stream> streams,
     r.loss_first = found.first / double(streams.size());
     r.flops = found.flops;
     r.ns = now_ns() - start;
-    r.tokens_per_second =
-        double(found.predictions) * 1e9 / double(std::max<uint64_t>(r.ns, 1));
+    r.tokens_per_second = double(found.predictions) * 1e9 / double(std::max<uint64_t>(r.ns, 1));
     return r;
 }
 
