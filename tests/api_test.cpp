@@ -664,4 +664,102 @@ TEST(ApiText, StatusNamesAndVersion) {
     EXPECT_STREQ(ponder_status_name(99), "unknown");
 }
 
+// ---- trainers
+
+class Trainers : public Api {
+protected:
+    void SetUp() override {
+        Api::SetUp();
+        training = make_options({{"context", "32"},
+                                 {"lora.rank", "2"},
+                                 {"lora.layers", "last:1"},
+                                 {"train.warmup", "0"}});
+        ids = tokens(200);
+        ASSERT_EQ(PONDER_OK, ponder_trainer_create(&trainer, model, PONDER_TRAIN_ADAPTER,
+                                                   training, nullptr));
+    }
+    void TearDown() override {
+        ponder_trainer_destroy(trainer);
+        ponder_options_destroy(training);
+        Api::TearDown();
+    }
+    ponder_options *training = nullptr;
+    ponder_trainer *trainer = nullptr;
+    std::vector<int32_t> ids;
+};
+
+TEST_F(Trainers, StepsSaveAndGoOn) {
+    const ponder_stream streams[2] = {{ids.data(), 96}, {ids.data() + 64, 130}};
+    ponder_train_record record{};
+    record.struct_size = sizeof record;
+    EXPECT_STATUS(PONDER_OK, ponder_trainer_step(trainer, streams, 2, nullptr, &record, e), "");
+    EXPECT_EQ(record.step, 1u);
+    EXPECT_EQ(record.tokens, 31u * (2 + 3)); // chunks after the first of each stream
+    EXPECT_GT(record.loss, 0);
+    EXPECT_GT(record.gradient_norm, 0);
+    EXPECT_GT(record.flops, 0u);
+    EXPECT_TRUE(std::isnan(record.reconstruction));
+    EXPECT_EQ(ponder_trainer_steps(trainer), 1u);
+
+    const TempDir dir;
+    EXPECT_STATUS(PONDER_OK,
+                  ponder_trainer_save(trainer, dir.file("a").c_str(), "{\"position\": 2}", e), "");
+    ponder_trainer *other = nullptr;
+    EXPECT_STATUS(PONDER_OK,
+                  ponder_trainer_create(&other, model, PONDER_TRAIN_ADAPTER, training, e), "");
+    EXPECT_STREQ(ponder_trainer_note(other), "");
+    EXPECT_STATUS(PONDER_OK, ponder_trainer_load(other, dir.file("a").c_str(), e), "");
+    EXPECT_STREQ(ponder_trainer_note(other), "{\"position\": 2}");
+    ponder_train_record again = record;
+    EXPECT_STATUS(PONDER_OK, ponder_trainer_step(trainer, streams, 2, nullptr, &record, e), "");
+    EXPECT_STATUS(PONDER_OK, ponder_trainer_step(other, streams, 2, nullptr, &again, e), "");
+    EXPECT_EQ(record.loss, again.loss);
+    EXPECT_EQ(record.gradient_norm, again.gradient_norm);
+    ponder_trainer_destroy(other);
+
+    // What is exported, a session runs.
+    const std::string folder = dir.file("adapter");
+    EXPECT_STATUS(PONDER_OK, ponder_trainer_export(trainer, folder.c_str(), e), "");
+    ponder_options *with = make_options({{"context", "32"}, {"adapter", folder.c_str()}});
+    ponder_session *adapted = nullptr;
+    EXPECT_STATUS(PONDER_OK, ponder_session_create(&adapted, model, with, e), "");
+    EXPECT_STATUS(PONDER_OK, ponder_session_adapt(adapted, ids.data(), 96, nullptr, e), "");
+    ponder_session_destroy(adapted);
+    ponder_options_destroy(with);
+}
+
+TEST_F(Trainers, RefuseWhatTheyCannotUse) {
+    ponder_trainer *none = nullptr;
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_create(&none, model, 9, training, e), "kind");
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_create(nullptr, model, 0, training, e), "out");
+    ponder_options *nothing = make_options({{"adapter", "none"}});
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_create(&none, model, 0, nothing, e),
+                  "nothing to train");
+    ponder_options_destroy(nothing);
+    EXPECT_EQ(none, nullptr);
+
+    const ponder_stream short_one{ids.data(), 40}, null_one{nullptr, 96};
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_step(trainer, &short_one, 1, nullptr, nullptr, e),
+                  "two chunks");
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_step(trainer, &null_one, 1, nullptr, nullptr, e),
+                  "streams[0].ids");
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_step(trainer, nullptr, 1, nullptr, nullptr, e),
+                  "streams");
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_step(trainer, &short_one, 0, nullptr, nullptr, e),
+                  "no streams");
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_save(trainer, nullptr, nullptr, e), "path");
+    EXPECT_STATUS(PONDER_E_NOT_FOUND, ponder_trainer_load(trainer, "/nowhere/x.ckpt", e),
+                  "/nowhere/x.ckpt");
+    EXPECT_STATUS(PONDER_E_IO, ponder_trainer_export(trainer, "/nowhere/x/y", e), "/nowhere/x/y");
+    ponder_call late{};
+    late.struct_size = sizeof late;
+    late.timeout_ns = 1;
+    const ponder_stream good{ids.data(), 96};
+    EXPECT_STATUS(PONDER_E_DEADLINE, ponder_trainer_step(trainer, &good, 1, &late, nullptr, e), "");
+    EXPECT_EQ(ponder_trainer_steps(trainer), 0u);
+    ponder_trainer_destroy(nullptr);
+    EXPECT_EQ(ponder_trainer_steps(nullptr), 0u);
+    EXPECT_STREQ(ponder_trainer_note(nullptr), "");
+}
+
 } // namespace

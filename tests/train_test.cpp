@@ -784,6 +784,22 @@ TEST(TrainerTest, CancelledAndRefusedStepsChangeNothing) {
     EXPECT_EQ(read_file(dir.file("a"), 1 << 24), read_file(dir.file("b"), 1 << 24));
 }
 
+// Without inner steps a TTT layer is static, in training and where it is used.
+TEST(TrainerTest, AStaticTttLayerTakesNoSteps) {
+    Trained t;
+    const auto trainer = make_trainer(t.model, PONDER_TRAIN_ADAPTER,
+                                      t.options({{"adapter", "ttt-linear"}, {"train.inner", "0"}}));
+    EXPECT_EQ(t.step(*trainer, 0, 40).cost, 0);
+    const TempDir dir;
+    trainer->export_to(dir.path());
+    Session session(t.model,
+                    make_options({{"adapter", dir.path()}, {"chunk", "8"}, {"context", "8"}}));
+    session.feed(Trained::batch(9, 40)[1]);
+    session.adapt(no_limits(session));
+    for (const ponder_record &r : session.records())
+        EXPECT_EQ(r.update_norm, 0);
+}
+
 // An exported adapter gives a session the losses that the trainer saw.
 TEST(TrainerTest, ExportsWhatASessionRuns) {
     Trained t;

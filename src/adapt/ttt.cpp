@@ -36,6 +36,8 @@ Ttt::Ttt(const Gpt2Config &config, const Options &options, bool mlp) {
     form_.mlp = mlp;
     form_.ponder = ponder;
     form_.scale = base_lr / double(d) * (ponder ? 768.0 / double(width) : 1.0);
+    if (!options.boolean("ttt.learns"))
+        form_.scale = 0;
     form_.decay = options.number("ttt.decay");
     form_.eps = ponder ? 1e-5 : 1e-6;
     form_.max_grad_norm = options.number("ttt.max_gradient_norm");

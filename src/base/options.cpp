@@ -81,6 +81,7 @@ constexpr ponder_option_info table[] = {
             "PonderTTT: diagonal of the in-batch mask; 0 reads the token itself"),
     boolean("ttt.gate", "1", "a GELU gate on the layer's output"),
     boolean("ttt.share_qk", "1", "queries and keys share a projection and differ by a convolution"),
+    boolean("ttt.learns", "1", "0: step sizes of zero, the static baseline"),
     boolean("ttt.carry", "1", "fast weights go on from chunk to chunk; 0 = from W1 in every chunk"),
 
     text("inner.optimizer", "adam", "adam|sgd", "update rule of LoRA's fast weights"),

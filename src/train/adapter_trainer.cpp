@@ -41,10 +41,18 @@ std::vector<int32_t> permuted(const ponder_stream &stream, int64_t vocabulary, d
     return ids;
 }
 
+// A static adapter takes no inner steps: a TTT layer stores that it has none.
+Options training_options(const Options &given) {
+    Options options = with_stored_options(given);
+    if (!options.boolean("train.inner"))
+        options.set_default("ttt.learns", "0");
+    return options;
+}
+
 } // namespace
 
 AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options &options)
-    : Trainer(std::move(model), "adapter", with_stored_options(options)) {
+    : Trainer(std::move(model), "adapter", training_options(options)) {
     const Gpt2 &backbone = model_->backbone();
     adapter_ = make_adapter(backbone.config(), options_, backbone.hash());
     if (adapter_->fast_count() == 0)
