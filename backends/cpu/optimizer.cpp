@@ -26,7 +26,9 @@ template <Rule rule> void run(const Kernel *kernel, void *const *buffers, void *
     const View none = {nullptr, false}, rate = three ? at(states + 2) : none;
     const View keep = three ? at(states + 3) : none, start = three ? at(states + 4) : none;
     const View w = at(0), g = at(1), m = at(2), v = at(3);
-    const View w1 = at(k.n_in), m1 = at(k.n_in + 1), v1 = at(k.n_in + 2);
+    constexpr bool moments = rule != Rule::sgd;
+    const View w1 = at(k.n_in), m1 = moments ? at(k.n_in + 1) : none,
+               v1 = moments ? at(k.n_in + 2) : none;
     const vf lr = set(raw[0]), left = set(1 - raw[0] * raw[7]);
     each_vector(
         s.end - s.begin, PONDER_EACH(i, n) {

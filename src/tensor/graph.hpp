@@ -6,6 +6,7 @@
 #include "base/dtype.hpp"
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -98,11 +99,11 @@ public:
 
     const Value &value(Id id) const { return values_[size_t(id)]; }
     const Shape &shape(Id id) const { return value(id).shape; }
-    const std::vector<Value> &values() const { return values_; }
+    const std::deque<Value> &values() const { return values_; }
     const std::vector<Call> &calls() const { return calls_; }
 
 private:
-    std::vector<Value> values_;
+    std::deque<Value> values_; // references stay while it grows
     std::vector<Call> calls_;
     std::map<std::string, Id> weights_;
     std::vector<std::shared_ptr<const std::byte[]>> literals_;

@@ -48,8 +48,8 @@ ROWS = {
                     ["--policy", "always", "--set", "context=1024"]),
     "policy": ("trained adapter, its gate at 0.5", "adapter",
                ["--policy", "adapter", "--set", "policy.target_rate=0.5"]),
-    "policy-0.25": ("trained adapter, its gate at 0.25", "adapter",
-                    ["--policy", "adapter", "--set", "policy.target_rate=0.25"]),
+    "policy-0.3": ("trained adapter, its gate at 0.3", "adapter",
+                    ["--policy", "adapter", "--set", "policy.target_rate=0.3"]),
     "every2": ("trained adapter, `every:2`", "adapter", ["--policy", "every:2"]),
     "first-half": ("trained adapter, `first:0.5`", "adapter", ["--policy", "first:0.5"]),
     "random-half": ("trained adapter, `random:0.5`", "adapter", ["--policy", "random:0.5"]),
@@ -120,7 +120,7 @@ def table(results):
     if "always" in rows and "skip" in rows:
         lines += ["", "| share of the always-update's gain that is kept | Python | JavaScript | "
                   "Java | Go | cost |", "|---|---|---|---|---|---|"]
-        for name in ["policy", "policy-0.25", "every2", "first-half", "random-half", "oracle"]:
+        for name in ["policy", "policy-0.3", "every2", "first-half", "random-half", "oracle"]:
             if set(rows.get(name, {})) != set(LANGUAGES):
                 continue
             kept = [(rows["skip"][l]["loss"] - rows[name][l]["loss"]) /
