@@ -402,6 +402,8 @@ int train_command(const Settings &given_settings) {
                       folder.checkpoint(*latest) +
                           " is there: --resume goes on from it, or choose another --out");
     std::string source = folder.path() + "/initial";
+    // What a killed run had no time for.
+    folder.keep(t.keep);
     remove_unfinished(folder.path());
     remove_unfinished(source);
     if (t.create)
