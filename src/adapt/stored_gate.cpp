@@ -157,7 +157,8 @@ Value describe(const Gate &gate) {
                  {"form", value_of(forms[size_t(gate.form)])},
                  {"features", value_of(feature_sets[size_t(gate.features)])},
                  {"hidden", value_of(int64_t(gate.net.hidden()))},
-                 {"value_unit", value_of(gate.value_unit)}};
+                 {"value_unit", value_of(gate.value_unit)},
+                 {"rule", value_of(gate.rule)}};
     return v;
 }
 
@@ -204,6 +205,7 @@ std::shared_ptr<const Gate> read_gate(const Value &root, const std::string &file
     gate->form = GateForm(fields.choice("form", {forms[0], forms[1], forms[2]}));
     gate->features = FeatureSet(fields.choice("features", {feature_sets[0], feature_sets[1]}));
     gate->value_unit = fields.number("value_unit", 1e-12, 1e12);
+    gate->rule = fields.number("rule", -1e6, 1e6);
     const size_t inputs = feature_count(gate->features);
     gate->net = GateNet(inputs, fields.whole("hidden", 1, 4096), gate_outputs(gate->form));
     const auto read = [&](const std::string &name, std::vector<size_t> shape, double *to) {

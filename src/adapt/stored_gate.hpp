@@ -1,7 +1,7 @@
 // The gate's part of an adapter folder: tensors "gate.*" in ponder.safetensors, and in ponder.json
 //
 //   "gate": { "version": 1, "form": "steps", "features": "planned", "hidden": 64,
-//             "value_unit": 0.03 },
+//             "value_unit": 0.03, "rule": 0.3 },
 //   "calibration": { "version": 1, "target": 0.5, "front": 0.9, "scale": 1, "slope": 0,
 //                    "reference": 0, "offset": [0, 0, 0], "rates": [...], "thresholds": [...] }
 #pragma once

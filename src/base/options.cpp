@@ -132,7 +132,7 @@ constexpr ponder_option_info table[] = {
          "gates: what they read: our 64 numbers, or PonderTTT's 32"),
     text("gate.form", "steps", "steps|binary|soft",
          "gates: K in {0, 1, 2, 4}; skip or update; a scale in 0..1 on the update"),
-    integer("gate.hidden", "64", 1, 4096, "", "gates: width of the two hidden layers"),
+    integer("gate.hidden", "64", 2, 4096, "", "gates: width of the two hidden layers"),
     text("gate.loss", "advantage", "advantage|ponder",
          "gates: learn the measured gain of each K, or PonderTTT's CE + beta TTT + gamma cost"),
     integer("gate.horizon", "8", 1, 4096, "chunks",
@@ -140,6 +140,9 @@ constexpr ponder_option_info table[] = {
     integer("gate.samples", "6", 1, 4096, "chunks", "gates: measured in each stream of a batch"),
     integer("gate.replay", "50", 1, 1e6, "",
             "gates: updates of the network for each outer step, on all that was measured so far"),
+    integer("gate.prior", "4000", 0, 1e9, "samples",
+            "gates: what the rule that a gate starts from (more where the loss jumps) counts for; a "
+            "measured gain alone is mostly noise"),
     number("gate.beta", "0.1", 0, 1000, "", "gate.loss=ponder: weight of the inner loss"),
     number("gate.gamma", "1", 0, 1000, "",
            "gate.loss=ponder: weight of the squared distance to the target rate"),

@@ -83,7 +83,7 @@ constexpr std::string_view names[planned_feature_count] = {
     "hidden mean", "hidden deviation", "hidden maximum", "hidden sparsity", "hidden row norm",
     "hidden row norm deviation", "hidden movement", "topic shift", "topic step",
     "distinct tokens",
-    "loss - mean loss", "loss / mean loss", "loss score in the stream", "loss - last four",
+    "loss - mean loss", "loss / mean loss", "loss score in the stream", "loss - four before",
     "loss - least loss", "gap - mean gap", "mean loss",
     "last K", "mean of last four K", "last update norm", "mean update norm",
     "last gradient norm", "gradient norm deviation", "chunks since an update",
@@ -136,12 +136,13 @@ template <size_t N> void push(std::array<double, N> &list, double value) {
     list[0] = value;
 }
 
-template <size_t N> double mean_of_first(const std::array<double, N> &list, double count) {
+// Of the values before the newest; the newest where there are none.
+template <size_t N> double mean_before(const std::array<double, N> &list, double count) {
     const size_t n = std::min(N, size_t(count));
     double sum = 0;
-    for (size_t i = 0; i < n; ++i)
+    for (size_t i = 1; i < n; ++i)
         sum += list[i];
-    return n > 0 ? sum / double(n) : unknown;
+    return n > 1 ? sum / double(n - 1) : list[0];
 }
 
 } // namespace
@@ -387,6 +388,10 @@ void FeatureTracker::read_hidden(const Observation &o) {
     last_topic_ = std::move(mean);
 }
 
+size_t leading_feature(FeatureSet set) {
+    return set == FeatureSet::ponder ? 0 : size_t(loss_to_recent);
+}
+
 std::vector<double> FeatureTracker::features(const Place &place) const {
     return set_ == FeatureSet::ponder ? ponder(place) : planned(place);
 }
@@ -399,13 +404,13 @@ std::vector<double> FeatureTracker::planned(const Place &place) const {
         f[loss_to_mean] = now - loss_.mean;
         f[loss_ratio] = now / std::max(loss_.mean, 1e-6);
         f[loss_score] = (now - loss_.mean) / std::max(loss_.deviation(), 0.05);
-        f[loss_to_recent] = now - mean_of_first(last_losses_, seen);
+        f[loss_to_recent] = now - mean_before(last_losses_, seen);
         f[loss_to_least] = now - least_loss_;
         f[gap_to_mean] = chunk_[gap] - gap_.mean;
         f[mean_loss_now] = loss_.mean;
     }
     f[last_k] = last_steps_[0];
-    f[recent_k] = mean_of_first(last_steps_, double(recent));
+    f[recent_k] = (last_steps_[0] + last_steps_[1] + last_steps_[2] + last_steps_[3]) / 4;
     if (update_norm_.count > 0) {
         f[last_norm] = last_update_norm_;
         f[norm_mean] = update_norm_.mean;

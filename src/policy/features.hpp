@@ -76,6 +76,10 @@ struct PonderHistory {
 
 constexpr size_t planned_feature_count = 64;
 std::string_view planned_feature_name(size_t index);
+// The chunk's loss over the mean of the four before: of single signals the best sign that a step
+// pays (something new has begun). Index in the set's features; PonderTTT's has no such, its
+// entropy.
+size_t leading_feature(FeatureSet set);
 
 size_t feature_count(FeatureSet set);
 
@@ -113,7 +117,7 @@ private:
         double deviation() const;
     };
     static constexpr size_t chunk_features = 46; // those of the chunk alone, first in the list
-    static constexpr size_t recent = 4;
+    static constexpr size_t recent = 5;          // this chunk and four before it
 
     std::vector<double> planned(const Place &place) const;
     std::vector<double> ponder(const Place &place) const;

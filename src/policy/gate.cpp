@@ -35,8 +35,16 @@ std::vector<double> Gate::normalise(std::span<const double> f) const {
     return z;
 }
 
+std::vector<double> Gate::with_rule(std::span<const double> z, std::vector<double> out) const {
+    if (rule != 0)
+        for (size_t i = form == GateForm::binary; i < out.size(); ++i)
+            out[i] += rule * z[leading_feature(features)];
+    return out;
+}
+
 std::vector<double> Gate::evaluate(std::span<const double> f) const {
-    std::vector<double> out = net.forward(normalise(f)).out;
+    const std::vector<double> z = normalise(f);
+    std::vector<double> out = with_rule(z, net.forward(z).out);
     if (form == GateForm::steps)
         for (double &v : out)
             v *= value_unit;
@@ -79,7 +87,7 @@ void Gate::seal() {
     for (const Calibration::Point &p : calibration.points)
         add(std::vector{p.rate, p.threshold});
     add(calibration.offset);
-    add(std::vector{value_unit, calibration.target, calibration.front, calibration.scale,
+    add(std::vector{value_unit, rule, calibration.target, calibration.front, calibration.scale,
                     calibration.slope, calibration.reference});
     hash = all.hex();
 }

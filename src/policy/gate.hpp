@@ -44,12 +44,18 @@ struct Gate {
     GateNet net{planned_feature_count, 64, gate_step_count};
     std::vector<double> mean, deviation; // of each feature
     double value_unit = 1;
+    // What the network's outputs are added to: for every number of steps (update, scale) this times
+    // the leading feature in its deviations. No layer norm is in its way: it means the same in a
+    // stream that is like none the gate was trained on.
+    double rule = 0;
     Calibration calibration;
     std::string hash; // of all of it; see seal()
     void seal();
 
     // Centred, scaled, cut at 5 deviations; what is not known is 0.
     std::vector<double> normalise(std::span<const double> features) const;
+    // The network's outputs with the rule's, for normalised features.
+    std::vector<double> with_rule(std::span<const double> z, std::vector<double> out) const;
     // The outputs for raw features; of the form `steps` in nats.
     std::vector<double> evaluate(std::span<const double> features) const;
     // The best K among 0 and gate_steps at a price of a step, and its score: value per step for

@@ -46,6 +46,11 @@ void GateNet::draw(Random &random) {
     }
 }
 
+void GateNet::clear_head() {
+    std::fill_n(parameters_.begin() + std::ptrdiff_t(parts_[head].offset), parts_[head].count(),
+                0.0);
+}
+
 std::vector<double> GateNet::affine(std::span<const double> x, size_t kernel, size_t out) const {
     std::vector<double> y(at(kernel + 1), at(kernel + 1) + out);
     const double *w = at(kernel);

@@ -15,6 +15,8 @@ public:
     GateNet(size_t inputs, size_t hidden, size_t outputs);
     // Weights uniform within sqrt(6 / in), biases 0: outputs start near zero where the head does.
     void draw(Random &random);
+    // Outputs of a drawn network become 0.
+    void clear_head();
 
     size_t inputs() const { return inputs_; }
     size_t hidden() const { return hidden_; }

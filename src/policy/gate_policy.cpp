@@ -47,7 +47,10 @@ public:
             rate = spent < c.front * target_ * chunks
                        ? most_rate
                        : left / std::max(chunks - 1 - double(s.chunk), 1.0);
-        d.threshold = c.threshold(std::max(rate, 0.0));
+        scores_.push_back(gate_->choose(outputs, 0).score);
+        if (scores_.size() > memory)
+            scores_.erase(scores_.begin());
+        d.threshold = threshold(std::max(rate, 0.0));
         const Gate::Choice choice = gate_->choose(outputs, d.threshold);
         d.score = choice.score;
         d.steps = choice.steps;
@@ -64,18 +67,47 @@ public:
         return d;
     }
 
-    std::vector<double> state() const override { return tracker_.state(); }
+    // How many scores, the scores, the features' state.
+    std::vector<double> state() const override {
+        std::vector<double> values{double(scores_.size())};
+        values.insert(values.end(), scores_.begin(), scores_.end());
+        const std::vector<double> tracked = tracker_.state();
+        values.insert(values.end(), tracked.begin(), tracked.end());
+        return values;
+    }
     void set_state(const std::vector<double> &values) override {
-        if (!tracker_.set_state(values))
+        const std::span<const double> all(values);
+        if (all.empty() || !(all[0] >= 0 && all[0] <= double(all.size() - 1)) ||
+            !tracker_.set_state(all.subspan(1 + size_t(all[0]))))
             throw_error(PONDER_E_FORMAT, "gate state has %zu values", values.size());
+        scores_.assign(all.begin() + 1, all.begin() + 1 + std::ptrdiff_t(all[0]));
     }
 
 private:
+    // Scores differ from stream to stream more than within one: the calibrated threshold gives way
+    // to the quantile of the stream's own scores.
+    double threshold(double rate) const {
+        const double calibrated = gate_->calibration.threshold(rate);
+        if (rate >= 1)
+            return calibrated;
+        std::vector<double> sorted = scores_;
+        std::sort(sorted.begin(), sorted.end());
+        const double at = (1 - rate) * double(sorted.size() - 1);
+        const size_t low = size_t(at), high = std::min(low + 1, sorted.size() - 1);
+        const double own = sorted[low] + (at - double(low)) * (sorted[high] - sorted[low]);
+        const double known = double(sorted.size() - 1), weight = known / (known + prior);
+        return calibrated + weight * (own - calibrated);
+    }
+
     static constexpr double feedback = 0.5; // a chunk's rate for each step that is off the plan
     static constexpr double borrowed = 3;   // chunks
     static constexpr double most_rate = 1e9;
 
+    static constexpr double prior = 4;    // scores that the calibration counts for
+    static constexpr size_t memory = 256; // scores
+
     std::shared_ptr<const Gate> gate_;
+    std::vector<double> scores_;
     double target_;
     FeatureTracker tracker_;
 };

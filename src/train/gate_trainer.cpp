@@ -15,6 +15,7 @@ namespace ponder {
 namespace {
 
 constexpr int32_t tried[] = {0, 1, 2, 4};
+constexpr double leading_rule = 0.3; // gain in value units for a deviation of the leading feature
 
 // What stands behind each of the form's choices: an index into `tried`.
 size_t choices(GateForm form) { return form == GateForm::steps ? std::size(tried) : 2; }
@@ -58,28 +59,36 @@ GateLoss gate_loss(const Gate &gate, std::span<const GateSample *const> samples,
     const size_t count = choices(gate.form);
     GateLoss result{};
     std::vector<GateNet::Pass> passes;
-    for (const GateSample *sample : samples)
-        passes.push_back(gate.net.forward(gate.normalise(sample->features)));
+    std::vector<std::vector<double>> outputs;
+    for (const GateSample *sample : samples) {
+        const std::vector<double> z = gate.normalise(sample->features);
+        passes.push_back(gate.net.forward(z));
+        outputs.push_back(gate.with_rule(z, passes.back().out));
+    }
     std::vector<double> cost_of(count);
     for (size_t k = 0; k < count; ++k)
         cost_of[k] = tried[k];
-    for (const GateNet::Pass &pass : passes) {
-        const std::vector<double> p = softmax(logits_of(gate.form, pass.out));
+    for (const std::vector<double> &out : outputs) {
+        const std::vector<double> p = softmax(logits_of(gate.form, out));
         for (size_t k = 0; k < count; ++k)
             result.cost += p[k] * cost_of[k] / n;
     }
     for (size_t s = 0; s < samples.size(); ++s) {
         const GateSample &sample = *samples[s];
-        const std::vector<double> &out = passes[s].out;
+        const std::vector<double> &out = outputs[s];
         std::vector<double> dout;
         if (!objective.ponder) {
             // Squared error of each K's gain; of forms with one decision, of that of one step.
             dout.assign(out.size(), 0.0);
             for (size_t k = 1; k < count; ++k) {
-                const double gain = (sample.later[0] - sample.later[k]) / gate.value_unit;
+                const double measured = (sample.later[0] - sample.later[k]) / gate.value_unit;
                 const bool difference = gate.form == GateForm::binary;
                 const size_t at = k - 1 + difference;
-                const double error = out[at] - (difference ? out[0] : 0) - gain;
+                const double found = out[at] - (difference ? out[0] : 0);
+                const double net = passes[s].out[at] - (difference ? passes[s].out[0] : 0);
+                const double rule = objective.mean_gain[k - 1] + found - net;
+                const double gain = rule + objective.trust * (measured - rule);
+                const double error = found - gain;
                 result.loss += error * error / double(count - 1) / n;
                 dout[at] += 2 * error / double(count - 1) / n;
                 if (difference)
@@ -146,6 +155,10 @@ GateTrainer::GateTrainer(std::shared_ptr<const Model> model, const Options &opti
     gate_->net =
         GateNet(inputs, size_t(options_.integer("gate.hidden")), gate_outputs(gate_->form));
     gate_->net.draw(random_);
+    if (options_.text("gate.loss") == "advantage") {
+        gate_->net.clear_head();
+        gate_->rule = leading_rule;
+    }
     gate_->mean.assign(inputs, 0.0);
     gate_->deviation.assign(inputs, 1.0);
     gate_->calibration.points = {{0.5, 0.0}};
@@ -241,14 +254,25 @@ double GateTrainer::learning_rate() const {
            (end + (1 - end) * 0.5 * (1 + std::cos(std::numbers::pi * share)));
 }
 
-// AdamW (Loshchilov & Hutter 2019) on minibatches of everything measured so far.
-GateTrainer::Fit GateTrainer::fit() {
+GateObjective GateTrainer::objective() const {
     GateObjective objective;
     objective.ponder = options_.text("gate.loss") == "ponder";
     objective.beta = options_.number("gate.beta");
     objective.gamma = options_.number("gate.gamma");
     objective.target = options_.number("gate.target");
     objective.temperature = temperature();
+    const double prior = double(options_.integer("gate.prior")), count = double(seen_.size());
+    objective.trust = count / std::max(count + prior, 1.0);
+    for (size_t k = 1; k < choices(gate_->form); ++k)
+        for (const GateSample &sample : seen_)
+            objective.mean_gain[k - 1] +=
+                (sample.later[0] - sample.later[k]) / gate_->value_unit / count;
+    return objective;
+}
+
+// AdamW (Loshchilov & Hutter 2019) on minibatches of everything measured so far.
+GateTrainer::Fit GateTrainer::fit() {
+    const GateObjective objective = this->objective();
     const double rate = learning_rate(), beta1 = options_.number("train.beta1"),
                  beta2 = options_.number("train.beta2"), epsilon = options_.number("train.epsilon"),
                  decay = options_.number("train.decay"), clip = options_.number("train.clip");

@@ -20,6 +20,10 @@ struct GateSample {
 struct GateObjective {
     bool ponder = false; // else advantage
     double beta = 0, gamma = 0, target = 0.5, temperature = 1;
+    // Advantage: targets are the mean gain of each K, in value units, with the gate's rule, moved
+    // by this share towards what was measured.
+    double trust = 1;
+    std::array<double, gate_step_count> mean_gain{};
 };
 // The objective's mean over the samples, and its gradient (added) by the network's parameters.
 // Ponder draws Gumbel noise from `random`. `cost`: mean steps a chunk, expected.
@@ -50,6 +54,7 @@ private:
     void measure(const ponder_stream &stream, Random &random, const CallGuard &guard,
                  Measured &to) const;
     void normalise();
+    GateObjective objective() const;
     double temperature() const;
     double learning_rate() const;
     struct Fit {

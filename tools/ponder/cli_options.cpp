@@ -92,6 +92,17 @@ const char *const adapter_examples = "Examples:\n"
                                      "  ponder adapter import-peft some-peft run3 --model gpt2\n"
                                      "  ponder adapter merge run1 code-10m-merged\n";
 
+const char *const calibrate_help =
+    "Fits the gate in an adapter's folder to a cost, on package streams without labels, and\n"
+    "stores thresholds there: --rate steps a chunk, or --shares of chunks with 0, 1, 2 and 4\n"
+    "steps. How early steps come and how large they are is chosen by the streams' loss. The\n"
+    "cost on other streams (--held) is reported beside it.";
+
+const char *const calibrate_examples =
+    "Examples:\n"
+    "  ponder calibrate --adapter run2 --rate 0.5 --stream py.valid.jsonl.xz\n"
+    "  ponder calibrate --adapter run2 --shares 0.7,0.2,0.1,0 --stream a.jsonl b.jsonl\n";
+
 const char *const report_help =
     "Draws the logs of training runs, one over the other, as one self-contained page.";
 
@@ -175,7 +186,8 @@ struct Raw {
     std::string memory_limit;
     std::string kind; // of train; action of adapter
     std::string train_steps;
-    bool no_baseline = false, no_load = false;
+    std::string rate; // of calibrate
+    bool no_baseline = false, no_load = false, no_search = false;
 };
 
 // Without the range in the list of flags; errors still name it.
@@ -233,6 +245,8 @@ void add_hyperparameters(CLI::App &app, Raw &raw, const std::vector<ponder_optio
 }
 
 void take_hyperparameters(Settings &s, const Raw &raw, const CLI::App &app) {
+    if (!raw.rate.empty())
+        s.options.emplace_back("policy.target_rate", raw.rate);
     if (!raw.train_steps.empty())
         s.options.emplace_back("train.steps", raw.train_steps);
     for (const auto &[name, value] : raw.flags)
@@ -303,8 +317,27 @@ void add_train(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
     app.footer("\n" + std::string(train_examples) + "\n" + hyper + "\n" + exit_codes);
 }
 
+void add_calibrate(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
+    app.add_option("--stream", s.streams, "package streams to fit to, .jsonl, also .xz or .gz")
+        ->required()
+        ->type_name("FILE...");
+    app.add_option("--held", s.held, "package streams to report on; not fitted to")
+        ->type_name("FILE...");
+    app.add_option("--rate", raw.rate, "steps a chunk; default: the target stored")->type_name("X");
+    app.add_option("--shares", s.shares, "of chunks with 0, 1, 2, 4 steps, instead")
+        ->type_name("A,B,C,D");
+    app.add_flag("--no-search", raw.no_search, "thresholds alone");
+    app.add_option("--min-chunks", s.min_chunks, "packages with fewer are skipped (8)")
+        ->type_name("N");
+    app.add_option("--max-chunks", s.max_chunks, "read of a package at most (48)")
+        ->check(unnamed(CLI::Range(uint64_t(1), uint64_t(1) << 40)))
+        ->type_name("N");
+    add_output(app, s);
+    app.footer("\n" + std::string(calibrate_examples) + "\n" + hyper + "\n" + exit_codes);
+}
+
 struct Subcommands {
-    CLI::App *run, *eval, *train, *report, *adapter, *info, *backends, *bench;
+    CLI::App *run, *eval, *train, *calibrate, *report, *adapter, *info, *backends, *bench;
 };
 
 Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
@@ -332,6 +365,9 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
 
     CLI::App *train = app.add_subcommand("train", "train an adapter, a gate or a backbone");
     add_train(*train, s, raw, hyper);
+
+    CLI::App *calibrate = app.add_subcommand("calibrate", "fit an adapter's gate to a cost");
+    add_calibrate(*calibrate, s, raw, hyper);
 
     CLI::App *report = app.add_subcommand("report", "draw the logs of training runs");
     report->add_option("LOG", s.logs, "logs of ponder train")->required()->type_name("");
@@ -367,7 +403,7 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
         ->check(unnamed(CLI::Range(1, 1000)))
         ->type_name("N");
     bench->footer("\n" + hyper + "\n" + exit_codes);
-    return {run, eval, train, report, adapter, info, backends, bench};
+    return {run, eval, train, calibrate, report, adapter, info, backends, bench};
 }
 
 // The list of subcommands has one line each; their own help says more.
@@ -375,8 +411,8 @@ void print_help(CLI::App &app, const Subcommands &all) {
     const std::vector<CLI::App *> chosen = app.get_subcommands();
     for (const auto &[command, text] :
          {std::pair(all.run, run_help), std::pair(all.eval, eval_help),
-          std::pair(all.train, train_help), std::pair(all.report, report_help),
-          std::pair(all.adapter, adapter_help)})
+          std::pair(all.train, train_help), std::pair(all.calibrate, calibrate_help),
+          std::pair(all.report, report_help), std::pair(all.adapter, adapter_help)})
         if (!chosen.empty() && chosen.front() == command)
             command->description(std::string(text) + "\n");
     std::fputs(app.help().c_str(), stdout);
@@ -394,8 +430,8 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     app.footer(std::string("\n") + main_examples + "\n" + exit_codes);
     app.get_formatter()->column_width(help_column);
     const auto all = add_subcommands(app, s, raw, option_help(table));
-    for (CLI::App *sub :
-         {all.run, all.eval, all.train, all.adapter, all.info, all.backends, all.bench}) {
+    for (CLI::App *sub : {all.run, all.eval, all.train, all.calibrate, all.adapter, all.info,
+                          all.backends, all.bench}) {
         if (sub != all.backends)
             add_model(*sub, s);
         add_machine(*sub, s, raw);
@@ -405,15 +441,15 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
 
     if (argc > 1 && argv[1][0] != '-' && argv[1][0] != '\0' &&
         app.get_subcommands([&](CLI::App *sub) { return sub->get_name() == argv[1]; }).empty())
-        throw Failure(
-            exit_usage,
-            "'" + std::string(argv[1]) + "' is no command; there are " +
-                "run, eval, train, report, adapter, info, backends, bench (see ponder --help)");
+        throw Failure(exit_usage, "'" + std::string(argv[1]) + "' is no command; there are " +
+                                      "run, eval, train, calibrate, report, adapter, info, "
+                                      "backends, bench (see ponder --help)");
     const std::map<const CLI::App *, Command> commands{
-        {all.run, Command::run},           {all.eval, Command::eval},
-        {all.train, Command::train},       {all.report, Command::report},
-        {all.adapter, Command::adapter},   {all.info, Command::info},
-        {all.backends, Command::backends}, {all.bench, Command::bench}};
+        {all.run, Command::run},       {all.eval, Command::eval},
+        {all.train, Command::train},   {all.calibrate, Command::calibrate},
+        {all.report, Command::report}, {all.adapter, Command::adapter},
+        {all.info, Command::info},     {all.backends, Command::backends},
+        {all.bench, Command::bench}};
     try {
         app.parse(argc, argv);
         const CLI::App *chosen = app.get_subcommands().front();
@@ -438,6 +474,7 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
                                                    : AdapterAction::merge;
     s.baseline = !raw.no_baseline;
     s.load = !raw.no_load;
+    s.search = !raw.no_search;
     if (!raw.memory_limit.empty())
         s.memory_limit = parse_size(raw.memory_limit);
     return s;

@@ -8,6 +8,7 @@ namespace tool {
 int run_command(const Settings &settings);
 int eval_command(const Settings &settings);
 int train_command(const Settings &settings);
+int calibrate_command(const Settings &settings);
 int report_command(const Settings &settings);
 int adapter_command(const Settings &settings);
 int info_command(const Settings &settings);

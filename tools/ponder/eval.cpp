@@ -3,15 +3,13 @@
 #include "commands.hpp"
 #include "common.hpp"
 #include "interrupt.hpp"
-#include "json_in.hpp"
 #include "json_out.hpp"
+#include "packages.hpp"
 #include "setup.hpp"
-#include "source.hpp"
 #include "stepper.hpp"
 #include "table.hpp"
 #include "terminal.hpp"
 #include "text.hpp"
-#include "tokens.hpp"
 
 #include <cstdio>
 
@@ -25,51 +23,6 @@ struct PackageResult {
     std::string name;
     uint64_t chunks;
     double loss;
-};
-
-// Reads one package after the other; holds the tokens of one.
-class Packages {
-public:
-    Packages(const std::string &path, const ponder_model *model, uint64_t most_tokens)
-        : lines_(path), tokens_(model), most_(most_tokens) {
-        more_ = read();
-    }
-    bool next(std::string &name, std::vector<int32_t> &ids) {
-        if (!more_)
-            return false;
-        name = *document_.package;
-        ids.clear();
-        do {
-            // What comes after the last chunk that counts is read, but not tokenised.
-            if (ids.size() < most_)
-                tokens_.append(document_.text, ids);
-            more_ = read();
-        } while (more_ && document_.package == name && !interrupted());
-        return true;
-    }
-    double share() const { return lines_.share(); }
-
-private:
-    bool read() {
-        std::string line;
-        while (lines_.next(line)) {
-            if (line.find_first_not_of(" \t") == std::string::npos)
-                continue;
-            try {
-                document_ = parse_document(line);
-            } catch (const std::exception &error) {
-                throw Failure(exit_file, lines_.place() + ": " + error.what());
-            }
-            return true;
-        }
-        return false;
-    }
-
-    LineReader lines_;
-    DocumentTokens tokens_;
-    uint64_t most_;
-    Document document_;
-    bool more_;
 };
 
 struct Evaluation {
@@ -94,6 +47,8 @@ Evaluation evaluate(const ponder_model *model, const ponder_options *options,
     const size_t chunk = info_of(session.get()).chunk_tokens;
     Packages packages(settings.stream, model, settings.max_chunks * chunk);
     Stepper stepper(session.get());
+    // An oracle reads what comes next, so it gets the whole package at once.
+    const bool looks_ahead = value_of(options, "policy").starts_with("oracle");
     Progress progress(settings.quiet);
     Evaluation result;
 
@@ -106,9 +61,13 @@ Evaluation evaluate(const ponder_model *model, const ponder_options *options,
             continue;
         }
         stepper.restart(chunks);
+        if (looks_ahead)
+            stepper.feed(std::span(ids).first(chunks * chunk));
         PackageResult package{name, 0, 0};
         for (uint64_t i = 0; i < chunks && !interrupted(); ++i) {
-            const auto record = stepper.chunk(std::span(ids).subspan(i * chunk, chunk));
+            const auto record = looks_ahead
+                                    ? stepper.fed()
+                                    : stepper.chunk(std::span(ids).subspan(i * chunk, chunk));
             if (!record)
                 break;
             const size_t place = i / position_width;

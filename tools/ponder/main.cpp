@@ -23,6 +23,8 @@ int run(int argc, char **argv) {
         return eval_command(*settings);
     case Command::train:
         return train_command(*settings);
+    case Command::calibrate:
+        return calibrate_command(*settings);
     case Command::report:
         return report_command(*settings);
     case Command::adapter:

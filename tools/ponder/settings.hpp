@@ -8,7 +8,7 @@
 
 namespace tool {
 
-enum class Command { run, eval, train, report, adapter, info, backends, bench };
+enum class Command { run, eval, train, calibrate, report, adapter, info, backends, bench };
 
 enum class TrainKind { adapter, gate, backbone };
 
@@ -52,6 +52,10 @@ struct Settings {
     std::string stream;       // eval
     uint64_t min_chunks = 8;  // eval
     uint64_t max_chunks = 48; // eval
+
+    std::vector<std::string> streams, held; // calibrate
+    std::string shares;                     // calibrate: of chunks with 0, 1, 2, 4 steps
+    bool search = true;                     // calibrate
 
     TrainSettings train;
 

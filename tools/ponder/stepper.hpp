@@ -21,6 +21,17 @@ public:
             return ponder_session_adapt(session_, ids.data(), ids.size(), nullptr, error);
         });
     }
+    // The same in two calls: everything at first, then chunk by chunk.
+    void feed(std::span<const int32_t> ids) {
+        call(ponder_session_feed, session_, ids.data(), ids.size());
+    }
+    std::optional<ponder_record> fed() {
+        return timed([&](ponder_error *error) {
+            const ponder_status scored = ponder_score(&session_, 1, nullptr, nullptr, error);
+            return scored != PONDER_OK ? scored
+                                       : ponder_learn(&session_, 1, nullptr, nullptr, error);
+        });
+    }
     // The stream's end: fewer tokens than a chunk. Nothing also if there are fewer than two.
     std::optional<ponder_record> last(std::span<const int32_t> ids) {
         if (ids.size() < 2)
