@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -33,6 +34,20 @@ public:
                 (*static_cast<std::remove_reference_t<F> *>(f))(i, worker);
             },
             &function);
+    }
+    // For tasks that throw: all are run, then what the first of them threw is thrown.
+    template <class F> void run_throwing(uint32_t tasks, F &&function) {
+        std::vector<std::exception_ptr> problems(tasks);
+        run(tasks, [&](uint32_t i, uint32_t worker) {
+            try {
+                function(i, worker);
+            } catch (...) {
+                problems[i] = std::current_exception();
+            }
+        });
+        for (const std::exception_ptr &problem : problems)
+            if (problem)
+                std::rethrow_exception(problem);
     }
 
 private:

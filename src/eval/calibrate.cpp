@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 namespace ponder {
 
@@ -16,7 +17,6 @@ struct Run {
     double loss = 0, rate = 0, farthest = 0; // farthest: the rate farthest from the target
     double share[4] = {};
     std::vector<std::vector<double>> outputs; // of the gate, for every chunk
-    uint64_t chunks = 0;
 };
 
 class Calibrator {
@@ -31,52 +31,68 @@ public:
         auto gate = std::make_shared<Gate>(gate_);
         gate->calibration = calibration;
         gate->seal();
-        Session session(model_, options_);
-        const uint64_t chunk = session.info().chunk_tokens;
-        Run all;
+        std::vector<Stream> all(streams.size());
+        model_->runtime().threads->run_throwing(
+            uint32_t(streams.size()),
+            [&](uint32_t s, uint32_t) { all[s] = run_one(streams[s], gate, declared); });
+        done_ += streams.size();
+        guard_.progress(done_, std::max(done_, total_));
+
+        Run run;
         double predictions = 0;
-        for (size_t s = 0; s < streams.size(); ++s) {
-            const uint64_t chunks = streams[s].count / chunk;
-            if (chunks == 0)
-                throw_error(PONDER_E_ARGUMENT, "streams[%zu] has no chunk of %llu tokens", s,
-                            static_cast<unsigned long long>(chunk));
-            session.use_gate(gate);
-            session.reset();
-            if (declared)
-                session.expect(chunks);
-            double steps = 0;
-            for (uint64_t i = 0; i < chunks; ++i) {
-                session.feed({streams[s].ids + i * chunk, size_t(chunk)});
-                session.score(guard_);
-                const std::vector<double> features = session.features();
-                session.learn(-1, guard_);
-                all.outputs.push_back(gate->evaluate(features));
-                const ponder_record &r = session.records().back();
-                steps += r.steps;
-                all.loss += r.loss_before * r.predictions;
-                predictions += r.predictions;
-                all.share[r.steps <= 0 ? 0 : r.steps == 1 ? 1 : r.steps < 4 ? 2 : 3] += 1;
-                guard_.check();
-            }
-            const double rate = steps / double(chunks);
-            if (std::abs(rate - calibration.target) >=
-                    std::abs(all.farthest - calibration.target) ||
-                s == 0)
-                all.farthest = rate;
-            all.rate += steps;
-            all.chunks += chunks;
-            ++done_;
-            guard_.progress(done_, std::max(done_, total_));
+        for (Stream &one : all) {
+            const double chunks = double(one.outputs.size()), rate = one.steps / chunks;
+            if (&one == &all[0] ||
+                std::abs(rate - calibration.target) >= std::abs(run.farthest - calibration.target))
+                run.farthest = rate;
+            run.loss += one.loss;
+            predictions += one.predictions;
+            run.rate += one.steps;
+            for (size_t i = 0; i < std::size(run.share); ++i)
+                run.share[i] += one.share[i];
+            std::move(one.outputs.begin(), one.outputs.end(), std::back_inserter(run.outputs));
         }
-        all.loss /= predictions;
-        all.rate /= double(all.chunks);
-        for (double &share : all.share)
-            share /= double(all.chunks);
-        return all;
+        run.loss /= predictions;
+        run.rate /= double(run.outputs.size());
+        for (double &share : run.share)
+            share /= double(run.outputs.size());
+        return run;
     }
     void plan(uint64_t streams) { total_ = streams; }
 
 private:
+    // What one stream did; sums.
+    struct Stream {
+        double loss = 0, predictions = 0, steps = 0, share[4] = {};
+        std::vector<std::vector<double>> outputs;
+    };
+    Stream run_one(const ponder_stream &stream, const std::shared_ptr<const Gate> &gate,
+                   bool declared) {
+        Session session(model_, options_);
+        session.run_alone();
+        session.use_gate(gate);
+        const uint64_t chunk = session.info().chunk_tokens, chunks = stream.count / chunk;
+        if (chunks == 0)
+            throw_error(PONDER_E_ARGUMENT, "a stream of %zu tokens has no chunk of %llu",
+                        stream.count, static_cast<unsigned long long>(chunk));
+        if (declared)
+            session.expect(chunks);
+        Stream all;
+        for (uint64_t i = 0; i < chunks; ++i) {
+            session.feed({stream.ids + i * chunk, size_t(chunk)});
+            session.score(guard_);
+            all.outputs.push_back(gate->evaluate(session.features()));
+            session.learn(-1, guard_);
+            const ponder_record &r = session.records().back();
+            all.steps += r.steps;
+            all.loss += r.loss_before * r.predictions;
+            all.predictions += r.predictions;
+            all.share[r.steps <= 0 ? 0 : r.steps == 1 ? 1 : r.steps < 4 ? 2 : 3] += 1;
+            guard_.check();
+        }
+        return all;
+    }
+
     std::shared_ptr<const Model> model_;
     const Options &options_;
     const Gate &gate_;

@@ -139,6 +139,7 @@ PassShape Session::shape(int64_t tokens, int64_t scored, bool inside) const {
 
 std::unique_ptr<Session> Session::fork() const {
     std::unique_ptr<Session> copy(new Session(model_, options_, adapted_, gate_));
+    copy->alone_ = alone_;
     copy->load(save(), "fork");
     return copy;
 }
@@ -205,7 +206,7 @@ void Session::reserve(const Pass &pass) {
     size_t each = pass.program->workspace_bytes();
     if (rule_)
         each = std::max(each, rule_->workspace_bytes());
-    const size_t workspace = each * model_->device()->threads().count();
+    const size_t workspace = each * (alone_ ? 1 : model_->device()->threads().count());
     if (workspace > workspace_.size()) {
         workspace_ = Buffer();
         workspace_ = Buffer(memory, workspace);
@@ -238,14 +239,19 @@ Program::Bindings Session::bindings(const FastState &weights, std::vector<float>
 }
 
 void Session::run_score(const FastState &weights, std::vector<float> &nll, const CallGuard &guard) {
-    open_pass_->program->run(score_segment, bindings(weights, nll), arena_.data(),
-                             workspace_.data(), [&] { guard.check(); });
+    run_segment(score_segment, bindings(weights, nll), guard);
 }
 
 void Session::run_backward(const FastState &weights, const CallGuard &guard) {
-    open_pass_->program->run(learn_segment, bindings(weights, later_nll_), arena_.data(),
-                             workspace_.data(), [&] { guard.check(); });
+    run_segment(learn_segment, bindings(weights, later_nll_), guard);
     tape_ = false; // its places have been used again
+}
+
+void Session::run_segment(Segment segment, const Program::Bindings &bindings,
+                          const CallGuard &guard) {
+    const auto run = alone_ ? &Program::run_serial : &Program::run;
+    (*open_pass_->program.*run)(segment, bindings, arena_.data(), workspace_.data(),
+                                [&] { guard.check(); });
 }
 
 double Session::mean(const std::vector<float> &per_token) const {

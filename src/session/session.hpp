@@ -48,6 +48,9 @@ public:
     // Decides by this gate from now on, at its calibration's target, as if the option `policy` were
     // `adapter` and the gate stored.
     void use_gate(std::shared_ptr<const Gate> gate);
+    // Passes run on the calling thread from now on, for callers that run many sessions at once;
+    // forks do as well.
+    void run_alone() { alone_ = true; }
     std::unique_ptr<Session> fork() const;
     void reset();
 
@@ -102,6 +105,7 @@ private:
     // Forward; the losses go to `nll`, which is nll_ for the score that counts.
     void run_score(const FastState &weights, std::vector<float> &nll, const CallGuard &guard);
     void run_backward(const FastState &weights, const CallGuard &guard);
+    void run_segment(Segment segment, const Program::Bindings &bindings, const CallGuard &guard);
     void ensure_tape(const CallGuard &guard);
     Program::Bindings bindings(const FastState &weights, std::vector<float> &nll);
     double mean(const std::vector<float> &per_token) const; // over the open chunk's predictions
@@ -122,6 +126,7 @@ private:
     int64_t chunk_, context_, steps_;
     double guard_norm_;
     bool carry_, loss_after_, analysis_;
+    bool alone_ = false; // passes use no other thread
     size_t ring_;
 
     // ---- buffers

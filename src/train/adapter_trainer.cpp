@@ -168,24 +168,16 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
     const double permute = options_.number("train.permute");
     const uint64_t seed = uint64_t(options_.integer("seed")) + 0x9e3779b97f4a7c15u * (steps() + 1);
     std::vector<Unroll<float>::Result> results(streams.size());
-    std::vector<std::exception_ptr> problems(streams.size());
-    device_->threads().run(uint32_t(streams.size()), [&](uint32_t s, uint32_t worker) {
-        try {
-            guard.check();
-            const std::span<const int32_t> ids{streams[s].ids, streams[s].count};
-            std::vector<int32_t> changed;
-            if (permute > 0)
-                changed = permuted(streams[s], model_->backbone().config().vocabulary, permute,
-                                   Random(seed + s));
-            results[s] = unroll_->run(permute > 0 ? std::span<const int32_t>(changed) : ids,
-                                      *work_[worker], [&] { guard.check(); });
-        } catch (...) {
-            problems[s] = std::current_exception();
-        }
+    device_->threads().run_throwing(uint32_t(streams.size()), [&](uint32_t s, uint32_t worker) {
+        guard.check();
+        const std::span<const int32_t> ids{streams[s].ids, streams[s].count};
+        std::vector<int32_t> changed;
+        if (permute > 0)
+            changed = permuted(streams[s], model_->backbone().config().vocabulary, permute,
+                               Random(seed + s));
+        results[s] = unroll_->run(permute > 0 ? std::span<const int32_t>(changed) : ids,
+                                  *work_[worker], [&] { guard.check(); });
     });
-    for (const std::exception_ptr &problem : problems)
-        if (problem)
-            std::rethrow_exception(problem);
     guard.progress(streams.size(), streams.size());
 
     collect(results);
@@ -230,8 +222,8 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
 
 void AdapterTrainer::export_to(const std::string &folder) const {
     const Parts values = parts(outer_->values());
-    save_adapter(folder, adapter_kind(options_), model_->backbone().hash(), options_,
-                 *adapter_, values.fast);
+    save_adapter(folder, adapter_kind(options_), model_->backbone().hash(), options_, *adapter_,
+                 values.fast);
 }
 
 void AdapterTrainer::write(SafeTensorsWriter &writer) const { outer_->write(writer); }

@@ -9,9 +9,9 @@ namespace ponder {
 
 BackboneTrainer::BackboneTrainer(std::shared_ptr<const Model> model, const Options &options)
     : Trainer(std::move(model), "backbone", options),
-      device_(std::make_shared<Device>(
-          model_->runtime().backend(model_->device()->backend().name), model_->runtime().memory,
-          model_->runtime().threads, model_->runtime().log)),
+      device_(std::make_shared<Device>(model_->runtime().backend(model_->device()->backend().name),
+                                       model_->runtime().memory, model_->runtime().threads,
+                                       model_->runtime().log)),
       working_(model_->backbone(), model_->runtime().memory) {
     size_t matrices = 0, offset = 0;
     for (const bool matrix : {true, false}) {

@@ -169,9 +169,10 @@ GateTrainer::GateTrainer(std::shared_ptr<const Model> model, const Options &opti
 
 // One stream, learned from more often at its start, as policies do. Half of the streams declare
 // their length.
-void GateTrainer::measure(const ponder_stream &stream, Random &random, const CallGuard &guard,
-                          Measured &to) const {
+GateTrainer::Measured GateTrainer::measure(const ponder_stream &stream, Random random,
+                                           const CallGuard &guard) const {
     Session session(model_, options_);
+    session.run_alone();
     session.use_gate(gate_); // for its features
     const uint64_t chunk = session.info().chunk_tokens, chunks = stream.count / chunk;
     if (chunks < 2)
@@ -185,6 +186,7 @@ void GateTrainer::measure(const ponder_stream &stream, Random &random, const Cal
     const uint64_t horizon = uint64_t(options_.integer("gate.horizon"));
     const size_t kinds = choices(gate_->form);
     const std::span<const int32_t> ks(tried, kinds);
+    Measured to;
     const auto try_now = [&] {
         if (random.uniform() >= wanted || session.chunks_waiting() == 0)
             return;
@@ -217,6 +219,7 @@ void GateTrainer::measure(const ponder_stream &stream, Random &random, const Cal
         to.steps += uint64_t(record.steps);
         guard.check();
     }
+    return to;
 }
 
 // Features and gains in units of what was seen.
@@ -314,10 +317,23 @@ ponder_train_record GateTrainer::step(std::span<const ponder_stream> streams,
     const uint64_t start = now_ns();
     check_streams(streams, model_->backbone().config().vocabulary);
     Random random = random_;
+    std::vector<Random> randoms;
+    for (size_t s = 0; s < streams.size(); ++s)
+        randoms.emplace_back(random.next());
+    std::vector<Measured> measured(streams.size());
+    model_->runtime().threads->run_throwing(uint32_t(streams.size()), [&](uint32_t s, uint32_t) {
+        measured[s] = measure(streams[s], randoms[s], guard);
+    });
+    guard.progress(streams.size(), streams.size());
     Measured found;
-    for (size_t s = 0; s < streams.size(); ++s) {
-        measure(streams[s], random, guard, found);
-        guard.progress(s + 1, streams.size());
+    for (Measured &one : measured) {
+        std::move(one.samples.begin(), one.samples.end(), std::back_inserter(found.samples));
+        found.predictions += one.predictions;
+        found.flops += one.flops;
+        found.chunks += one.chunks;
+        found.steps += one.steps;
+        found.loss += one.loss;
+        found.first += one.first;
     }
     // Nothing was changed up to here, and nothing fails from here on.
     random_ = random;

@@ -51,8 +51,7 @@ private:
         uint64_t predictions = 0, flops = 0, chunks = 0, steps = 0;
         double loss = 0, first = 0; // sums
     };
-    void measure(const ponder_stream &stream, Random &random, const CallGuard &guard,
-                 Measured &to) const;
+    Measured measure(const ponder_stream &stream, Random random, const CallGuard &guard) const;
     void normalise();
     GateObjective objective() const;
     double temperature() const;

@@ -123,7 +123,8 @@ void Outer::read(const SafeTensors &file) {
     file.read("outer.second_moment", shape, DType::f32, fresh.data() + 2 * count_);
     uint64_t steps = 0;
     const auto text = file.metadata().find("steps");
-    const char *end = text == file.metadata().end() ? nullptr : text->second.data() + text->second.size();
+    const char *end =
+        text == file.metadata().end() ? nullptr : text->second.data() + text->second.size();
     if (!end || std::from_chars(text->second.data(), end, steps).ptr != end || steps > 1ull << 53)
         throw_error(PONDER_E_FORMAT, "%s: 'steps' is no count", file.name().c_str());
     for (float value : fresh)

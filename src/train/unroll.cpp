@@ -15,10 +15,10 @@ template <class T> struct Unroll<T>::Pass {
     int64_t context;
     Id tokens, targets, loss;
     Id reconstruction = none;
-    std::vector<Id> after;                 // inside: new fast weights
-    std::vector<Id> gradient;              // between
+    std::vector<Id> after;    // inside: new fast weights
+    std::vector<Id> gradient; // between
     Id loss_seed = none, reconstruction_seed = none;
-    std::vector<Id> seed;                  // of `after` or of `gradient`
+    std::vector<Id> seed; // of `after` or of `gradient`
     std::vector<Id> fast_adjoint, slow_adjoint;
     std::unique_ptr<const Program> program;
 };
@@ -26,9 +26,9 @@ template <class T> struct Unroll<T>::Pass {
 // A step that was taken, or a chunk that was only scored.
 template <class T> struct Unroll<T>::Node {
     size_t chunk;
-    size_t slot;          // of its weights, gradient and, where kept, arena
-    uint64_t step;        // of the update rule, from 1; 0: none was taken
-    bool counts;          // its loss is part of the outer loss
+    size_t slot;   // of its weights, gradient and, where kept, arena
+    uint64_t step; // of the update rule, from 1; 0: none was taken
+    bool counts;   // its loss is part of the outer loss
 };
 
 template <class T> class Unroll<T>::Work {
@@ -47,7 +47,9 @@ public:
     std::vector<Node> nodes; // of the window
     uint64_t taken = 0;      // steps of the update rule so far
 
-    size_t state_size() const { return u_.fast_count_ * (1 + (u_.inside_ ? 0 : u_.rule_.moments())); }
+    size_t state_size() const {
+        return u_.fast_count_ * (1 + (u_.inside_ ? 0 : u_.rule_.moments()));
+    }
     State view(T *base) const {
         const size_t n = u_.fast_count_, moments = u_.inside_ ? 0 : u_.rule_.moments();
         return {base, moments > 0 ? base + n : nullptr, moments > 1 ? base + 2 * n : nullptr};
@@ -97,8 +99,9 @@ Unroll<T>::Unroll(const Gpt2 &model, const Adapter &adapter, const Options &opti
     context_ = options.integer("context") == 0 ? positions : options.integer("context");
     context_ = std::max(context_, chunk_);
     if (context_ > positions)
-        throw_error(PONDER_E_ARGUMENT, "options 'chunk' %d and 'context' %d: the backbone has %d "
-                                       "positions",
+        throw_error(PONDER_E_ARGUMENT,
+                    "options 'chunk' %d and 'context' %d: the backbone has %d "
+                    "positions",
                     int(chunk_), int(context_), int(positions));
     for (const auto &[name, slow] : adapter.slow())
         slow_count_ += size_t(slow.shape.count());
@@ -244,8 +247,8 @@ template <class T> std::shared_ptr<typename Unroll<T>::Work> Unroll<T>::make_wor
     work->state.resize(work->state_size());
     for (auto *vector : {&work->lambda, &work->next})
         vector->resize(work->state_size());
-    for (auto *vector : {&work->dgradient, &work->drate, &work->dkeep, &work->dstart,
-                         &work->adjoint})
+    for (auto *vector :
+         {&work->dgradient, &work->drate, &work->dkeep, &work->dstart, &work->adjoint})
         vector->resize(fast_count_);
     work->slow.resize(slow_count_);
     return work;
@@ -346,8 +349,7 @@ void Unroll<T>::backward_between(const Node &node, Work &work, Result &result,
     if (node.step > 0) {
         rule_.vjp(work.view(work.before(node.slot)), work.gradient(node.slot), node.step,
                   work.view(work.lambda.data()), work.view(work.next.data()),
-                  {work.dgradient.data(), work.drate.data(), work.dkeep.data(),
-                   work.dstart.data()},
+                  {work.dgradient.data(), work.drate.data(), work.dkeep.data(), work.dstart.data()},
                   work.workspace());
         std::swap(work.lambda, work.next);
         add(result.rate, work.drate);
