@@ -540,7 +540,7 @@ TEST_F(Trained, HostileFoldersAreRefused) {
     refused(PONDER_E_FORMAT, "hidden");
     with("\"features\": \"planned\"", "\"features\": \"ponder\"");
     refused(PONDER_E_FORMAT, "gate.");
-    with("\"front\": 0.9", "\"front\": 9");
+    with("\"front\": 0.7", "\"front\": 9");
     refused(PONDER_E_FORMAT, "front");
     with("\"rates\": [", "\"rates\": [7, ");
     refused(PONDER_E_FORMAT, "thresholds");

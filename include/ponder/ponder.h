@@ -471,6 +471,8 @@ typedef struct ponder_calibration {
     double held_share[4];
     double front;          /* share of a declared stream's steps that is spent at once */
     double scale, slope;   /* of updates: scale (1 + slope (mean loss - reference)) */
+    double front_slope;    /* front grows by this times (mean loss - reference) */
+    double reference;      /* loss, nats a token */
 } ponder_calibration;
 
 /* Fits the gate stored in the folder of option `adapter` to a number of steps a chunk (option

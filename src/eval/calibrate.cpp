@@ -150,11 +150,19 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
     }
 
     Calibrator calibrator(model, options, gate, guard);
-    static constexpr double fronts[] = {0.8, 0.9, 1.0}, scales[] = {1.0, 1.25, 1.5},
-                            slopes[] = {0, 0.3, 0.6};
-    const uint64_t tries =
-        uint64_t(goal.rounds) + 1 +
-        (goal.search ? std::size(fronts) + std::size(scales) - 1 + std::size(slopes) - 1 : 0);
+    // What is searched, one after the other.
+    struct Part {
+        double Calibration::*member;
+        std::vector<double> values;
+    };
+    const std::vector<Part> parts{{&Calibration::front, {0.5, 0.7, 0.9}},
+                                  {&Calibration::front_slope, {0, 0.4}},
+                                  {&Calibration::scale, {1, 1.2}},
+                                  {&Calibration::slope, {0, 0.4}}};
+    uint64_t tries = uint64_t(goal.rounds) + 1;
+    if (goal.search)
+        for (const Part &part : parts)
+            tries += part.values.size() - 1;
     calibrator.plan(tries * streams.size() + held.size());
 
     ponder_calibration report{};
@@ -171,26 +179,21 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
     }
     if (goal.search) {
         best.reference = run.loss;
-        const auto attempt = [&](auto member, std::span<const double> values) {
+        for (const Part &part : parts) {
             Calibration chosen = best;
-            Run least = std::move(run);
-            for (const double value : values) {
+            for (const double value : part.values) {
                 Calibration other = best;
-                other.*member = value;
-                if (value == best.*member)
+                other.*part.member = value;
+                if (value == best.*part.member)
                     continue; // measured already
                 Run measured = calibrator.run(streams, other);
-                if (measured.loss < least.loss) {
-                    least = std::move(measured);
+                if (measured.loss < run.loss) {
+                    run = std::move(measured);
                     chosen = other;
                 }
             }
             best = chosen;
-            run = std::move(least);
-        };
-        attempt(&Calibration::front, fronts);
-        attempt(&Calibration::scale, scales);
-        attempt(&Calibration::slope, slopes);
+        }
         fit_thresholds(gate, run.outputs, best);
         if (goal.share)
             fit_shares(gate, run.outputs, *goal.share, best.target);
@@ -213,6 +216,8 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
     report.front = best.front;
     report.scale = best.scale;
     report.slope = best.slope;
+    report.front_slope = best.front_slope;
+    report.reference = best.reference;
     save_calibration(folder, best);
     return report;
 }

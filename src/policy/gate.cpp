@@ -87,8 +87,9 @@ void Gate::seal() {
     for (const Calibration::Point &p : calibration.points)
         add(std::vector{p.rate, p.threshold});
     add(calibration.offset);
-    add(std::vector{value_unit, rule, calibration.target, calibration.front, calibration.scale,
-                    calibration.slope, calibration.reference});
+    add(std::vector{value_unit, rule, calibration.target, calibration.front,
+                    calibration.front_slope, calibration.scale, calibration.slope,
+                    calibration.reference});
     hash = all.hex();
 }
 

@@ -28,10 +28,12 @@ struct Calibration {
     double offset[gate_step_count] = {};
     // Early steps serve every later chunk: where the stream's length is declared, this share of its
     // steps is spent at once, and the gate places the rest.
-    double front = 0.9;
+    // The further it is from what the backbone knows, the more of them: front + front_slope (mean
+    // loss - reference), within 0 and 1.
+    double front = 0.7, front_slope = 0.4;
     // Fewer steps may be larger. Factor on every update: scale (1 + slope (mean loss - reference)),
     // within 1/4 and 4.
-    double scale = 1, slope = 0, reference = 0;
+    double scale = 1, slope = 0, reference = 2.2;
 
     bool empty() const { return points.empty(); }
     // Linear between points; above the last rate everything passes.

@@ -29,8 +29,8 @@ public:
     Decision decide(const Situation &s, Random &) override {
         const Calibration &c = gate_->calibration;
         Decision d;
-        d.scale =
-            std::clamp(c.scale * (1 + c.slope * (tracker_.mean_loss() - c.reference)), 0.25, 4.0);
+        const double strange = tracker_.mean_loss() - c.reference;
+        d.scale = std::clamp(c.scale * (1 + c.slope * strange), 0.25, 4.0);
         const double spent = tracker_.steps();
         const bool declared = s.expected > s.chunk;
         const double chunks = double(declared ? s.expected : s.chunk + 1);
@@ -44,7 +44,7 @@ public:
         // How dense steps should be from here on, and the price of one at that density.
         double rate = target_ + feedback * (target_ * double(s.chunk) - spent);
         if (declared) // after its last chunk nothing is left to gain
-            rate = spent < c.front * target_ * chunks
+            rate = spent < std::min(c.front + c.front_slope * strange, 1.0) * target_ * chunks
                        ? most_rate
                        : left / std::max(chunks - 1 - double(s.chunk), 1.0);
         scores_.push_back(gate_->choose(outputs, 0).score);

@@ -146,7 +146,7 @@ IS(offsetof(ponder_train_record, tokens_per_second), 88);
 IS(offsetof(ponder_train_record, flops), 96);
 IS(offsetof(ponder_train_record, ns), 104);
 
-IS(sizeof(ponder_calibration), 152);
+IS(sizeof(ponder_calibration), 168);
 IS(offsetof(ponder_calibration, struct_size), 0);
 IS(offsetof(ponder_calibration, rounds), 4);
 IS(offsetof(ponder_calibration, target), 8);
@@ -161,6 +161,8 @@ IS(offsetof(ponder_calibration, held_share), 96);
 IS(offsetof(ponder_calibration, front), 128);
 IS(offsetof(ponder_calibration, scale), 136);
 IS(offsetof(ponder_calibration, slope), 144);
+IS(offsetof(ponder_calibration, front_slope), 152);
+IS(offsetof(ponder_calibration, reference), 160);
 
 IS(sizeof(ponder_profile_entry), 48);
 IS(offsetof(ponder_profile_entry, struct_size), 0);
