@@ -115,7 +115,7 @@ Calibration read_calibration(const Value &object, const std::string &file) {
     c.front = fields.number("front", 0, 1);
     c.front_slope = fields.number("front_slope", -100, 100);
     c.scale = fields.number("scale", 0.01, 100);
-    c.slope = fields.number("slope", -100, 100);
+    c.scale_last = fields.number("scale_last", 0.01, 100);
     c.reference = fields.number("reference", -1e6, 1e6);
     const std::vector<double> offset =
         fields.list("offset", -most_score, most_score, gate_step_count);
@@ -145,7 +145,7 @@ Value describe(const Calibration &c) {
     v.type = Type::object;
     v.members = {{"version", value_of(int64_t(1))},    {"target", value_of(c.target)},
                  {"front", value_of(c.front)},         {"front_slope", value_of(c.front_slope)},
-                 {"scale", value_of(c.scale)},         {"slope", value_of(c.slope)},
+                 {"scale", value_of(c.scale)},         {"scale_last", value_of(c.scale_last)},
                  {"reference", value_of(c.reference)}, {"offset", value_of(c.offset)},
                  {"rates", value_of(rates)},           {"thresholds", value_of(thresholds)}};
     return v;

@@ -15,6 +15,7 @@ namespace {
 // What a list of streams did under one calibration.
 struct Run {
     double loss = 0, rate = 0, farthest = 0; // farthest: the rate farthest from the target
+    double ratio = 0; // mean over streams of their loss over that of the first run
     double share[4] = {};
     std::vector<std::vector<double>> outputs; // of the gate, for every chunk
 };
@@ -45,6 +46,11 @@ public:
             if (&one == &all[0] ||
                 std::abs(rate - calibration.target) >= std::abs(run.farthest - calibration.target))
                 run.farthest = rate;
+            const double mean = one.loss / one.predictions;
+            const size_t place = size_t(&one - &all[0]);
+            if (first_.size() <= place)
+                first_.push_back(mean);
+            run.ratio += mean / first_[place] / double(all.size());
             run.loss += one.loss;
             predictions += one.predictions;
             run.rate += one.steps;
@@ -98,6 +104,7 @@ private:
     const Gate &gate_;
     const CallGuard &guard_;
     uint64_t done_ = 0, total_ = 0;
+    std::vector<double> first_; // losses of the first run's streams, in order
 };
 
 // Offsets on the prices of 2 and 4 steps, so that shares are met at the threshold that meets the
@@ -150,19 +157,20 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
     }
 
     Calibrator calibrator(model, options, gate, guard);
-    // What is searched, one after the other.
+    // How early and how large steps are: two members at a time, one pair after the other.
     struct Part {
-        double Calibration::*member;
-        std::vector<double> values;
+        double Calibration::*first, Calibration::*second;
+        std::vector<std::array<double, 2>> values;
     };
-    const std::vector<Part> parts{{&Calibration::front, {0.5, 0.7, 0.9}},
-                                  {&Calibration::front_slope, {0, 0.4}},
-                                  {&Calibration::scale, {1, 1.2}},
-                                  {&Calibration::slope, {0, 0.4}}};
+    const std::vector<Part> parts{
+        {&Calibration::scale, &Calibration::scale_last, {{1, 1}, {1.25, 0.75}, {1.5, 0.5}}},
+        {&Calibration::front,
+         &Calibration::front_slope,
+         {{0.5, 0.4}, {0.7, 0}, {0.7, 0.4}, {1, 0}}}};
     uint64_t tries = uint64_t(goal.rounds) + 1;
     if (goal.search)
         for (const Part &part : parts)
-            tries += part.values.size() - 1;
+            tries += part.values.size();
     calibrator.plan(tries * streams.size() + held.size());
 
     ponder_calibration report{};
@@ -181,13 +189,14 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
         best.reference = run.loss;
         for (const Part &part : parts) {
             Calibration chosen = best;
-            for (const double value : part.values) {
+            for (const auto &[first, second] : part.values) {
                 Calibration other = best;
-                other.*part.member = value;
-                if (value == best.*part.member)
+                other.*part.first = first;
+                other.*part.second = second;
+                if (first == best.*part.first && second == best.*part.second)
                     continue; // measured already
                 Run measured = calibrator.run(streams, other);
-                if (measured.loss < run.loss) {
+                if (measured.ratio < run.ratio) {
                     run = std::move(measured);
                     chosen = other;
                 }
@@ -215,7 +224,7 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
     }
     report.front = best.front;
     report.scale = best.scale;
-    report.slope = best.slope;
+    report.scale_last = best.scale_last;
     report.front_slope = best.front_slope;
     report.reference = best.reference;
     save_calibration(folder, best);

@@ -88,7 +88,7 @@ void Gate::seal() {
         add(std::vector{p.rate, p.threshold});
     add(calibration.offset);
     add(std::vector{value_unit, rule, calibration.target, calibration.front,
-                    calibration.front_slope, calibration.scale, calibration.slope,
+                    calibration.front_slope, calibration.scale, calibration.scale_last,
                     calibration.reference});
     hash = all.hex();
 }

@@ -26,14 +26,13 @@ struct Calibration {
     double target = 0.5; // default operating point, steps a chunk
     // Added to the price of gate_steps[i] steps, for a target distribution over K.
     double offset[gate_step_count] = {};
-    // Early steps serve every later chunk: where the stream's length is declared, this share of its
-    // steps is spent at once, and the gate places the rest.
-    // The further it is from what the backbone knows, the more of them: front + front_slope (mean
-    // loss - reference), within 0 and 1.
-    double front = 0.7, front_slope = 0.4;
-    // Fewer steps may be larger. Factor on every update: scale (1 + slope (mean loss - reference)),
-    // within 1/4 and 4.
-    double scale = 1, slope = 0, reference = 2.2;
+    // Early steps serve every later chunk: where the stream's length is declared, a share of its
+    // steps is spent at once, the more the further it is from what the backbone knows: front +
+    // front_slope (mean loss - reference), within 0 and 1. The gate places the rest.
+    double front = 0.7, front_slope = 0.4, reference = 2.2;
+    // Fewer steps may be larger, and the last ones have to settle: a factor on every update that
+    // goes from `scale` to `scale_last` as a declared stream's steps are spent. Others: their mean.
+    double scale = 1.5, scale_last = 0.5;
 
     bool empty() const { return points.empty(); }
     // Linear between points; above the last rate everything passes.

@@ -29,11 +29,11 @@ public:
     Decision decide(const Situation &s, Random &) override {
         const Calibration &c = gate_->calibration;
         Decision d;
-        const double strange = tracker_.mean_loss() - c.reference;
-        d.scale = std::clamp(c.scale * (1 + c.slope * strange), 0.25, 4.0);
         const double spent = tracker_.steps();
         const bool declared = s.expected > s.chunk;
         const double chunks = double(declared ? s.expected : s.chunk + 1);
+        const double progress = declared ? std::min(spent / (target_ * chunks), 1.0) : 0.5;
+        d.scale = c.scale + (c.scale_last - c.scale) * progress;
         // Steps that may still be spent: an undeclared stream borrows from the next few chunks.
         const double left = target_ * (declared ? chunks : chunks + borrowed) - spent;
         if (tracker_.chunks() == 0) { // a layer that decides before its first pass looks
@@ -43,8 +43,9 @@ public:
         const std::vector<double> outputs = gate_->evaluate(features(s));
         // How dense steps should be from here on, and the price of one at that density.
         double rate = target_ + feedback * (target_ * double(s.chunk) - spent);
+        const double front = c.front + c.front_slope * (tracker_.mean_loss() - c.reference);
         if (declared) // after its last chunk nothing is left to gain
-            rate = spent < std::min(c.front + c.front_slope * strange, 1.0) * target_ * chunks
+            rate = spent < std::min(front, 1.0) * target_ * chunks
                        ? most_rate
                        : left / std::max(chunks - 1 - double(s.chunk), 1.0);
         scores_.push_back(gate_->choose(outputs, 0).score);

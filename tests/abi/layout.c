@@ -160,7 +160,7 @@ IS(offsetof(ponder_calibration, held_farthest), 88);
 IS(offsetof(ponder_calibration, held_share), 96);
 IS(offsetof(ponder_calibration, front), 128);
 IS(offsetof(ponder_calibration, scale), 136);
-IS(offsetof(ponder_calibration, slope), 144);
+IS(offsetof(ponder_calibration, scale_last), 144);
 IS(offsetof(ponder_calibration, front_slope), 152);
 IS(offsetof(ponder_calibration, reference), 160);
 

@@ -77,7 +77,9 @@ void print_json(const ponder_calibration &r, const std::string &adapter) {
         json.value(share);
     json.end().member("held_loss", r.held_loss).member("held_rate", r.held_rate);
     json.member("held_rate_farthest", r.held_farthest).member("front", r.front);
-    json.member("front_slope", r.front_slope).member("scale", r.scale).member("slope", r.slope);
+    json.member("front_slope", r.front_slope)
+        .member("scale", r.scale)
+        .member("scale_last", r.scale_last);
     json.member("reference", r.reference).end().print();
 }
 
@@ -92,10 +94,9 @@ void print_table(const ponder_calibration &r) {
     table.row({"chunks with 0, 1, 2, 4 steps", shares_text(r.share),
                held ? shares_text(r.held_share) : "-"});
     std::printf("target %.3f steps a chunk\n\n%s\n", r.target, table.text().c_str());
-    const std::string strange = format("(mean loss - %.2f)", r.reference);
-    std::printf("share of a declared stream's steps that come first: %.2f + %.2f x %s\n"
-                "factor on updates: %.2f x (1 + %.2f x %s)\n",
-                r.front, r.front_slope, strange.c_str(), r.scale, r.slope, strange.c_str());
+    std::printf("declared streams: %.2f + %.2f x (mean loss - %.2f) of their steps come first,\n"
+                "updates times %.2f at first, %.2f at last\n",
+                r.front, r.front_slope, r.reference, r.scale, r.scale_last);
 }
 
 } // namespace

@@ -470,7 +470,8 @@ typedef struct ponder_calibration {
     double held_farthest;
     double held_share[4];
     double front;          /* share of a declared stream's steps that is spent at once */
-    double scale, slope;   /* of updates: scale (1 + slope (mean loss - reference)) */
+    double scale;          /* factor on a declared stream's updates, from this one .. */
+    double scale_last;     /* .. to this one as its steps are spent */
     double front_slope;    /* front grows by this times (mean loss - reference) */
     double reference;      /* loss, nats a token */
 } ponder_calibration;
