@@ -1,0 +1,399 @@
+// What the scan of TTT-Linear and its reverse share. One block has one head of one stream.
+//
+// Notation, for one mini-batch of n tokens (ops.hpp: form, scale, token_i, lr_j):
+//   eta[i,j] = a_i c_j: official a_i = scale token_i, c_j = lr_j; PonderTTT a_i = 1,
+//   c_j = scale token_j lr_j. f is a_{n-1}, or 1 where that is 0 (then nothing is learned).
+//   G_j = clipped gradient of the reconstruction loss in z_j = k_j W + b
+//   P_j = -f c_j G_j, so that W' = W + sum_j k_j^T P_j and u_i = q_i W + b + sum_j A_ij P_j
+//   with A_ij = a_i / f (q_i k_j + 1) for j <= i + causal_k.
+//
+// W is held without its mean over the outputs (likewise b): the layer norm that follows takes means
+// out, and gradients through it have none, so the means never change. They are kept aside and added
+// to the final state; the norm needs no mean. Each warp has 16 outputs, as the transpose [16, D+1]
+// in the registers of matrix results: column D is b. That form is at once the factor for k W.
+#pragma once
+
+#include "ttt_scan.hpp"
+#include "ttt_tile.cuh"
+
+namespace ponder::cuda {
+
+struct LinearParams {
+    int tokens, heads, streams, batches;
+    bool by_key, rate_bf16;
+    float scale, decay, eps, max_norm;
+    int causal_k;
+    const void *q, *k, *v, *lr;
+    const float *index, *g, *b, *w1, *b1;
+    // forward
+    void *y;
+    float *w_out, *b_out, *loss, *loss_part; // loss_part: [S,H,3]
+    unsigned *tickets;
+    // trace: P [S,H,T,D] and states [S,H,n,(D/8+1),2D,4], before every trace_every-th mini-batch
+    // and after the last
+    void *trace_p;
+    float *trace_w;
+    // reverse
+    const void *dy;
+    const float *dw_next, *db_next, *dloss;
+    void *dq, *dk, *dv, *dlr;
+    float *dw, *db1;
+    float *part; // [S,H,2 D + M]: gradients of g, b and the token rates
+};
+
+constexpr int trace_every = 16;
+
+__host__ __device__ inline int64_t trace_states(int64_t batches) {
+    return (batches + trace_every - 1) / trace_every + 1;
+}
+
+template <class E_, int D_, int M_> struct Linear {
+    using E = E_;
+    static constexpr int D = D_, M = M_;
+    static constexpr int ld = D + 8, warps = D / 16, threads = 2 * D;
+    static constexpr int mt = M / 16, kt = D / 16; // tiles of 16 tokens, of 16 dims
+    static constexpr int tile = M * ld;            // elements
+    static constexpr int tile_bytes = tile * int(sizeof(E));
+    static constexpr int64_t state_size = int64_t(2 * kt + 1) * threads * 4;
+    using State = float[2 * kt + 1][4];
+    using Rows = float[mt][2][4]; // of M tokens and a warp's 16 dims
+};
+
+// Where this thread stands.
+struct Place {
+    int thread, warp, lane, g, t, col; // col: the warp's first dim
+    __device__ Place()
+        : thread(int(threadIdx.x)), warp(thread >> 5), lane(thread & 31), g(lane >> 2), t(lane & 3),
+          col(16 * warp) {}
+};
+
+// Rates of the tokens. `shared` has 3 M + 4 floats; a barrier has to follow.
+template <int M> struct Rates {
+    float *shared;
+    __device__ float &a(bool is_short, int i) const { return shared[is_short * M + i]; } // a_i / f
+    __device__ float &c(int j) const { return shared[2 * M + j]; } // c_j / lr_j
+    __device__ float &f(bool is_short) const { return shared[3 * M + is_short]; }
+    __device__ float &learns(bool is_short) const { return shared[3 * M + 2 + is_short]; }
+
+    __device__ static float token(const LinearParams &p, int i) {
+        return fmaxf(0.0f, 1.0f / float(i + 1) + p.index[i]) * expf(p.decay * float(i - (M - 1)));
+    }
+    // n: tokens of the last mini-batch
+    __device__ void fill(const LinearParams &p, int thread, int n) const {
+        if (thread < M) {
+            const float rate = p.scale * token(p, thread);
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                const float last = p.by_key ? 1.0f : p.scale * token(p, s ? n - 1 : M - 1);
+                const float by = last != 0 ? last : 1.0f;
+                a(s, thread) = p.by_key ? 1.0f : rate / by;
+                f(s) = by;
+                learns(s) = last != 0 ? 1.0f : 0.0f;
+            }
+            c(thread) = p.by_key ? rate : 1.0f;
+        }
+    }
+};
+
+__device__ __forceinline__ float rate_at(const LinearParams &p, int64_t i) {
+    return p.rate_bf16 ? to_float(static_cast<const Bf16 *>(p.lr)[i])
+                       : static_cast<const float *>(p.lr)[i];
+}
+
+// Rows [first, first + M) of one head into a tile; zeros from `tokens` on.
+template <class L>
+__device__ __forceinline__ void fetch(typename L::E *tile, const void *from, int64_t offset,
+                                      int stride, int first, int tokens, int thread) {
+    using E = typename L::E;
+    constexpr int per = 16 / int(sizeof(E)), chunks = L::D / per;
+    const E *rows = static_cast<const E *>(from) + offset;
+#pragma unroll
+    for (int i = 0; i < (L::M * chunks + L::threads - 1) / L::threads; ++i) {
+        const int at = i * L::threads + thread;
+        if ((L::M * chunks) % L::threads != 0 && at >= L::M * chunks)
+            break;
+        const int row = at / chunks, c = at % chunks * per;
+        const bool valid = first + row < tokens;
+        copy_async(tile + row * L::ld + c, rows + (valid ? int64_t(first + row) * stride : 0) + c,
+                   valid);
+    }
+}
+
+// The state's bias at this thread's dims of a result.
+template <class L>
+__device__ __forceinline__ void bias_of(float (&bias)[2][2], const typename L::State &w, int t) {
+#pragma unroll
+    for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+            bias[nt][e] = from_lane(w[2 * L::kt][2 * nt], 4 * (2 * t + e));
+}
+
+// z = x W + b for the rows of one tile or two.
+template <class L, int count>
+__device__ __forceinline__ void products(typename L::Rows *const (&z)[count],
+                                         const typename L::E *const (&x)[count],
+                                         const typename L::State &w, const Place &at) {
+    using E = typename L::E;
+    constexpr int halves = L::mt == 1 ? 2 : 1; // two sums, so that fewer products wait in a row
+    float bias[2][2], sum[count][halves][L::mt][2][4];
+    bias_of<L>(bias, w, at.t);
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+#pragma unroll
+        for (int m = 0; m < L::mt; ++m)
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    sum[i][0][m][nt][e] = bias[nt][e & 1];
+                    sum[i][halves - 1][m][nt][e] = halves == 2 ? 0 : bias[nt][e & 1];
+                }
+#pragma unroll
+    for (int k = 0; k < L::kt; ++k) {
+        FragB<E> b[2];
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+            b_of_transposed(b[nt], w[2 * k], w[2 * k + 1], nt);
+#pragma unroll
+        for (int i = 0; i < count; ++i)
+#pragma unroll
+            for (int m = 0; m < L::mt; ++m) {
+                FragA<E> a;
+                load_a(a, x[i] + 16 * m * L::ld + 16 * k, L::ld, at.lane);
+#pragma unroll
+                for (int nt = 0; nt < 2; ++nt)
+                    mma(sum[i][k % halves][m][nt], a, b[nt]);
+            }
+    }
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+#pragma unroll
+        for (int m = 0; m < L::mt; ++m)
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    (*z[i])[m][nt][e] = halves == 2
+                                            ? sum[i][0][m][nt][e] + sum[i][halves - 1][m][nt][e]
+                                            : sum[i][0][m][nt][e];
+}
+
+// W += x^T p, b += sum p (or -=), p and x being tiles.
+template <class L, bool minus = false>
+__device__ __forceinline__ void add_outer(typename L::State &w, const typename L::E *x,
+                                          const typename L::E *p, const Place &at) {
+    using E = typename L::E;
+    FragB<E> ones;
+    b_of_ones(ones, at.lane);
+#pragma unroll
+    for (int m = 0; m < L::mt; ++m) {
+        FragA<E> a;
+        load_a_transposed(a, p + 16 * m * L::ld + at.col, L::ld, at.lane);
+        if (minus)
+            negate(a);
+#pragma unroll
+        for (int k = 0; k < L::kt; ++k) {
+            FragB<E> b[2];
+            load_b_transposed(b, x + 16 * m * L::ld + 16 * k, L::ld, at.lane);
+            mma(w[2 * k], a, b[0]);
+            mma(w[2 * k + 1], a, b[1]);
+        }
+        mma(w[2 * L::kt], a, ones);
+    }
+}
+
+// c[16,16] += x y^T for 16 rows of two tiles.
+template <class L>
+__device__ __forceinline__ void row_products(float (&c)[2][4], const typename L::E *x,
+                                             const typename L::E *y, int lane) {
+    using E = typename L::E;
+#pragma unroll
+    for (int k = 0; k < L::kt; ++k) {
+        FragA<E> a;
+        FragB<E> b[2];
+        load_a(a, x + 16 * k, L::ld, lane);
+        load_b(b, y + 16 * k, L::ld, lane);
+        mma(c[0], a, b[0]);
+        mma(c[1], a, b[1]);
+    }
+}
+
+// Sums over dims of 8 quantities a token. A thread has parts for tokens g and g + 8 of 16; after
+// `put` by every warp and a barrier, `get` gives the thread the sums of token g + 8 (t % 2).
+struct RowSums {
+    // parts: [warps][16][8]
+    static __device__ __forceinline__ void put(float *parts, const float (&low)[8],
+                                               const float (&high)[8], const Place &at) {
+        const bool odd = at.t & 1, upper = at.t & 2;
+        float a[8], quad[4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            a[i] = (odd ? high[i] : low[i]) + from_lane_xor(odd ? low[i] : high[i], 1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            quad[i] = (upper ? a[4 + i] : a[i]) + from_lane_xor(upper ? a[i] : a[4 + i], 2);
+        *reinterpret_cast<float4 *>(
+            parts + ((at.warp * 16 + at.g + 8 * odd) * 8 + 4 * (at.t >> 1))) = {quad[0], quad[1],
+                                                                                quad[2], quad[3]};
+    }
+    static __device__ __forceinline__ void get(float (&sum)[8], const float *parts, int warps,
+                                               const Place &at) {
+        const bool upper = at.t & 2;
+        const float *from = parts + (at.g + 8 * (at.t & 1)) * 8 + 4 * (at.t >> 1);
+        float quad[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int w = 0; w < warps; ++w) {
+            const float4 x = *reinterpret_cast<const float4 *>(from + w * 128);
+            quad[0] += x.x;
+            quad[1] += x.y;
+            quad[2] += x.z;
+            quad[3] += x.w;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float other = from_lane_xor(quad[i], 2);
+            sum[i] = upper ? other : quad[i];
+            sum[4 + i] = upper ? quad[i] : other;
+        }
+    }
+    // Of a value known for token g + 8 (t % 2): those of tokens g and g + 8.
+    static __device__ __forceinline__ void spread(float (&to)[2], float x, const Place &at) {
+        const float other = from_lane_xor(x, 1);
+        to[0] = at.t & 1 ? other : x;
+        to[1] = at.t & 1 ? x : other;
+    }
+};
+
+// The norm's factors at this thread's dims of a result.
+struct HeadNorm {
+    float g[2][2], b[2][2];
+    __device__ __forceinline__ void load(const LinearParams &p, int at) {
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                g[nt][e] = p.g[at + 8 * nt + e];
+                b[nt][e] = p.b[at + 8 * nt + e];
+            }
+    }
+};
+
+// target - b = v - k - b at this thread's dims of 16 tokens
+template <class L>
+__device__ __forceinline__ void goals(float (&goal)[2][4], const typename L::E *k,
+                                      const typename L::E *v, const HeadNorm &norm,
+                                      const Place &at) {
+#pragma unroll
+    for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int from = (at.g + 8 * half) * L::ld + at.col + 8 * nt + 2 * at.t;
+            const float2 vv = floats(pair_at(v + from)), kk = floats(pair_at(k + from));
+            goal[nt][2 * half] = vv.x - kk.x - norm.b[nt][0];
+            goal[nt][2 * half + 1] = vv.y - kk.y - norm.b[nt][1];
+        }
+}
+
+// Five sums that give the norm of z and the gradient of its reconstruction loss: of z^2, g^2 z,
+// g^2 z^2, g goal z and g goal.
+__device__ __forceinline__ void add_loss_sums(float (&s)[8], float z, float g, float goal) {
+    const float gz = g * z;
+    s[0] += z * z;
+    s[1] += g * gz;
+    s[2] += gz * gz;
+    s[3] += goal * gz;
+    s[4] += goal * g;
+}
+// r = 1 / std; means of u and u h, u = g (g h - goal) with h = r z
+struct LossStats {
+    float r, mean_u, mean_uh;
+    __device__ __forceinline__ LossStats(const float (&s)[8], float d, float eps) {
+        r = inverse_root(s[0] / d + eps);
+        mean_u = (r * s[1] - s[4]) / d;
+        mean_uh = r * (r * s[2] - s[3]) / d;
+    }
+};
+// d 0.5 |LN(z) - target|^2 / dz
+__device__ __forceinline__ float loss_gradient(float z, float g, float goal, float r, float mean_u,
+                                               float mean_uh) {
+    const float h = r * z;
+    return r * (g * (g * h - goal) - mean_u - h * mean_uh);
+}
+
+// Sum over the block's threads. `shared`: one float a warp; free again after the next barrier.
+template <int warps>
+__device__ __forceinline__ float block_sum(float x, float *shared, const Place &at) {
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2)
+        x += from_lane_xor(x, i);
+    if (at.lane == 0)
+        shared[at.warp] = x;
+    sync_block();
+    x = 0;
+#pragma unroll
+    for (int w = 0; w < warps; ++w)
+        x += shared[w];
+    return x;
+}
+
+template <class L>
+__device__ __forceinline__ void store_state(float *to, const typename L::State &w, int thread) {
+#pragma unroll
+    for (int j = 0; j < 2 * L::kt + 1; ++j)
+        *reinterpret_cast<float4 *>(to + (j * L::threads + thread) * 4) = {w[j][0], w[j][1],
+                                                                           w[j][2], w[j][3]};
+}
+template <class L>
+__device__ __forceinline__ void load_state(typename L::State &w, const float *from, int thread) {
+#pragma unroll
+    for (int j = 0; j < 2 * L::kt + 1; ++j) {
+        const float4 x = *reinterpret_cast<const float4 *>(from + (j * L::threads + thread) * 4);
+        w[j][0] = x.x;
+        w[j][1] = x.y;
+        w[j][2] = x.z;
+        w[j][3] = x.w;
+    }
+}
+
+// Between memory's [D,D], [D] and the registers: each thread's elements by `visit(element, input)`,
+// input D being the bias.
+template <class L, class Visit>
+__device__ __forceinline__ void each_element(typename L::State &w, const Place &at, Visit visit) {
+#pragma unroll
+    for (int j = 0; j < 2 * L::kt + 1; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int in = 8 * j + 2 * at.t + (e & 1), out = at.col + at.g + 8 * (e >> 1);
+            visit(w[j][e], in, out);
+        }
+}
+template <class L>
+__device__ __forceinline__ void read_state(typename L::State &w, const float *weight,
+                                           const float *bias, const Place &at) {
+    each_element<L>(w, at, [&](float &x, int in, int out) {
+        x = 0;
+        if (in < L::D)
+            x = weight ? weight[in * L::D + out] : 0.0f;
+        else if (in == L::D)
+            x = bias ? bias[out] : 0.0f;
+    });
+}
+
+// Bytes of shared memory, handed out in order.
+class SharedLayout {
+public:
+    __host__ __device__ explicit SharedLayout(unsigned char *base = nullptr) : base_(base) {}
+    template <class T> __host__ __device__ T *take(int count) {
+        T *p = reinterpret_cast<T *>(base_ + size_);
+        size_ += (count * int(sizeof(T)) + 15) / 16 * 16;
+        return p;
+    }
+    __host__ __device__ int size() const { return size_; }
+
+private:
+    unsigned char *base_;
+    int size_ = 0;
+};
+
+} // namespace ponder::cuda

@@ -1,0 +1,78 @@
+// Host side of the scans of TTT-Linear: which kernel takes a shape, and where the trace lies.
+#pragma once
+
+#include "ttt_linear.cuh"
+
+namespace ponder::cuda {
+
+inline LinearParams linear_params(const TttLinearShape &shape) {
+    LinearParams p{};
+    p.tokens = int(shape.tokens);
+    p.heads = int(shape.heads);
+    p.streams = int(shape.streams);
+    p.batches = int((shape.tokens + shape.mini_batch - 1) / shape.mini_batch);
+    p.by_key = shape.ponder;
+    p.rate_bf16 = shape.rate_type == TttType::bf16;
+    p.scale = float(shape.scale);
+    p.decay = float(shape.decay);
+    p.eps = float(shape.eps);
+    p.max_norm = float(shape.max_grad_norm);
+    p.causal_k = int(shape.causal_k);
+    return p;
+}
+
+struct TraceSize {
+    size_t states, total; // bytes: where the states begin, of all
+};
+inline TraceSize trace_size(const TttLinearShape &s, int64_t batches) {
+    const size_t heads = size_t(s.streams * s.heads), d = size_t(s.head_dim);
+    const size_t rows = heads * size_t(s.tokens) * d * (s.type == TttType::bf16 ? 2 : 4);
+    const size_t at = (rows + 255) / 256 * 256;
+    // of a state, see state_size: [D + 8, D]
+    return {at, at + heads * size_t(trace_states(batches)) * (d + 8) * d * sizeof(float)};
+}
+inline void set_trace(LinearParams &p, const TttLinearShape &shape, void *trace) {
+    if (!trace)
+        return;
+    p.trace_p = trace;
+    p.trace_w = reinterpret_cast<float *>(static_cast<unsigned char *>(trace) +
+                                          trace_size(shape, p.batches).states);
+}
+
+inline const char *linear_misses(const TttLinearShape &s) {
+    if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128)
+        return "the fused scan has head dims 32, 64 and 128";
+    if (s.mini_batch != 16 && s.mini_batch != 64)
+        return "the fused scan has mini-batches of 16 and 64";
+    if (s.tokens < 1 || s.streams < 1 || s.tokens > (1 << 24) || s.streams * s.heads > (1 << 24))
+        return "too few or too many tokens, streams or heads for the fused scan";
+    return nullptr;
+}
+
+inline const char *shared_misses(size_t bytes) {
+    int device = 0, most = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+            cudaSuccess)
+        return "no device";
+    return bytes <= size_t(most) ? nullptr : "a block's shared memory is too small for this shape";
+}
+
+// visit(Linear<E, D, M>) for the shape's kernel
+template <class E, int D, class Visit> auto visit_batch(const TttLinearShape &s, Visit &visit) {
+    return s.mini_batch == 16 ? visit(Linear<E, D, 16>()) : visit(Linear<E, D, 64>());
+}
+template <class E, class Visit> auto visit_dim(const TttLinearShape &s, Visit &visit) {
+    return s.head_dim == 32   ? visit_batch<E, 32>(s, visit)
+           : s.head_dim == 64 ? visit_batch<E, 64>(s, visit)
+                              : visit_batch<E, 128>(s, visit);
+}
+template <class Visit> auto visit_linear(const TttLinearShape &s, Visit visit) {
+    return s.type == TttType::bf16 ? visit_dim<Bf16>(s, visit) : visit_dim<float>(s, visit);
+}
+
+// The scan without queries, for its trace.
+cudaError_t ttt_linear_states(const TttLinearShape &shape, const LinearParams &p,
+                              cudaStream_t stream);
+
+} // namespace ponder::cuda

@@ -1,0 +1,107 @@
+// What the scans need of the machine: matrix instructions, exchange within a warp, copies to shared
+// memory, launches. sm_80 and later. Instructions as the PTX ISA manual defines them.
+#ifndef PONDER_TTT_WARP
+#define PONDER_TTT_WARP
+
+#include <cstddef>
+#include <cstdint>
+#include <cuda_runtime.h>
+
+namespace ponder::cuda {
+
+__device__ __forceinline__ unsigned char *shared_memory() {
+    extern __shared__ __align__(128) unsigned char bytes[];
+    return bytes;
+}
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return uint32_t(__cvta_generic_to_shared(p));
+}
+
+// c[16,8] += a[16,16] b[16,8]. Lane 4 g + t holds c of rows g, g + 8 and columns 2 t, 2 t + 1.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// c[16,8] += a[16,8] b[8,8] with factors of 10 bits after the point; lower bits are not read.
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t *a, const uint32_t *b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+// low in the lower half
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    uint32_t x;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+}
+__device__ __forceinline__ float float_of_bits(uint32_t x) { return __uint_as_float(x); }
+__device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+
+__device__ __forceinline__ float from_lane(float x, int lane) {
+    return __shfl_sync(0xffffffffu, x, lane);
+}
+__device__ __forceinline__ float from_lane_xor(float x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+// 16 bytes to shared memory without waiting; zeros where `valid` is not set.
+__device__ __forceinline__ void copy_async(void *to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until at most `pending` groups of this thread's copies are under way.
+template <int pending> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Adds 1 to *ticket, modulo `count`; true for the last of `count` blocks. For one thread of a
+// block; what the blocks before wrote is then seen by that thread, and by others after a barrier.
+__device__ __forceinline__ bool is_last(unsigned *ticket, unsigned count) {
+    __threadfence();
+    const bool last = atomicInc(ticket, count - 1) == count - 1;
+    __threadfence();
+    return last;
+}
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared,
+                   cudaStream_t stream, Params params) {
+    if (shared > 48 * 1024) {
+        const cudaError_t e =
+            cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+        if (e != cudaSuccess)
+            return e;
+    }
+    void *args[] = {&params};
+    return cudaLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(blocks), dim3(threads),
+                            args, shared, stream);
+}
+
+} // namespace ponder::cuda
+
+#endif

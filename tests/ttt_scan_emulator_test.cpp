@@ -1,0 +1,24 @@
+// The CUDA scans on the emulator (tests/emulator): what they compute, where there is no GPU.
+#include "ttt_scan_cases.hpp"
+
+#include <cstdlib>
+
+int main(int argc, char **argv) {
+    using ponder::DType;
+    using ponder::test::ScanCase;
+    const bool backward = argc < 2 || std::string(argv[1]) != "forward";
+    std::vector<ScanCase> cases;
+    for (const DType type : {DType::f32, DType::bf16}) {
+        cases.push_back({1, 48, 2, 64, 16, type});
+        cases.push_back({2, 37, 1, 64, 16, type, true, false, 0.1, 0, -1});
+        cases.push_back({1, 50, 2, 32, 16, type, false, false, 0, 0.5});
+        cases.push_back({1, 7, 1, 32, 16, type, true});
+        cases.push_back({1, 33, 1, 128, 16, type});
+        cases.push_back({1, 130, 1, 64, 64, type});
+        cases.push_back({1, 100, 1, 32, 64, type, true, false, 0.1, 0.5});
+        cases.push_back({1, 70, 1, 128, 64, type});
+        cases.push_back({1, 300, 1, 32, 16, type, false, false, 0, 0, 0, false});
+        cases.push_back({1, 90, 1, 64, 16, type, false, false, 0, 0, 0, true, 4});
+    }
+    return ponder::test::check_scans(cases, backward) ? 0 : 1;
+}
