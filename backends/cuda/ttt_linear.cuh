@@ -179,13 +179,25 @@ __device__ __forceinline__ void products(typename L::Rows *const (&z)[count],
                                             : sum[i][0][m][nt][e];
 }
 
-// W += x^T p, b += sum p (or -=), p and x being tiles.
+// W += x^T p, b += sum p (or -=), p and x being tiles. The matrix unit cuts sums off where it
+// should round them; over a long stream f32 would notice, so there the step is added apart.
 template <class L, bool minus = false>
 __device__ __forceinline__ void add_outer(typename L::State &w, const typename L::E *x,
                                           const typename L::E *p, const Place &at) {
     using E = typename L::E;
+    constexpr bool apart = sizeof(E) == 4;
     FragB<E> ones;
     b_of_ones(ones, at.lane);
+    const auto add = [&](float(&to)[4], const FragA<E> &a, const FragB<E> &b) {
+        if constexpr (apart) {
+            float c[4] = {};
+            mma(c, a, b);
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                to[e] += c[e];
+        } else
+            mma(to, a, b);
+    };
 #pragma unroll
     for (int m = 0; m < L::mt; ++m) {
         FragA<E> a;
@@ -196,10 +208,10 @@ __device__ __forceinline__ void add_outer(typename L::State &w, const typename L
         for (int k = 0; k < L::kt; ++k) {
             FragB<E> b[2];
             load_b_transposed(b, x + 16 * m * L::ld + 16 * k, L::ld, at.lane);
-            mma(w[2 * k], a, b[0]);
-            mma(w[2 * k + 1], a, b[1]);
+            add(w[2 * k], a, b[0]);
+            add(w[2 * k + 1], a, b[1]);
         }
-        mma(w[2 * L::kt], a, ones);
+        add(w[2 * L::kt], a, ones);
     }
 }
 

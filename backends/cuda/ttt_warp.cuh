@@ -64,6 +64,32 @@ __device__ __forceinline__ float from_lane_xor(float x, int mask) {
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
+// Barrier `id`, 1 to 15, of some of the block's warps.
+__device__ __forceinline__ void sync_warps(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// A barrier in shared memory whose phases 0, 1, 2, ... each end with the `count`-th arrival.
+using Arrivals = uint64_t;
+__device__ __forceinline__ void set_arrivals(Arrivals *a, unsigned count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(count)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(Arrivals *a) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(shared_address(a))
+                 : "memory");
+}
+// Until a phase of this parity has ended; the phase "before the first" counts as odd.
+__device__ __forceinline__ void wait_for_phase(Arrivals *a, unsigned parity) {
+    unsigned done;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
+                     " selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(shared_address(a)), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
+
 // 16 bytes to shared memory without waiting; zeros where `valid` is not set.
 __device__ __forceinline__ void copy_async(void *to, const void *from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),

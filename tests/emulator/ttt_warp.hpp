@@ -44,6 +44,10 @@ struct Block {
     unsigned index = 0;
     int barrier_arrived = 0;
     unsigned barrier_generation = 0;
+    struct {
+        int arrived = 0;
+        unsigned generation = 0;
+    } named[16];
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<unsigned char> shared;
@@ -192,6 +196,33 @@ inline void sync_block() {
     } else
         while (b.barrier_generation == generation)
             emulator::yield();
+}
+inline void sync_warps(int id, int threads) {
+    auto &b = emulator::block->named[id];
+    const unsigned generation = b.generation;
+    if (++b.arrived == threads) {
+        b.arrived = 0;
+        ++b.generation;
+    } else
+        while (b.generation == generation)
+            emulator::yield();
+}
+struct Arrivals {
+    uint16_t count, pending;
+    uint32_t phase;
+};
+inline void set_arrivals(Arrivals *a, unsigned count) {
+    *a = {uint16_t(count), uint16_t(count), 0};
+}
+inline void arrive(Arrivals *a) {
+    if (--a->pending == 0) {
+        a->pending = a->count;
+        ++a->phase;
+    }
+}
+inline void wait_for_phase(Arrivals *a, unsigned parity) {
+    while ((a->phase & 1) == parity)
+        emulator::yield();
 }
 inline void copy_async(void *to, const void *from, bool valid) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)

@@ -1,0 +1,371 @@
+// Checks the fused scans on a GPU against the reference kernels in double precision, then times
+// them.
+//
+//     ttt_scan_cuda [--check] [--time] [--one CASE] [--json FILE]
+//
+// Times are medians over replays of a graph in which each call has inputs of its own, together
+// larger than the L2 cache, divided by the calls; `alone` is the median of single calls between
+// events, launch cost included. "f+b" is the forward scan keeping its trace and the backward pass
+// with it; "vjp" the backward pass alone, which computes the trace again. --one runs the calls of
+// one case a few times, for a profiler.
+#include "../ttt_scan_cases.hpp"
+
+#include <fstream>
+
+namespace {
+
+using namespace ponder;
+using namespace ponder::test;
+
+#define CHECK(x) DeviceTensor::check(x)
+
+std::vector<ScanCase> checks() {
+    std::vector<ScanCase> cases;
+    uint32_t seed = 5;
+    const auto pick = [&](int n) { return int((seed = seed * 1664525u + 1013904223u) >> 16) % n; };
+    for (const DType type : {DType::f32, DType::bf16})
+        for (const int64_t d : {32, 64, 128})
+            for (const int64_t m : {16, 64})
+                for (const bool ponder : {false, true})
+                    for (int i = 0; i < 3; ++i) {
+                        ScanCase c{1 + pick(3), 1 + pick(400), 1 + pick(4), d, m, type, ponder};
+                        if (i == 0)
+                            c.t = 1 + pick(int(m)); // one mini-batch or less
+                        c.decay = pick(2) ? 0.1 : 0;
+                        c.limit = pick(3) ? 0 : 0.5;
+                        c.causal_k = pick(2) ? 0 : -pick(3);
+                        c.losses = pick(2) == 0;
+                        c.lr_scale = pick(2) ? 1 : 4;
+                        cases.push_back(c);
+                    }
+    for (const DType type : {DType::f32, DType::bf16})
+        cases.push_back({2, 2048, 3, 64, 16, type});
+    for (const DType type : {DType::f32, DType::bf16})
+        for (const int64_t m : {16, 64})
+            for (const int64_t t : {1, 50, 300}) {
+                ScanCase c{2, t, 2, 64, m, type};
+                c.mlp = true;
+                cases.push_back(c);
+            }
+    return cases;
+}
+
+struct Timing {
+    std::string name, what;
+    double graph_us = 0, alone_us = 0;
+    double bytes = 0;
+};
+
+double median(std::vector<double> v) {
+    std::sort(v.begin(), v.end());
+    return v[v.size() / 2];
+}
+
+class Timer {
+public:
+    Timer() {
+        CHECK(cudaStreamCreate(&stream));
+        CHECK(cudaEventCreate(&start_));
+        CHECK(cudaEventCreate(&stop_));
+    }
+    template <class F> double once(F f) {
+        CHECK(cudaEventRecord(start_, stream));
+        f();
+        CHECK(cudaEventRecord(stop_, stream));
+        CHECK(cudaEventSynchronize(stop_));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, start_, stop_));
+        return double(ms) * 1e3;
+    }
+    // call(i) for input sets 0..sets-1
+    template <class F> void run(Timing &t, int sets, F call) {
+        for (int i = 0; i < sets; ++i)
+            call(i);
+        CHECK(cudaStreamSynchronize(stream));
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        for (int i = 0; i < sets; ++i)
+            call(i);
+        CHECK(cudaStreamEndCapture(stream, &graph));
+        CHECK(cudaGraphInstantiate(&exec, graph, 0));
+        std::vector<double> replays, calls;
+        for (int i = 0; i < 23; ++i) {
+            const double us = once([&] { CHECK(cudaGraphLaunch(exec, stream)); }) / sets;
+            if (i >= 3)
+                replays.push_back(us);
+        }
+        for (int i = 0; i < 20; ++i)
+            calls.push_back(once([&] { call(i % sets); }));
+        t.graph_us = median(replays);
+        t.alone_us = median(calls);
+        CHECK(cudaGraphExecDestroy(exec));
+        CHECK(cudaGraphDestroy(graph));
+    }
+    cudaStream_t stream;
+
+private:
+    cudaEvent_t start_, stop_;
+};
+
+// Random bytes on the device, of a type.
+std::unique_ptr<DeviceTensor> filled_with(const Tensor &pattern, DType type, const Shape &shape) {
+    Tensor t(type, shape);
+    const size_t bytes = size_t(t.count()) * size_of(type),
+                 n = size_t(pattern.count()) * size_of(type);
+    for (size_t at = 0; at < bytes; at += n)
+        std::memcpy(t.block->data() + at, pattern.block->data(), std::min(n, bytes - at));
+    return std::make_unique<DeviceTensor>(t);
+}
+
+struct Set {
+    std::vector<std::unique_ptr<DeviceTensor>> x;
+    DeviceTensor *add(std::unique_ptr<DeviceTensor> t) {
+        x.push_back(std::move(t));
+        return x.back().get();
+    }
+};
+
+std::vector<Timing> time_linear(Timer &timer, const ScanCase &c, bool few) {
+    const int64_t width = c.h * c.d;
+    const Shape rows{c.s, c.t, width}, rates{c.s, c.t, c.h}, state{c.s, c.h, c.d, c.d},
+        bias{c.s, c.h, c.d}, head{c.h, c.d};
+    const cuda::TttType type = c.type == DType::bf16 ? cuda::TttType::bf16 : cuda::TttType::f32;
+    const cuda::TttLinearShape shape{
+        c.s,     c.t,  c.h,     c.d,       c.m, type, type, c.ponder, 1.0 / double(c.d),
+        c.decay, 1e-6, c.limit, c.causal_k};
+    const double tensor = double(c.s * c.t * width) * double(size_of(c.type));
+    const int sets = few ? 1 : std::max(2, std::min(10, int(80e6 / (4 * tensor)) + 1));
+    const Tensor pattern = random_tensor(c.type, {999983}, 1),
+                 half = random_tensor(c.type, {99991}, 2, 0.5);
+    for (int64_t i = 0; i < half.count(); ++i)
+        half.set(i, half.at(i) + 0.5);
+    const Tensor wide = random_tensor(DType::f32, {99991}, 3, 0.02);
+    struct Call {
+        cuda::TttLinearForward f, traced;
+        cuda::TttLinearBackward b, alone;
+    };
+    Set all;
+    std::vector<Call> calls;
+    DeviceTensor *index = all.add(filled_with(filled(DType::f32, {8}, 0), DType::f32, {c.m}));
+    DeviceTensor *g = all.add(filled_with(filled(DType::f32, {8}, 1), DType::f32, head));
+    DeviceTensor *b = all.add(filled_with(wide, DType::f32, head));
+    DeviceTensor *work = all.add(std::make_unique<DeviceTensor>(bytes_tensor(std::max(
+        cuda::ttt_linear_workspace(shape), cuda::ttt_linear_vjp_workspace(shape, false)))));
+    DeviceTensor *tickets = all.add(filled_with(filled(DType::f32, {8}, 0), DType::f32, {c.s}));
+    const auto f32 = [&](const Shape &s) { return all.add(filled_with(wide, DType::f32, s)); };
+    const auto row = [&] { return all.add(filled_with(pattern, c.type, rows)); };
+    const auto rate = [&] { return all.add(filled_with(half, c.type, rates)); };
+    const bool vjp = !cuda::ttt_linear_vjp_misses(shape);
+    for (int i = 0; i < sets; ++i) {
+        Call call;
+        auto *q = row(), *k = row(), *v = row(), *lr = rate();
+        call.f = {q->data(),
+                  k->data(),
+                  v->data(),
+                  lr->data(),
+                  index->floats(),
+                  g->floats(),
+                  b->floats(),
+                  f32(state)->floats(),
+                  f32(bias)->floats(),
+                  row()->data(),
+                  f32(state)->floats(),
+                  f32(bias)->floats(),
+                  f32({c.s, 3})->floats(),
+                  nullptr};
+        call.traced = call.f;
+        if (vjp) {
+            call.traced.trace =
+                all.add(std::make_unique<DeviceTensor>(bytes_tensor(cuda::ttt_linear_trace(shape))))
+                    ->data();
+            call.b = {call.f.q,
+                      call.f.k,
+                      call.f.v,
+                      call.f.lr,
+                      call.f.index,
+                      call.f.g,
+                      call.f.b,
+                      call.f.w1,
+                      call.f.b1,
+                      row()->data(),
+                      f32(state)->floats(),
+                      f32(bias)->floats(),
+                      nullptr,
+                      call.traced.trace,
+                      row()->data(),
+                      row()->data(),
+                      row()->data(),
+                      rate()->data(),
+                      f32({c.m})->floats(),
+                      f32(head)->floats(),
+                      f32(head)->floats(),
+                      f32(state)->floats(),
+                      f32(bias)->floats()};
+            call.alone = call.b;
+            call.alone.trace = nullptr;
+        }
+        calls.push_back(call);
+    }
+    const auto forward = [&](const cuda::TttLinearForward &f) {
+        CHECK(cuda::ttt_linear(shape, f, work->data(), static_cast<unsigned *>(tickets->data()),
+                               timer.stream));
+    };
+    const auto backward = [&](const cuda::TttLinearBackward &x) {
+        CHECK(cuda::ttt_linear_vjp(shape, x, work->data(), timer.stream));
+    };
+    if (few) {
+        for (int i = 0; i < 3; ++i) {
+            forward(calls[0].f);
+            if (vjp)
+                forward(calls[0].traced), backward(calls[0].b), backward(calls[0].alone);
+        }
+        CHECK(cudaStreamSynchronize(timer.stream));
+        return {};
+    }
+    std::vector<Timing> out;
+    Timing t{c.name(), "fwd", 0, 0, 4 * tensor};
+    timer.run(t, sets, [&](int i) { forward(calls[size_t(i)].f); });
+    out.push_back(t);
+    if (!vjp)
+        return out;
+    t = {c.name(), "f+b", 0, 0, 12 * tensor};
+    timer.run(t, sets, [&](int i) {
+        forward(calls[size_t(i)].traced);
+        backward(calls[size_t(i)].b);
+    });
+    out.push_back(t);
+    t = {c.name(), "vjp", 0, 0, 8 * tensor};
+    timer.run(t, sets, [&](int i) { backward(calls[size_t(i)].alone); });
+    out.push_back(t);
+    return out;
+}
+
+std::vector<Timing> time_mlp(Timer &timer, const ScanCase &c, bool few) {
+    const int64_t width = c.h * c.d, f = 4 * c.d;
+    const Shape rows{c.s, c.t, width}, rates{c.s, c.t, c.h}, head{c.h, c.d};
+    const std::vector<Shape> states{
+        {c.s, c.h, c.d, f}, {c.s, c.h, f}, {c.s, c.h, f, c.d}, {c.s, c.h, c.d}};
+    const cuda::TttType type = c.type == DType::bf16 ? cuda::TttType::bf16 : cuda::TttType::f32;
+    const cuda::TttMlpShape shape{c.s, c.t, c.h, c.d, c.m, type, type, 0.1 / double(c.d), 1e-6};
+    if (cuda::ttt_mlp_misses(shape))
+        return {};
+    const double tensor = double(c.s * c.t * width) * double(size_of(c.type));
+    const int sets = few ? 1 : std::max(2, std::min(10, int(80e6 / (4 * tensor)) + 1));
+    const Tensor pattern = random_tensor(c.type, {999983}, 1),
+                 wide = random_tensor(DType::f32, {99991}, 3, 0.02);
+    Set all;
+    std::vector<cuda::TttMlpForward> calls;
+    const auto f32 = [&](const Shape &s) {
+        return all.add(filled_with(wide, DType::f32, s))->floats();
+    };
+    const auto row = [&] { return all.add(filled_with(pattern, c.type, rows))->data(); };
+    DeviceTensor *tickets = all.add(filled_with(filled(DType::f32, {8}, 0), DType::f32, {c.s}));
+    DeviceTensor *work =
+        all.add(std::make_unique<DeviceTensor>(bytes_tensor(cuda::ttt_mlp_workspace(shape))));
+    const float *index = f32({c.m}), *g = f32(head), *b = f32(head);
+    for (int i = 0; i < sets; ++i)
+        calls.push_back({row(), row(), row(), all.add(filled_with(pattern, c.type, rates))->data(),
+                         index, g, b, f32(states[0]), f32(states[1]), f32(states[2]),
+                         f32(states[3]), row(), f32(states[0]), f32(states[1]), f32(states[2]),
+                         f32(states[3]), f32({c.s, 3})});
+    const auto call = [&](int i) {
+        CHECK(cuda::ttt_mlp(shape, calls[size_t(i)], work->data(),
+                            static_cast<unsigned *>(tickets->data()), timer.stream));
+    };
+    if (few) {
+        for (int i = 0; i < 3; ++i)
+            call(0);
+        CHECK(cudaStreamSynchronize(timer.stream));
+        return {};
+    }
+    Timing t{c.name(), "fwd", 0, 0, 4 * tensor};
+    timer.run(t, sets, call);
+    return {t};
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+    bool check = false, time = false;
+    int one = -1;
+    std::string json;
+    for (int i = 1; i < argc; ++i) {
+        const std::string a = argv[i];
+        check |= a == "--check";
+        time |= a == "--time";
+        if (a == "--one" && i + 1 < argc)
+            one = std::atoi(argv[++i]);
+        if (a == "--json" && i + 1 < argc)
+            json = argv[++i];
+    }
+    bool good = true;
+    if (check) {
+        good = check_scans(checks(), true);
+        std::printf("checks: %s\n", good ? "all good" : "FAILED");
+    }
+    std::vector<ScanCase> cases;
+    for (const int64_t s : {1, 8, 32})
+        cases.push_back({s, 2048, 12, 64, 16, DType::bf16});
+    cases.push_back({1, 16384, 12, 64, 16, DType::bf16});
+    cases.push_back({1, 512, 12, 64, 16, DType::bf16});
+    for (const int64_t s : {1, 8})
+        cases.push_back({s, 2048, 12, 64, 16, DType::f32});
+    cases.push_back({8, 2048, 12, 64, 64, DType::bf16});
+    cases.push_back({8, 2048, 24, 32, 16, DType::bf16});
+    cases.push_back({8, 2048, 6, 128, 16, DType::bf16});
+    cases.push_back({8, 2048, 6, 128, 64, DType::bf16});
+    cases.push_back({1, 512, 12, 64, 16, DType::bf16, true, false, 0.1, 1.0, -1});
+    for (const int64_t s : {1, 8}) {
+        ScanCase c{s, 2048, 12, 64, 16, DType::bf16};
+        c.mlp = true;
+        cases.push_back(c);
+        c.m = 64;
+        cases.push_back(c);
+    }
+    Timer timer;
+    if (one >= 0) {
+        const ScanCase &c = cases.at(size_t(one));
+        c.mlp ? time_mlp(timer, c, true) : time_linear(timer, c, true);
+    }
+    if (time) {
+        cudaDeviceProp device;
+        CHECK(cudaGetDeviceProperties(&device, 0));
+        void *a, *b;
+        const size_t size = size_t(1) << 30;
+        CHECK(cudaMalloc(&a, size));
+        CHECK(cudaMalloc(&b, size));
+        CHECK(cudaMemset(a, 1, size));
+        std::vector<double> copies;
+        for (int i = 0; i < 12; ++i)
+            copies.push_back(timer.once([&] {
+                CHECK(cudaMemcpyAsync(b, a, size, cudaMemcpyDeviceToDevice, timer.stream));
+            }));
+        CHECK(cudaFree(a));
+        CHECK(cudaFree(b));
+        const double rate = 2 * double(size) / median(copies) * 1e6; // bytes a second
+        std::printf("%s, %d multiprocessors; device copy %.2f TB/s\n", device.name,
+                    device.multiProcessorCount, rate / 1e12);
+        std::ofstream out(json.empty() ? "/dev/null" : json);
+        out << "{\"device\": \"" << device.name << "\", \"copy_bytes_per_second\": " << rate
+            << ", \"results\": [";
+        std::printf("%-50s %-4s %10s %10s %12s %12s\n", "case", "", "us", "alone us", "us/mini-b.",
+                    "floor us");
+        const char *comma = "\n";
+        for (const ScanCase &c : cases)
+            for (const Timing &t :
+                 c.mlp ? time_mlp(timer, c, false) : time_linear(timer, c, false)) {
+                const double steps = double((c.t + c.m - 1) / c.m);
+                std::printf("%-50s %-4s %10.1f %10.1f %12.3f %12.1f\n", t.name.c_str(),
+                            t.what.c_str(), t.graph_us, t.alone_us, t.graph_us / steps,
+                            t.bytes / rate * 1e6);
+                std::fflush(stdout);
+                out << comma << "{\"case\": \"" << t.name << "\", \"what\": \"" << t.what
+                    << "\", \"us\": " << t.graph_us << ", \"alone_us\": " << t.alone_us
+                    << ", \"bandwidth_floor_us\": " << t.bytes / rate * 1e6 << "}";
+                comma = ",\n";
+            }
+        out << "\n]}\n";
+    }
+    return good ? 0 : 1;
+}
