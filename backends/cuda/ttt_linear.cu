@@ -43,7 +43,7 @@ template <class L, int stages, bool output> struct LinearShared {
 };
 
 template <class L, int stages, bool output>
-__global__ void __launch_bounds__(L::threads) linear_scan(LinearParams p) {
+__global__ void __launch_bounds__(L::threads) linear_scan(const __grid_constant__ LinearParams p) {
     using E = typename L::E;
     constexpr int D = L::D, M = L::M;
     const Place at;

@@ -52,7 +52,7 @@ template <class L, bool output> struct RolesShared {
     }
 };
 
-template <class L, bool output> constexpr int roles_threads() {
+template <class L, bool output> __host__ __device__ constexpr int roles_threads() {
     return 32 * ((output ? 2 : 1) * L::warps + roles_ahead);
 }
 
@@ -578,7 +578,7 @@ private:
 
 template <class L, bool output, int resident>
 __global__ void __launch_bounds__(roles_threads<L, output>(), resident)
-    linear_roles(LinearParams p) {
+    linear_roles(const __grid_constant__ LinearParams p) {
     const int scans = p.streams * p.heads;
     if (output && int(blockIdx.x) >= scans) {
         const Place at;

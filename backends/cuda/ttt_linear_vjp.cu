@@ -16,8 +16,9 @@
 //   dh = -E mean(u h) - u mean(E h) + g^2 x,  dz = r (dh - mean(dh) - h s),
 //   s = mean(dh h) + mean(E u) - mean(E) mean(u) - mean(E h) mean(u h);
 // the means of dh and dh h follow from those of E, E h, g^2 E, g^2 h E, so one exchange does.
-#include "ttt_linear.cuh"
 #include "ttt_linear_host.hpp"
+#include "ttt_linear_vjp.cuh"
+#include "ttt_linear_vjp_roles.cuh"
 
 namespace ponder::cuda {
 namespace {
@@ -48,99 +49,9 @@ template <class L, int stages> struct ReverseShared {
     }
 };
 
-// Sums of five quantities over the block.
-template <class L>
-__device__ __forceinline__ void block_sums(float (&x)[8], float *shared, const Place &at) {
-    sync_block();
-#pragma unroll
-    for (int i = 0; i < 5; ++i) {
-#pragma unroll
-        for (int l = 16; l > 0; l /= 2)
-            x[i] += from_lane_xor(x[i], l);
-        if (at.lane == 0)
-            shared[i * L::warps + at.warp] = x[i];
-    }
-    sync_block();
-#pragma unroll
-    for (int i = 0; i < 5; ++i) {
-        x[i] = 0;
-        for (int w = 0; w < L::warps; ++w)
-            x[i] += shared[i * L::warps + w];
-    }
-}
-
-// Gradient of `weight` |LN(z) - target|^2 / 2 for one key under the state whose copy is `w`. Leaves
-// in `out`: the key and 1 [D + 4], dz, dtarget, dkey [D] each; adds to gradients of g and b [D]
-// each.
-template <class L>
-__device__ void probe(const LinearParams &p, float *out, float *sums, const typename L::E *w,
-                      const typename L::E *key, const typename L::E *value, int h, float weight,
-                      const Place &at) {
-    constexpr int D = L::D;
-    float *k = out, *dz = out + D + 4, *dtarget = dz + D, *dkey = dtarget + D, *dg = dkey + D,
-          *db = dg + D;
-    const int i = at.thread;
-    if (i < D)
-        k[i] = to_float(key[i]);
-    if (i == D)
-        k[D] = 1;
-    sync_block();
-    float s[8] = {}, z = 0, goal = 0, g = 0;
-    if (i < D) {
-        for (int c = 0; c <= D; ++c)
-            z += k[c] * to_float(w[i * L::ld + c]);
-        g = p.g[h * D + i];
-        goal = to_float(value[i]) - k[i] - p.b[h * D + i];
-        add_loss_sums(s, z, g, goal);
-    }
-    block_sums<L>(s, sums, at);
-    const LossStats stats(s, float(D), p.eps);
-    if (i < D) {
-        const float residual = g * stats.r * z - goal;
-        dz[i] = weight * loss_gradient(z, g, goal, stats.r, stats.mean_u, stats.mean_uh);
-        dtarget[i] = -weight * residual;
-        dg[i] += weight * residual * stats.r * z;
-        db[i] += weight * residual;
-    }
-    sync_block();
-    if (i < D) {
-        float sum = 0;
-        for (int o = 0; o < D; ++o)
-            sum += dz[o] * to_float(w[o * L::ld + i]);
-        dkey[i] = sum;
-    }
-    sync_block();
-}
-
-template <class L>
-__device__ __forceinline__ void copy_state(typename L::E *to, const typename L::State &w,
-                                           const Place &at) {
-#pragma unroll
-    for (int j = 0; j < 2 * L::kt + 1; ++j)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            store_pair(to + (at.col + at.g + 8 * half) * L::ld + 8 * j + 2 * at.t, w[j][2 * half],
-                       w[j][2 * half + 1]);
-}
-
-// c[m] += x y for the rows of a tile x and y [D, ld], a warp's 16 columns
-template <class L>
-__device__ __forceinline__ void add_products(float (&c)[2][4], const typename L::E *x,
-                                             const typename L::E *y, const Place &at) {
-    using E = typename L::E;
-#pragma unroll
-    for (int k = 0; k < L::kt; ++k) {
-        FragA<E> a;
-        FragB<E> b[2];
-        load_a(a, x + 16 * k, L::ld, at.lane);
-        load_b_transposed(b, y + 16 * k * L::ld + at.col, L::ld, at.lane);
-        mma(c[0], a, b[0]);
-        mma(c[1], a, b[1]);
-    }
-}
-
 template <class L, int stages, int resident>
-__global__ void __launch_bounds__(L::threads, resident) linear_reverse(LinearParams p) {
+__global__ void __launch_bounds__(L::threads, resident)
+    linear_reverse(const __grid_constant__ LinearParams p) {
     using E = typename L::E;
     constexpr int D = L::D, M = L::M, mt = L::mt;
     const Place at;
@@ -217,8 +128,13 @@ __global__ void __launch_bounds__(L::threads, resident) linear_reverse(LinearPar
         const bool learns = shared.rates.learns(is_short) != 0;
 
         if (weight[2] != 0) {
-            probe<L>(p, shared.probe, shared.block, shared.w, k_tile + (n - 1) * L::ld,
-                     v_tile + (n - 1) * L::ld, h, weight[2], at);
+            probe<L>(
+                p, shared.probe, probe_dg, shared.block, shared.w, k_tile + (n - 1) * L::ld,
+                [&](int i) {
+                    const int from = (n - 1) * L::ld + i;
+                    return to_float(v_tile[from]) - to_float(k_tile[from]) - p.b[h * D + i];
+                },
+                h, weight[2], at, [] { sync_block(); });
             each_element<L>(dw, at, [&](float &x, int in, int out) {
                 if (in <= D)
                     x += shared.probe[in] * probe_dz[out];
@@ -612,8 +528,14 @@ __global__ void __launch_bounds__(L::threads, resident) linear_reverse(LinearPar
         sync_block();
         for (int batch = 0; batch < p.batches; ++batch) {
             const int64_t row = offset + int64_t(min((batch + 1) * M, p.tokens) - 1) * width;
-            probe<L>(p, shared.probe, shared.block, shared.w, static_cast<const E *>(p.k) + row,
-                     static_cast<const E *>(p.v) + row, h, weight[0], at);
+            probe<L>(
+                p, shared.probe, probe_dg, shared.block, shared.w,
+                static_cast<const E *>(p.k) + row,
+                [&](int i) {
+                    return to_float(static_cast<const E *>(p.v)[row + i]) -
+                           to_float(static_cast<const E *>(p.k)[row + i]) - p.b[h * D + i];
+                },
+                h, weight[0], at, [] { sync_block(); });
             each_element<L>(dw, at, [&](float &x, int in, int out) {
                 if (in <= D)
                     x += shared.probe[in] * probe_dz[out];
@@ -664,7 +586,7 @@ __global__ void __launch_bounds__(L::threads, resident) linear_reverse(LinearPar
                 rates[at.warp * M + 16 * m + at.g + 8 * half] = x;
         }
     float last[8] = {da_last[0], da_last[1]};
-    block_sums<L>(last, shared.block, at);
+    block_sums<L>(last, shared.block, at, [] { sync_block(); });
     if (p.by_key) {
         if (at.warp == 0 && at.t < 2)
 #pragma unroll
@@ -726,7 +648,12 @@ template <class L> constexpr int reverse_stages() {
 template <class L> constexpr int reverse_resident() {
     return L::threads <= 128 && L::M == 16 && sizeof(typename L::E) == 2 ? 3 : 1;
 }
+template <class L> constexpr bool reverse_has_roles() {
+    return L::M == 16 && L::D <= 64 && sizeof(typename L::E) == 2;
+}
 template <class L> size_t reverse_shared() {
+    if constexpr (reverse_has_roles<L>())
+        return size_t(ReverseRolesShared<L>(nullptr).size);
     return size_t(ReverseShared<L, reverse_stages<L>()>(nullptr).size);
 }
 
@@ -765,8 +692,13 @@ cudaError_t ttt_linear_vjp(const TttLinearShape &shape, const TttLinearBackward 
     }
     const cudaError_t e = visit_linear(shape, [&](auto l) {
         using L = decltype(l);
-        return launch(linear_reverse<L, reverse_stages<L>(), reverse_resident<L>()>,
-                      unsigned(p.streams * p.heads), L::threads, reverse_shared<L>(), stream, p);
+        if constexpr (reverse_has_roles<L>())
+            return launch(linear_reverse_roles<L>, unsigned(p.streams * p.heads),
+                          reverse_roles_threads<L>(), reverse_shared<L>(), stream, p);
+        else
+            return launch(linear_reverse<L, reverse_stages<L>(), reverse_resident<L>()>,
+                          unsigned(p.streams * p.heads), L::threads, reverse_shared<L>(), stream,
+                          p);
     });
     if (e != cudaSuccess)
         return e;
