@@ -54,6 +54,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 __device__ __forceinline__ float float_of_bits(uint32_t x) { return __uint_as_float(x); }
 __device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+__device__ __forceinline__ float exponential(float x) { return __expf(x); }
 
 __device__ __forceinline__ float from_lane(float x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);

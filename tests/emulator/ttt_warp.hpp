@@ -120,6 +120,7 @@ inline uint32_t pack_bf16(float low, float high) {
     return round_bf16(low) | round_bf16(high) << 16;
 }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
+inline float exponential(float x) { return std::exp(x); }
 
 inline unsigned char *shared_memory() { return emulator::block->shared.data(); }
 
