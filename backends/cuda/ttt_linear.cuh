@@ -38,7 +38,8 @@ struct LinearParams {
     const float *dw_next, *db_next, *dloss;
     void *dq, *dk, *dv, *dlr;
     float *dw, *db1;
-    float *part; // [S,H,2 D + M]: gradients of g, b and the token rates
+    float *part;      // [S,H,2 D + M]: gradients of g, b and the token rates
+    float *last_rows; // [S,H,batches,2,D]: dk, dv of last tokens without the initial loss's part
 };
 
 constexpr int trace_every = 16;

@@ -62,6 +62,9 @@ __global__ void __launch_bounds__(L::threads, resident)
     const int64_t rate_offset = int64_t(s) * p.tokens * p.heads + h;
     const int short_n = p.tokens - (p.batches - 1) * M;
 
+    const auto last_rows_at = [&](int batch) {
+        return p.last_rows + (int64_t(head) * p.batches + batch) * 2 * D;
+    };
     const auto fetch_batch = [&](int batch) {
         if (batch >= 0) {
             const void *const from[4] = {p.k, p.v, p.q, p.dy ? p.dy : p.q};
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(L::threads, resident)
 
     // Sums over all tokens: gradients of g and b at this thread's dims; of a_i; of the last a_i
     // through the state, in full mini-batches and in a short last one; of token rates by key.
-    float dg[2][2] = {}, db[2][2] = {}, da[mt][2] = {}, da_last[2] = {0, 0}, dtoken[mt] = {};
+    float dg[2][2] = {}, db[2][2] = {}, da[mt][2] = {}, da_last = 0, da_short = 0, dtoken[mt] = {};
 
     for (int batch = p.batches - 1; batch >= 0; --batch) {
         const bool is_short = batch == p.batches - 1;
@@ -284,7 +287,7 @@ __global__ void __launch_bounds__(L::threads, resident)
                                            8 * nt + 2 * at.t));
                         along += x.x * d[m][nt][2 * half] + x.y * d[m][nt][2 * half + 1];
                     }
-            da_last[is_short && n < M] += along / by;
+            (is_short && n < M ? da_short : da_last) += along / by;
         }
         if (!learns)
 #pragma unroll
@@ -430,6 +433,8 @@ __global__ void __launch_bounds__(L::threads, resident)
                         dtarget[0] += probe_dtarget[dim];
                         dtarget[1] += probe_dtarget[dim + 1];
                     }
+                    if (row == n - 1 && weight[0] != 0)
+                        store_pair(last_rows_at(batch) + D + dim, dtarget[0], dtarget[1]);
                     if (row < n)
                         store_pair(static_cast<E *>(p.dv) + offset + (first + row) * width + dim,
                                    dtarget[0], dtarget[1]);
@@ -512,6 +517,8 @@ __global__ void __launch_bounds__(L::threads, resident)
                         dk[0] += probe_dkey[dim];
                         dk[1] += probe_dkey[dim + 1];
                     }
+                    if (row == n - 1 && weight[0] != 0)
+                        store_pair(last_rows_at(batch) + dim, dk[0], dk[1]);
                     store_pair(static_cast<E *>(p.dk) + to, dk[0], dk[1]);
                     store_pair(static_cast<E *>(p.dq) + to, dq[nt][2 * half], dq[nt][2 * half + 1]);
                 }
@@ -541,10 +548,11 @@ __global__ void __launch_bounds__(L::threads, resident)
                     x += shared.probe[in] * probe_dz[out];
             });
             if (at.thread < D) {
-                E *dk = static_cast<E *>(p.dk) + row + at.thread;
-                E *dv = static_cast<E *>(p.dv) + row + at.thread;
-                store(dk, to_float(*dk) + probe_dkey[at.thread] - probe_dtarget[at.thread]);
-                store(dv, to_float(*dv) + probe_dtarget[at.thread]);
+                const float dtarget = probe_dtarget[at.thread];
+                const float *rest = last_rows_at(batch) + at.thread;
+                store(static_cast<E *>(p.dk) + row + at.thread,
+                      rest[0] + probe_dkey[at.thread] - dtarget);
+                store(static_cast<E *>(p.dv) + row + at.thread, rest[D] + dtarget);
             }
             sync_block();
         }
@@ -585,7 +593,7 @@ __global__ void __launch_bounds__(L::threads, resident)
             if (at.t == 0)
                 rates[at.warp * M + 16 * m + at.g + 8 * half] = x;
         }
-    float last[8] = {da_last[0], da_last[1]};
+    float last[8] = {da_last, da_short};
     block_sums<L>(last, shared.block, at, [] { sync_block(); });
     if (p.by_key) {
         if (at.warp == 0 && at.t < 2)
@@ -657,6 +665,11 @@ template <class L> size_t reverse_shared() {
     return size_t(ReverseShared<L, reverse_stages<L>()>(nullptr).size);
 }
 
+size_t last_rows_size(const TttLinearShape &s) {
+    const int64_t batches = (s.tokens + s.mini_batch - 1) / s.mini_batch;
+    return (size_t(s.streams * s.heads * batches * 2 * s.head_dim) * sizeof(float) + 255) / 256 *
+           256;
+}
 size_t part_size(const TttLinearShape &s) {
     return (size_t(s.streams * s.heads * (2 * s.head_dim + s.mini_batch)) * sizeof(float) + 255) /
            256 * 256;
@@ -665,7 +678,7 @@ size_t part_size(const TttLinearShape &s) {
 } // namespace
 
 size_t ttt_linear_vjp_workspace(const TttLinearShape &shape, bool has_trace) {
-    return part_size(shape) + (has_trace ? 0 : ttt_linear_trace(shape));
+    return part_size(shape) + last_rows_size(shape) + (has_trace ? 0 : ttt_linear_trace(shape));
 }
 
 const char *ttt_linear_vjp_misses(const TttLinearShape &shape) {
@@ -682,11 +695,15 @@ cudaError_t ttt_linear_vjp(const TttLinearShape &shape, const TttLinearBackward 
     p.dy = t.dy, p.dw_next = t.dw1_out, p.db_next = t.db1_out, p.dloss = t.dloss;
     p.dq = t.dq, p.dk = t.dk, p.dv = t.dv, p.dlr = t.dlr;
     p.dw = t.dw1, p.db1 = t.db1;
-    p.part = static_cast<float *>(workspace);
+    unsigned char *rest = static_cast<unsigned char *>(workspace);
+    p.part = reinterpret_cast<float *>(rest);
+    rest += part_size(shape);
+    p.last_rows = reinterpret_cast<float *>(rest);
+    rest += last_rows_size(shape);
     if (t.trace)
         set_trace(p, shape, const_cast<void *>(t.trace));
     else {
-        set_trace(p, shape, static_cast<unsigned char *>(workspace) + part_size(shape));
+        set_trace(p, shape, rest);
         if (const cudaError_t e = ttt_linear_states(shape, p, stream); e != cudaSuccess)
             return e;
     }

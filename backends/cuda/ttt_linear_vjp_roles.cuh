@@ -131,6 +131,9 @@ public:
 
 private:
     __device__ __forceinline__ int batch_of(int step) const { return p.batches - 1 - step; }
+    __device__ __forceinline__ float *last_rows_at(int batch) const {
+        return p.last_rows + (int64_t(head) * p.batches + batch) * 2 * D;
+    }
     __device__ __forceinline__ int tokens_of(int step) const { return step == 0 ? short_n : M; }
     __device__ __forceinline__ void leave(Arrivals *a, const Place &at) const {
         sync_warp();
@@ -271,7 +274,7 @@ private:
         norm.load(p, h * D + at.col + 2 * at.t);
         float dg[2][2] = {}, db[2][2] = {}, da[2] = {};
         const int own = at.g + 8 * (at.t & 1);
-        const float by[2] = {1 / shared.rates.f(false), 1 / shared.rates.f(true)};
+        const float by = 1 / shared.rates.f(false), by_short = 1 / shared.rates.f(true);
         const auto sync = [] { sync_warps(1, L::threads); };
         if (weight[2] != 0) { // the state after the last step, where the step after it would be
             copy_state<L>(shared.states[reverse_state_slots - 1].w, w, at);
@@ -379,8 +382,8 @@ private:
                 to.h[at.warp][nt][at.lane] = {r[0] * z[0][nt][0], r[0] * z[0][nt][1],
                                               r[1] * z[0][nt][2], r[1] * z[0][nt][3]};
             }
-            da[0] += by[is_short] * along[0];
-            da[1] += by[is_short] * along[1];
+            da[0] += (is_short ? by_short : by) * along[0];
+            da[1] += (is_short ? by_short : by) * along[1];
             sync_warp();
             if (at.lane == 0) {
                 arrive(shared.state_full + step % reverse_state_slots);
@@ -432,9 +435,9 @@ private:
         for (int i = 0; i < D; ++i)
             mean_gg += p.g[h * D + i] * p.g[h * D + i];
         mean_gg /= float(D);
-        float dg[2][2] = {}, db[2][2] = {}, da_last[2] = {0, 0}, dtoken = 0;
+        float dg[2][2] = {}, db[2][2] = {}, da_last = 0, da_short = 0, dtoken = 0;
         const int own = at.g + 8 * (at.t & 1);
-        const float by[2] = {1 / shared.rates.f(false), 1 / shared.rates.f(true)};
+        const float by = 1 / shared.rates.f(false), by_short = 1 / shared.rates.f(true);
         const auto sync = [] { sync_warps(2, L::threads); };
         for (int step = 0; step < p.batches; ++step) {
             const bool is_short = step == 0;
@@ -472,7 +475,7 @@ private:
                                                         at.col + 8 * nt + 2 * at.t));
                         along += x.x * d[nt][2 * half] + x.y * d[nt][2 * half + 1];
                     }
-                da_last[is_short && n < M] += along * by[is_short];
+                (is_short && n < M ? da_short : da_last) += along * (is_short ? by_short : by);
             }
             if (!learns)
 #pragma unroll
@@ -612,6 +615,8 @@ private:
                             dtarget[e] += state.probe[2 * D + 4 + dim + e];
                             key[e] = state.probe[3 * D + 4 + dim + e];
                         }
+                    if (row == n - 1 && weight[0] != 0)
+                        store_pair(last_rows_at(batch) + D + dim, dtarget[0], dtarget[1]);
                     if (row < n)
                         store_pair(dv + int64_t(8 * half) * width + 8 * nt, dtarget[0], dtarget[1]);
                     dk[2 * half] = key[0] - dtarget[0];
@@ -651,11 +656,11 @@ private:
                         x += out[in] * out[D + 4 + o];
                 });
                 if (at.thread < D) {
-                    E *dk = static_cast<E *>(p.dk) + row + at.thread;
-                    E *dv = static_cast<E *>(p.dv) + row + at.thread;
                     const float dtarget = out[2 * D + 4 + at.thread];
-                    store(dk, to_float(*dk) + out[3 * D + 4 + at.thread] - dtarget);
-                    store(dv, to_float(*dv) + dtarget);
+                    const float *rest = last_rows_at(batch) + at.thread;
+                    store(static_cast<E *>(p.dk) + row + at.thread,
+                          rest[0] + out[3 * D + 4 + at.thread] - dtarget);
+                    store(static_cast<E *>(p.dv) + row + at.thread, rest[D] + dtarget);
                 }
                 sync();
             }
@@ -675,7 +680,7 @@ private:
         sync();
         if (at.thread < 2 * D)
             part[at.thread] = shared.norm_sums[at.thread];
-        float last[8] = {da_last[0], da_last[1]};
+        float last[8] = {da_last, da_short};
         block_sums<L>(last, shared.chain_sums, at, sync);
         if (p.by_key) {
             if (at.warp == 0 && at.t < 2)
@@ -761,6 +766,14 @@ private:
                 add_products<L>(dk, slot.p, chain.dw, at);
             add_products<L>(dk, chain.dz, state.w, at);
             put_rows(static_cast<E *>(p.dk) + at_row, dk, n, at);
+            if (weight[0] != 0)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    if (at.g + 8 * half == n - 1)
+#pragma unroll
+                        for (int nt = 0; nt < 2; ++nt)
+                            store_pair(last_rows_at(batch) + at.col + 8 * nt + 2 * at.t,
+                                       dk[nt][2 * half], dk[nt][2 * half + 1]);
             sync_warp();
             if (at.lane == 0) {
                 arrive(shared.chain_empty + step % reverse_chain_slots);
