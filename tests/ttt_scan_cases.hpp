@@ -53,12 +53,14 @@ struct ScanCase {
     int64_t causal_k = 0;
     bool losses = true; // with gradients of the losses
     double lr_scale = 1;
+    int kernel = 0; // as in TttLinearShape
     std::string name() const {
         char text[160];
         std::snprintf(text, sizeof text, "%s %s %s s%d t%d h%d d%d m%d%s%s%s",
                       mlp ? "mlp" : "linear", type == DType::bf16 ? "bf16" : "f32",
                       ponder ? "ponder" : "official", int(s), int(t), int(h), int(d), int(m),
-                      decay ? " decay" : "", limit ? " clip" : "", causal_k ? " shifted" : "");
+                      decay ? " decay" : "", limit ? " clip" : "", causal_k ? " shifted" : "",
+                      kernel == 1 ? " alike" : "");
         return text;
     }
 };
@@ -107,9 +109,9 @@ private:
         const std::vector<double> attr{double(c.ponder), c.lr_scale / double(c.d), c.decay, 1e-6,
                                        c.limit,          double(c.causal_k)};
         const cuda::TttType type = c.type == DType::bf16 ? cuda::TttType::bf16 : cuda::TttType::f32;
-        const cuda::TttLinearShape shape{c.s,     c.t,     c.h,       c.d,     c.m,
-                                         type,    type,    c.ponder,  attr[1], c.decay,
-                                         attr[3], c.limit, c.causal_k};
+        const cuda::TttLinearShape shape{c.s,     c.t,     c.h,        c.d,     c.m,
+                                         type,    type,    c.ponder,   attr[1], c.decay,
+                                         attr[3], c.limit, c.causal_k, c.kernel};
         const char *misses = cuda::ttt_linear_misses(shape);
         if (misses)
             throw NoKernel(misses);

@@ -446,20 +446,16 @@ template <class L, bool output> size_t kernel_shared() {
 }
 
 template <class L, bool output>
-cudaError_t launch_scan(const LinearParams &p, cudaStream_t stream) {
+cudaError_t launch_scan(const LinearParams &p, int kernel, cudaStream_t stream) {
     const unsigned scans = unsigned(p.streams * p.heads);
     const unsigned blocks = output && p.loss ? 2 * scans : scans;
     const size_t bytes = kernel_shared<L, output>();
-    if constexpr (has_roles<L>()) {
-        constexpr int threads = roles_threads<L, output>();
-        constexpr bool two = sizeof(typename L::E) == 2;
-        if (two && scans > 132)
-            return launch(linear_roles < L, output, two ? 2 : 1 >, blocks, threads, bytes, stream,
-                          p);
-        return launch(linear_roles<L, output, 1>, blocks, threads, bytes, stream, p);
-    } else
-        return launch(linear_scan<L, scan_stages<L, output>(), output>, blocks, L::threads, bytes,
-                      stream, p);
+    if constexpr (has_roles<L>())
+        if (kernel != 1)
+            return launch(linear_roles<L, output>, blocks, roles_threads<L, output>(), bytes,
+                          stream, p);
+    return launch(linear_scan<L, scan_stages<L, output>(), output>, blocks, L::threads,
+                  scan_shared<L, output>(), stream, p);
 }
 
 } // namespace
@@ -491,12 +487,14 @@ cudaError_t ttt_linear(const TttLinearShape &shape, const TttLinearForward &t, v
     p.loss_part = static_cast<float *>(workspace);
     p.tickets = tickets;
     set_trace(p, shape, t.trace);
-    return visit_linear(shape, [&](auto l) { return launch_scan<decltype(l), true>(p, stream); });
+    return visit_linear(
+        shape, [&](auto l) { return launch_scan<decltype(l), true>(p, shape.kernel, stream); });
 }
 
 cudaError_t ttt_linear_states(const TttLinearShape &shape, const LinearParams &p,
                               cudaStream_t stream) {
-    return visit_linear(shape, [&](auto l) { return launch_scan<decltype(l), false>(p, stream); });
+    return visit_linear(
+        shape, [&](auto l) { return launch_scan<decltype(l), false>(p, shape.kernel, stream); });
 }
 
 } // namespace ponder::cuda

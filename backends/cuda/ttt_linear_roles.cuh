@@ -4,7 +4,8 @@
 //   ahead:  four warps, each with every fourth mini-batch: fetches q, k, v, and from them all that
 //           depends on no state: A, g goal, its sums, the factors -f c_j
 //   chain:  D / 16 warps: Z = K W + b, its norm's sums, P, W += K^T P. Nothing else.
-//   output: D / 16 warps with a copy of the state that follows P: U, y, the losses
+//   output: D / 16 warps with a copy of the state that follows P: U, y
+//   losses: one warp: the error after each step, as that of z_last + sum_j (k_last k_j + 1) P_j
 //
 // They meet at barriers of slots in shared memory; the chain waits for no one but itself as long as
 // the others keep up. Notation as in ttt_linear.cuh.
@@ -23,13 +24,14 @@ template <class L> struct RolesSlot {
     uint4 a[sizeof(typename L::E) / 2][2][32]; // A as a factor (f32: high, low)
     float goal_sum[16], c[16];                 // of g goal; -f c_j
     float last_goal[L::D];                     // of the last token, without g
+    float last_keys[16];                       // k_last k_j + 1
 };
 
 template <class L, bool output> struct RolesShared {
     using E = typename L::E;
     RolesSlot<L> *slots;
     E *v, *p; // v: two tiles for each warp ahead
-    float *parts, *u_parts, *after_parts, *mean, *block;
+    float *parts, *u_parts, *z_last, *mean, *block;
     Arrivals *full, *empty, *p_full, *p_empty;
     Rates<16> rates;
     int size;
@@ -40,7 +42,7 @@ template <class L, bool output> struct RolesShared {
         p = s.take<E>(roles_p_slots * L::tile);
         parts = s.take<float>(2 * L::warps * 64);
         u_parts = s.take<float>(2 * 16 * L::warps);
-        after_parts = s.take<float>(2 * L::warps * 4);
+        z_last = s.take<float>(roles_p_slots * L::D);
         mean = s.take<float>((L::warps + 1) * (L::D + 8));
         block = s.take<float>(16);
         full = s.take<Arrivals>(roles_slots);
@@ -53,7 +55,7 @@ template <class L, bool output> struct RolesShared {
 };
 
 template <class L, bool output> __host__ __device__ constexpr int roles_threads() {
-    return 32 * ((output ? 2 : 1) * L::warps + roles_ahead);
+    return 32 * ((output ? 2 : 1) * L::warps + roles_ahead + (output ? 1 : 0));
 }
 
 __device__ __forceinline__ void keep(uint4 (*to)[2][32], const FragA<Bf16> &a, int lane) {
@@ -95,19 +97,25 @@ public:
         Place at; // of this warp in its role
         for (int i = at.thread; i < roles_slots; i += roles_threads<L, output>()) {
             set_arrivals(shared.full + i, 1);
-            set_arrivals(shared.empty + i, output ? 2 * L::warps : L::warps);
+            set_arrivals(shared.empty + i, (output ? 2 : 1) * L::warps + (losses() ? 1 : 0));
         }
         for (int i = at.thread; i < L::warps * roles_p_slots; i += roles_threads<L, output>()) {
             set_arrivals(shared.p_full + i, 1);
-            set_arrivals(shared.p_empty + i, 1);
+            set_arrivals(shared.p_empty + i, losses() ? 2 : 1);
         }
         shared.rates.fill(p, at.thread, short_n);
         typename L::State w;
-        const int role = at.warp < L::warps ? 0 : at.warp < roles_ahead + L::warps ? 1 : 2;
-        at.warp -= role == 0 ? 0 : role == 1 ? L::warps : L::warps + roles_ahead;
+        const int role = at.warp < L::warps                     ? 0
+                         : at.warp < roles_ahead + L::warps     ? 1
+                         : at.warp < roles_ahead + 2 * L::warps ? 2
+                                                                : 3;
+        at.warp -= role == 0   ? 0
+                   : role == 1 ? L::warps
+                   : role == 2 ? L::warps + roles_ahead
+                               : 2 * L::warps + roles_ahead;
         at.col = 16 * at.warp;
         float *parts = shared.mean + D + 8; // [warps][D + 8]
-        if (role != 1) {
+        if (role == 0 || role == 2) {
             read_state<L>(w, p.w1 + int64_t(head) * D * D, p.b1 + int64_t(head) * D, at);
             if (role == 0)
 #pragma unroll
@@ -130,20 +138,24 @@ public:
             shared.mean[c] = x / float(D);
         }
         sync_block();
-        if (role != 1)
+        if (role == 0 || role == 2)
             each_element<L>(w, at, [&](float &x, int in, int) { x -= shared.mean[in]; });
         float loss = 0;
         if (role == 0)
             loss = chain(w, at);
         else if (role == 1)
             loss = ahead(at);
-        else
-            loss = outputs(w, at);
-        if (output && p.loss)
+        else if (role == 2)
+            outputs(w, at);
+        else if (losses())
+            loss = errors_after(at);
+        if (losses())
             finish(loss, role, at);
     }
 
 private:
+    __device__ __forceinline__ bool losses() const { return output && p.loss; }
+
     // Returns this lane's part of the error before each step that depends on no state.
     __device__ __forceinline__ float ahead(const Place &at) {
         float g[L::warps][2][2], b[L::warps][2][2], error = 0;
@@ -214,6 +226,23 @@ private:
                 FragA<E> a;
                 a_of(a, c[0], c[1]);
                 keep(slot.a, a, at.lane);
+            }
+            if (losses()) {
+                float c[2][4] = {};
+#pragma unroll
+                for (int k = 0; k < L::kt; ++k) {
+                    FragA<E> a;
+                    FragB<E> b[2];
+                    load_a_row(a, slot.k + (n - 1) * L::ld + 16 * k, at.lane);
+                    load_b(b, slot.k + 16 * k, L::ld, at.lane);
+                    mma(c[0], a, b[0]);
+                    mma(c[1], a, b[1]);
+                }
+                if (at.g == 0)
+#pragma unroll
+                    for (int jj = 0; jj < 2; ++jj)
+                        *reinterpret_cast<float2 *>(slot.last_keys + 8 * jj +
+                                                    2 * at.t) = {c[jj][0] + 1, c[jj][1] + 1};
             }
             float sum[2] = {0, 0};
 #pragma unroll
@@ -372,6 +401,15 @@ private:
             if (output && batch >= roles_p_slots)
                 wait_for_phase(shared.p_empty + at.warp * roles_p_slots + batch % roles_p_slots,
                                (batch / roles_p_slots - 1) & 1);
+            if (losses())
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    if (at.g + 8 * half == n - 1)
+#pragma unroll
+                        for (int nt = 0; nt < 2; ++nt)
+                            store_pair(shared.z_last + batch % roles_p_slots * D + at.col + 8 * nt +
+                                           2 * at.t,
+                                       z[nt][2 * half], z[nt][2 * half + 1]);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -407,19 +445,16 @@ private:
         return error;
     }
 
-    // Returns, in thread 0 of the role, the error after each step.
-    __device__ __forceinline__ float outputs(typename L::State &w, const Place &at) {
+    __device__ __forceinline__ void outputs(typename L::State &w, const Place &at) {
         HeadNorm norm;
         norm.load(p, head % p.heads * D + at.col + 2 * at.t);
         E *y = static_cast<E *>(p.y) + offset + int64_t(at.g) * width + at.col + 2 * at.t;
-        double after = 0;
         const int own = at.g + 8 * (at.t & 1);
         for (int batch = 0; batch < p.batches; ++batch) {
             const bool is_short = batch == p.batches - 1;
             const int n = is_short ? short_n : M;
-            RolesSlot<L> &slot = shared.slots[batch % roles_slots];
+            const RolesSlot<L> &slot = shared.slots[batch % roles_slots];
             float *u_parts = shared.u_parts + (batch & 1) * 16 * L::warps;
-            float *after_parts = shared.after_parts + (batch & 1) * L::warps * 4;
             wait_for_phase(shared.full + batch % roles_slots, batch / roles_slots & 1);
             typename L::Rows u_rows;
             {
@@ -457,8 +492,6 @@ private:
                 if (at.t < 2)
                     u_parts[own * L::warps + at.warp] = x;
             }
-            if (p.loss)
-                put_after(after_parts, slot.k + (n - 1) * L::ld, slot.last_goal, norm, w, at);
             sync_warps(2, L::threads);
             float sum = 0, r[2];
 #pragma unroll
@@ -479,14 +512,6 @@ private:
                                        norm.g[nt][1] * r[half] * u[nt][2 * half + 1]);
                 }
             y += int64_t(M) * width;
-            if (p.loss && at.warp == 0 && at.lane == 0) {
-                float s[4] = {0, 0, 0, 0};
-                for (int i = 0; i < L::warps; ++i)
-                    for (int j = 0; j < 4; ++j)
-                        s[j] += after_parts[i * 4 + j];
-                const float ra = inverse_root(s[0] * (1.0f / D) + p.eps);
-                after += double(ra * (ra * s[1] - 2 * s[2]) + s[3]);
-            }
             sync_warp();
             if (at.lane == 0)
                 arrive(shared.empty + batch % roles_slots);
@@ -498,55 +523,55 @@ private:
                 else if (in == D)
                     p.b_out[int64_t(head) * D + out] = x + shared.mean[in];
             });
-        return float(after);
     }
 
-    // The last key under the state after the step: this warp's part of the sums of its error.
-    __device__ __forceinline__ void put_after(float *parts, const E *key, const float *last_goal,
-                                              const HeadNorm &norm, const typename L::State &w,
-                                              const Place &at) {
-        float z[2][4], bias[2][2], s[4] = {0, 0, 0, 0};
-        bias_of<L>(bias, w, at.t);
+    // Returns this lane's part of the error after each step.
+    __device__ __forceinline__ float errors_after(const Place &at) {
+        constexpr int per = D / 32;
+        float g[per], error = 0;
 #pragma unroll
-        for (int nt = 0; nt < 2; ++nt)
+        for (int i = 0; i < per; ++i)
+            g[i] = p.g[head % p.heads * D + at.lane + 32 * i];
+        for (int batch = 0; batch < p.batches; ++batch) {
+            const RolesSlot<L> &slot = shared.slots[batch % roles_slots];
+            wait_for_phase(shared.full + batch % roles_slots, batch / roles_slots & 1);
+            for (int w = 0; w < L::warps; ++w)
+                wait_for_phase(shared.p_full + w * roles_p_slots + batch % roles_p_slots,
+                               batch / roles_p_slots & 1);
+            const E *p_tile = shared.p + batch % roles_p_slots * L::tile;
+            const bool learns = shared.rates.learns(batch == p.batches - 1) != 0;
+            float z[per], step[per] = {}, square = 0;
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                z[nt][e] = bias[nt][e & 1];
+            for (int j = 0; j < M; ++j)
 #pragma unroll
-        for (int k = 0; k < L::kt; ++k) {
-            FragA<E> a;
-            load_a_row(a, key + 16 * k, at.lane);
+                for (int i = 0; i < per; ++i)
+                    step[i] += slot.last_keys[j] * to_float(p_tile[j * L::ld + at.lane + 32 * i]);
 #pragma unroll
-            for (int nt = 0; nt < 2; ++nt) {
-                FragB<E> b;
-                b_of_transposed(b, w[2 * k], w[2 * k + 1], nt);
-                mma(z[nt], a, b);
+            for (int i = 0; i < per; ++i) {
+                z[i] = shared.z_last[batch % roles_p_slots * D + at.lane + 32 * i] +
+                       (learns ? step[i] : 0.0f);
+                square += z[i] * z[i];
             }
-        }
 #pragma unroll
-        for (int nt = 0; nt < 2; ++nt) {
-            const float2 goals =
-                *reinterpret_cast<const float2 *>(last_goal + at.col + 8 * nt + 2 * at.t);
+            for (int i = 16; i > 0; i /= 2)
+                square += from_lane_xor(square, i);
+            const float r = inverse_root(square * (1.0f / D) + p.eps);
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const float goal = e ? goals.y : goals.x, gz = norm.g[nt][e] * z[nt][e];
-                s[0] += z[nt][e] * z[nt][e];
-                s[1] += gz * gz;
-                s[2] += gz * goal;
-                s[3] += goal * goal;
+            for (int i = 0; i < per; ++i) {
+                const float e = g[i] * r * z[i] - slot.last_goal[at.lane + 32 * i];
+                error += e * e;
             }
+            sync_warp();
+            if (at.lane < L::warps)
+                arrive(shared.p_empty + at.lane * roles_p_slots + batch % roles_p_slots);
+            if (at.lane == 0)
+                arrive(shared.empty + batch % roles_slots);
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            s[i] += from_lane_xor(s[i], 1);
-            s[i] += from_lane_xor(s[i], 2);
-        }
-        if (at.lane == 0)
-            *reinterpret_cast<float4 *>(parts + at.warp * 4) = {s[0], s[1], s[2], s[3]};
+        return error;
     }
 
     __device__ __forceinline__ void finish(float loss, int role, const Place &at) {
-        // before: the warps ahead, and of the chain the first (each has all); after: one thread
+        // before: the warps ahead, and of the chain the first (each has all)
         float x = role == 2 || (role == 0 && (at.warp != 0 || at.t >= 2)) ? 0.0f : loss;
 #pragma unroll
         for (int i = 16; i > 0; i /= 2)
@@ -556,8 +581,8 @@ private:
             shared.block[1 + at.warp] = x;
         if (at.lane == 0 && role == 0 && at.warp == 0)
             shared.block[0] = x;
-        if (at.lane == 0 && role == 2 && at.warp == 0)
-            shared.block[1 + roles_ahead] = loss;
+        if (at.lane == 0 && role == 3)
+            shared.block[1 + roles_ahead] = x;
         sync_block();
         if (at.thread == 0) {
             float before = 0;
@@ -576,8 +601,8 @@ private:
     const int short_n;
 };
 
-template <class L, bool output, int resident>
-__global__ void __launch_bounds__(roles_threads<L, output>(), resident)
+template <class L, bool output>
+__global__ void __launch_bounds__(roles_threads<L, output>(), 1)
     linear_roles(const __grid_constant__ LinearParams p) {
     const int scans = p.streams * p.heads;
     if (output && int(blockIdx.x) >= scans) {

@@ -660,9 +660,10 @@ template <class L> constexpr bool reverse_has_roles() {
     return L::M == 16 && L::D <= 64 && sizeof(typename L::E) == 2;
 }
 template <class L> size_t reverse_shared() {
-    if constexpr (reverse_has_roles<L>())
-        return size_t(ReverseRolesShared<L>(nullptr).size);
     return size_t(ReverseShared<L, reverse_stages<L>()>(nullptr).size);
+}
+template <class L> size_t reverse_roles_shared() {
+    return size_t(ReverseRolesShared<L>(nullptr).size);
 }
 
 size_t last_rows_size(const TttLinearShape &s) {
@@ -710,12 +711,11 @@ cudaError_t ttt_linear_vjp(const TttLinearShape &shape, const TttLinearBackward 
     const cudaError_t e = visit_linear(shape, [&](auto l) {
         using L = decltype(l);
         if constexpr (reverse_has_roles<L>())
-            return launch(linear_reverse_roles<L>, unsigned(p.streams * p.heads),
-                          reverse_roles_threads<L>(), reverse_shared<L>(), stream, p);
-        else
-            return launch(linear_reverse<L, reverse_stages<L>(), reverse_resident<L>()>,
-                          unsigned(p.streams * p.heads), L::threads, reverse_shared<L>(), stream,
-                          p);
+            if (shape.kernel != 1)
+                return launch(linear_reverse_roles<L>, unsigned(p.streams * p.heads),
+                              reverse_roles_threads<L>(), reverse_roles_shared<L>(), stream, p);
+        return launch(linear_reverse<L, reverse_stages<L>(), reverse_resident<L>()>,
+                      unsigned(p.streams * p.heads), L::threads, reverse_shared<L>(), stream, p);
     });
     if (e != cudaSuccess)
         return e;

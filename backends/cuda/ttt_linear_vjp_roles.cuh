@@ -36,7 +36,7 @@ template <class L> struct ReverseState {
 // from the chain.
 template <class L> struct ReverseChain {
     typename L::E dz[L::tile], dw[L::D * L::ld];
-    float4 dk[L::warps][2][32]; // what dk has besides products
+    float4 dk[L::warps][2][32]; // -dv, which dk has besides products
 };
 
 template <class L> struct ReverseRolesShared {
@@ -447,6 +447,7 @@ private:
             ReverseChain<L> &to = shared.chains[step % reverse_chain_slots];
             float *parts = shared.chain_parts + (step & 1) * L::warps * 128;
             const bool learns = shared.rates.learns(is_short) != 0;
+            wait_for_phase(shared.full + step % reverse_slots, step / reverse_slots & 1);
             wait_for_phase(shared.state_full + step % reverse_state_slots,
                            step / reverse_state_slots & 1);
             if (step >= reverse_chain_slots)
@@ -581,8 +582,6 @@ private:
                     static_cast<float *>(p.dlr)[i] = dc * shared.rates.c(own);
                 dtoken += p.scale * slot.lr[own] * dc;
             }
-            E *const dv = static_cast<E *>(p.dv) + offset + int64_t(batch * M + at.g) * width +
-                          at.col + 2 * at.t;
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt) {
                 float dk[4];
@@ -608,19 +607,15 @@ private:
                         }
                     }
                     store_pair(to.dz + row * L::ld + dim, dz[0], dz[1]);
-                    float key[2] = {0, 0};
                     if (weight[2] != 0 && row == n - 1)
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
                             dtarget[e] += state.probe[2 * D + 4 + dim + e];
-                            key[e] = state.probe[3 * D + 4 + dim + e];
                         }
                     if (row == n - 1 && weight[0] != 0)
                         store_pair(last_rows_at(batch) + D + dim, dtarget[0], dtarget[1]);
-                    if (row < n)
-                        store_pair(dv + int64_t(8 * half) * width + 8 * nt, dtarget[0], dtarget[1]);
-                    dk[2 * half] = key[0] - dtarget[0];
-                    dk[2 * half + 1] = key[1] - dtarget[1];
+                    dk[2 * half] = -dtarget[0];
+                    dk[2 * half + 1] = -dtarget[1];
                 }
                 to.dk[at.warp][nt][at.lane] = {dk[0], dk[1], dk[2], dk[3]};
             }
@@ -703,6 +698,7 @@ private:
             const ReverseSlot<L> &slot = shared.slots[step % reverse_slots];
             const ReverseState<L> &state = shared.states[step % reverse_state_slots];
             const ReverseChain<L> &chain = shared.chains[step % reverse_chain_slots];
+            wait_for_phase(shared.full + step % reverse_slots, step / reverse_slots & 1);
             wait_for_phase(shared.state_full + step % reverse_state_slots,
                            step / reverse_state_slots & 1);
             const int64_t at_row = offset + int64_t(batch * M + at.g) * width + at.col + 2 * at.t;
@@ -759,6 +755,23 @@ private:
                 const float4 x = chain.dk[at.warp][nt][at.lane];
                 dk[nt][0] = x.x, dk[nt][1] = x.y, dk[nt][2] = x.z, dk[nt][3] = x.w;
             }
+            {
+                float dv[2][4];
+#pragma unroll
+                for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        dv[nt][e] = -dk[nt][e];
+                put_rows(static_cast<E *>(p.dv) + at_row, dv, n, at);
+            }
+            if (weight[2] != 0)
+#pragma unroll
+                for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        if (at.g + 8 * (e >> 1) == n - 1)
+                            dk[nt][e] +=
+                                state.probe[3 * D + 4 + at.col + 8 * nt + 2 * at.t + (e & 1)];
             load_b_transposed(b, slot.q + at.col, L::ld, at.lane);
             mma(dk[0], a, b[0]);
             mma(dk[1], a, b[1]);

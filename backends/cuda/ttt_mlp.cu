@@ -63,7 +63,7 @@ template <class E> struct MlpShared {
 // gelu(x) = x (1 + t) / 2 and its slope, t = tanh(sqrt(2 / pi) (x + 0.044715 x^3))
 __device__ __forceinline__ float gelu(float x, float &slope) {
     const float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-    const float t = 1 - 2 / (1 + exponential(2 * u));
+    const float t = 1 - quotient(2, 1 + exponential(2 * u));
     slope = 0.5f * (1 + t) +
             0.5f * x * (1 - t * t) * 0.79788456080286536f * (1 + 3 * 0.044715f * x * x);
     return 0.5f * x * (1 + t);

@@ -26,6 +26,8 @@ struct TttLinearShape {
     bool ponder; // form 1: the rate follows the key
     double scale, decay, eps, max_grad_norm;
     int64_t causal_k;
+    // 0: the kernel is chosen by the shape; for tests 1: all warps alike, 2: warps with roles
+    int32_t kernel = 0;
 };
 
 // What a scan keeps for its backward pass, where asked: the scaled gradient of each token and the

@@ -55,6 +55,8 @@ __device__ __forceinline__ float float_of_bits(uint32_t x) { return __uint_as_fl
 __device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 __device__ __forceinline__ float exponential(float x) { return __expf(x); }
+// Within 2 units in the last place; 0 where b is above 2^126.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 
 __device__ __forceinline__ float from_lane(float x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
@@ -83,11 +85,21 @@ __device__ __forceinline__ void arrive(Arrivals *a) {
 __device__ __forceinline__ void wait_for_phase(Arrivals *a, unsigned parity) {
     unsigned done;
     do {
+#if __CUDA_ARCH__ >= 900 // there a waiting warp is put aside for a while
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
+                     " selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(shared_address(a)), "r"(parity)
+                     : "memory");
+#else
         asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
                      " selp.u32 %0, 1, 0, p; }"
                      : "=r"(done)
                      : "r"(shared_address(a)), "r"(parity)
                      : "memory");
+        if (!done)
+            __nanosleep(20);
+#endif
     } while (!done);
 }
 

@@ -36,6 +36,7 @@ std::vector<ScanCase> checks() {
                         c.causal_k = pick(2) ? 0 : -pick(3);
                         c.losses = pick(2) == 0;
                         c.lr_scale = pick(2) ? 1 : 4;
+                        c.kernel = m == 16 && i == 1 ? 1 : 0;
                         cases.push_back(c);
                     }
     for (const DType type : {DType::f32, DType::bf16})
@@ -132,8 +133,8 @@ std::vector<Timing> time_linear(Timer &timer, const ScanCase &c, bool few) {
         bias{c.s, c.h, c.d}, head{c.h, c.d};
     const cuda::TttType type = c.type == DType::bf16 ? cuda::TttType::bf16 : cuda::TttType::f32;
     const cuda::TttLinearShape shape{
-        c.s,     c.t,  c.h,     c.d,       c.m, type, type, c.ponder, 1.0 / double(c.d),
-        c.decay, 1e-6, c.limit, c.causal_k};
+        c.s,     c.t,  c.h,     c.d,        c.m,     type, type, c.ponder, 1.0 / double(c.d),
+        c.decay, 1e-6, c.limit, c.causal_k, c.kernel};
     const double tensor = double(c.s * c.t * width) * double(size_of(c.type));
     const int sets = few ? 1 : std::max(2, std::min(10, int(80e6 / (4 * tensor)) + 1));
     const Tensor pattern = random_tensor(c.type, {999983}, 1),
@@ -307,6 +308,8 @@ int main(int argc, char **argv) {
     std::vector<ScanCase> cases;
     for (const int64_t s : {1, 8, 32})
         cases.push_back({s, 2048, 12, 64, 16, DType::bf16});
+    cases.push_back(cases.back());
+    cases.back().kernel = 1;
     cases.push_back({1, 16384, 12, 64, 16, DType::bf16});
     cases.push_back({1, 512, 12, 64, 16, DType::bf16});
     for (const int64_t s : {1, 8})

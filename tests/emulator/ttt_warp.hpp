@@ -121,6 +121,7 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 inline float exponential(float x) { return std::exp(x); }
+inline float quotient(float a, float b) { return a / b; }
 
 inline unsigned char *shared_memory() { return emulator::block->shared.data(); }
 
