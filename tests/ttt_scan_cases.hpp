@@ -56,7 +56,7 @@ struct ScanCase {
     int kernel = 0; // as in TttLinearShape
     std::string name() const {
         char text[160];
-        std::snprintf(text, sizeof text, "%s %s %s s%d t%d h%d d%d m%d%s%s%s",
+        std::snprintf(text, sizeof text, "%s %s %s s%d t%d h%d d%d m%d%s%s%s%s",
                       mlp ? "mlp" : "linear", type == DType::bf16 ? "bf16" : "f32",
                       ponder ? "ponder" : "official", int(s), int(t), int(h), int(d), int(m),
                       decay ? " decay" : "", limit ? " clip" : "", causal_k ? " shifted" : "",

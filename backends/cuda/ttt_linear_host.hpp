@@ -58,17 +58,30 @@ inline const char *shared_misses(size_t bytes) {
     return bytes <= size_t(most) ? nullptr : "a block's shared memory is too small for this shape";
 }
 
-// visit(Linear<E, D, M>) for the shape's kernel
-template <class E, int D, class Visit> auto visit_batch(const TttLinearShape &s, Visit &visit) {
-    return s.mini_batch == 16 ? visit(Linear<E, D, 16>()) : visit(Linear<E, D, 64>());
+// The kernels of one type and mini-batch: a file each, which the compiler takes long for.
+template <class E, int M> struct LinearScan {
+    static cudaError_t run(const TttLinearShape &, const LinearParams &, cudaStream_t);
+    // without queries, for the trace
+    static cudaError_t states(const TttLinearShape &, const LinearParams &, cudaStream_t);
+    static const char *misses(const TttLinearShape &);
+};
+template <class E, int M> struct LinearReverse {
+    static cudaError_t run(const TttLinearShape &, const LinearParams &, cudaStream_t);
+    static const char *misses(const TttLinearShape &);
+};
+
+// visit(Linear<E, D, M>) for the shape's head dim
+template <class E, int M, class Visit> auto visit_dim(const TttLinearShape &s, Visit visit) {
+    return s.head_dim == 32   ? visit(Linear<E, 32, M>())
+           : s.head_dim == 64 ? visit(Linear<E, 64, M>())
+                              : visit(Linear<E, 128, M>());
 }
-template <class E, class Visit> auto visit_dim(const TttLinearShape &s, Visit &visit) {
-    return s.head_dim == 32   ? visit_batch<E, 32>(s, visit)
-           : s.head_dim == 64 ? visit_batch<E, 64>(s, visit)
-                              : visit_batch<E, 128>(s, visit);
-}
-template <class Visit> auto visit_linear(const TttLinearShape &s, Visit visit) {
-    return s.type == TttType::bf16 ? visit_dim<Bf16>(s, visit) : visit_dim<float>(s, visit);
+// visit(Kernels<E, M>) for its type and mini-batch
+template <template <class, int> class Kernels, class Visit>
+auto visit_linear(const TttLinearShape &s, Visit visit) {
+    if (s.type == TttType::bf16)
+        return s.mini_batch == 16 ? visit(Kernels<Bf16, 16>()) : visit(Kernels<Bf16, 64>());
+    return s.mini_batch == 16 ? visit(Kernels<float, 16>()) : visit(Kernels<float, 64>());
 }
 
 // The scan without queries, for its trace.

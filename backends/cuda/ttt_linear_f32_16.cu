@@ -1,0 +1,3 @@
+#include "ttt_linear_scan.cuh"
+
+template struct ponder::cuda::LinearScan<float, 16>;
