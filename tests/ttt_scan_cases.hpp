@@ -60,7 +60,10 @@ struct ScanCase {
                       mlp ? "mlp" : "linear", type == DType::bf16 ? "bf16" : "f32",
                       ponder ? "ponder" : "official", int(s), int(t), int(h), int(d), int(m),
                       decay ? " decay" : "", limit ? " clip" : "", causal_k ? " shifted" : "",
-                      kernel == 1 ? " alike" : "");
+                      kernel == 1   ? " alike"
+                      : kernel == 2 ? " roles"
+                      : kernel == 3 ? " mixed"
+                                    : "");
         return text;
     }
 };
@@ -141,6 +144,12 @@ private:
         DeviceTensor::check(cuda::ttt_linear(shape, f, work.data(),
                                              static_cast<unsigned *>(tickets.data()), nullptr));
         DeviceTensor::check(cudaDeviceSynchronize());
+        const Tensor first = y.back(), first_loss = loss.back();
+        DeviceTensor::check(cuda::ttt_linear(shape, f, work.data(),
+                                             static_cast<unsigned *>(tickets.data()), nullptr));
+        DeviceTensor::check(cudaDeviceSynchronize());
+        if (!identical(first, y.back()) || !identical(first_loss, loss.back()))
+            throw std::runtime_error(c.name() + ": a second run gives other results");
         ScanErrors errors;
         const char *names[] = {"y", "w1", "b1", "loss"};
         const DeviceTensor *results[] = {&y, &w_out, &b_out, &loss};
@@ -197,6 +206,11 @@ private:
                                         d[8]->floats()};
         DeviceTensor::check(cuda::ttt_linear_vjp(shape, b, vjp_work.data(), nullptr));
         DeviceTensor::check(cudaDeviceSynchronize());
+        const Tensor first_dk = d[1]->back(), first_dw = d[7]->back();
+        DeviceTensor::check(cuda::ttt_linear_vjp(shape, b, vjp_work.data(), nullptr));
+        DeviceTensor::check(cudaDeviceSynchronize());
+        if (!identical(first_dk, d[1]->back()) || !identical(first_dw, d[7]->back()))
+            throw std::runtime_error(c.name() + ": a second run gives other gradients");
         const char *gradient_names[] = {"dq", "dk", "dv",  "dlr", "dindex",
                                         "dg", "db", "dw1", "db1"};
         for (size_t i = 0; i < shapes.size(); ++i)

@@ -20,6 +20,7 @@ int main(int argc, char **argv) {
         cases.push_back({1, 300, 1, 32, 16, type, false, false, 0, 0, 0, false});
         cases.push_back({1, 90, 1, 64, 16, type, false, false, 0, 0, 0, true, 4});
         cases.push_back({1, 90, 1, 64, 16, type, true, false, 0, 0, -1, true, 4, 1});
+        cases.push_back({1, 90, 1, 64, 16, type, true, false, 0, 0, -1, true, 4, 3});
         for (const int64_t t : {1, 50}) {
             ScanCase mlp{1, t, 1, 64, 16, type};
             mlp.mlp = true;

@@ -49,13 +49,24 @@ inline const char *linear_misses(const TttLinearShape &s) {
     return nullptr;
 }
 
+struct DeviceLimits {
+    int shared = 0, processors = 0; // bytes a block may have; 0 without a device
+    DeviceLimits() {
+        int device = 0;
+        if (cudaGetDevice(&device) != cudaSuccess ||
+            cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+                cudaSuccess ||
+            cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) !=
+                cudaSuccess)
+            shared = processors = 0;
+    }
+};
 inline const char *shared_misses(size_t bytes) {
-    int device = 0, most = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-            cudaSuccess)
+    const DeviceLimits device;
+    if (device.shared == 0)
         return "no device";
-    return bytes <= size_t(most) ? nullptr : "a block's shared memory is too small for this shape";
+    return bytes <= size_t(device.shared) ? nullptr
+                                          : "a block's shared memory is too small for this shape";
 }
 
 // The kernels of one type and mini-batch: a file each, which the compiler takes long for.

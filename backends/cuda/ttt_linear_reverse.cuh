@@ -638,7 +638,7 @@ cudaError_t LinearReverse<E, M>::run(const TttLinearShape &shape, const LinearPa
         using L = decltype(l);
         const unsigned heads = unsigned(p.streams * p.heads);
         if constexpr (reverse_has_roles<L>())
-            if (shape.kernel != 1)
+            if (shape.kernel != 1 && reverse_roles_shared<L>() <= size_t(DeviceLimits().shared))
                 return launch(linear_reverse_roles<L>, heads, reverse_roles_threads<L>(),
                               reverse_roles_shared<L>(), stream, p);
         return launch(linear_reverse<L, reverse_stages<L>(), reverse_resident<L>()>, heads,
@@ -649,10 +649,7 @@ cudaError_t LinearReverse<E, M>::run(const TttLinearShape &shape, const LinearPa
 template <class E, int M> const char *LinearReverse<E, M>::misses(const TttLinearShape &shape) {
     return visit_dim<E, M>(shape, [](auto l) {
         using L = decltype(l);
-        if constexpr (reverse_has_roles<L>())
-            return shared_misses(reverse_roles_shared<L>());
-        else
-            return shared_misses(reverse_shared<L>());
+        return shared_misses(reverse_shared<L>());
     });
 }
 

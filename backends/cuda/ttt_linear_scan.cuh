@@ -431,28 +431,33 @@ template <class L, bool output> size_t scan_shared() {
     return size_t(shared.size) > keys ? size_t(shared.size) : keys;
 }
 
-// Mini-batches of 16 go to warps with roles, where their registers suffice.
+// Roles are there for mini-batches of 16 where their registers suffice.
 template <class L> constexpr bool has_roles() { return L::M == 16 && L::D <= 64; }
-
-template <class L, bool output> size_t kernel_shared() {
-    size_t bytes = scan_shared<L, output>();
-    if constexpr (has_roles<L>()) {
-        const size_t keys = size_t(roles_threads<L, output>() * L::D / 4) * sizeof(float);
-        bytes = size_t(RolesShared<L, output>(nullptr).size);
-        bytes = output && keys > bytes ? keys : bytes;
-    }
-    return bytes;
+template <class L, bool output> size_t roles_shared() {
+    const size_t keys = size_t(roles_threads<L, output>() * L::D / 4) * sizeof(float);
+    const size_t bytes = size_t(RolesShared<L, output>(nullptr).size);
+    return output && keys > bytes ? keys : bytes;
+}
+// They take the least time for a step, but a multiprocessor to themselves: with more heads than
+// that, blocks whose warps are alike, of which it holds three, get through them faster. Measured on
+// an H100.
+template <class L, bool output> bool wants_roles(const LinearParams &p, int kernel) {
+    const DeviceLimits device;
+    if (kernel == 1 || kernel == 3 || roles_shared<L, output>() > size_t(device.shared))
+        return false;
+    const int scans = p.streams * p.heads;
+    return kernel == 2 || (sizeof(typename L::E) == 2 ? scans <= 2 * device.processors
+                                                      : 2 * scans <= device.processors);
 }
 
 template <class L, bool output>
 cudaError_t launch_scan(const LinearParams &p, int kernel, cudaStream_t stream) {
     const unsigned scans = unsigned(p.streams * p.heads);
     const unsigned blocks = output && p.loss ? 2 * scans : scans;
-    const size_t bytes = kernel_shared<L, output>();
     if constexpr (has_roles<L>())
-        if (kernel != 1)
-            return launch(linear_roles<L, output>, blocks, roles_threads<L, output>(), bytes,
-                          stream, p);
+        if (wants_roles<L, output>(p, kernel))
+            return launch(linear_roles<L, output>, blocks, roles_threads<L, output>(),
+                          roles_shared<L, output>(), stream, p);
     return launch(linear_scan<L, scan_stages<L, output>(), output>, blocks, L::threads,
                   scan_shared<L, output>(), stream, p);
 }
@@ -470,8 +475,8 @@ cudaError_t LinearScan<E, M>::states(const TttLinearShape &shape, const LinearPa
         shape, [&](auto l) { return launch_scan<decltype(l), false>(p, shape.kernel, stream); });
 }
 template <class E, int M> const char *LinearScan<E, M>::misses(const TttLinearShape &shape) {
-    return visit_dim<E, M>(
-        shape, [](auto l) { return shared_misses(kernel_shared<decltype(l), true>()); });
+    return visit_dim<E, M>(shape,
+                           [](auto l) { return shared_misses(scan_shared<decltype(l), true>()); });
 }
 
 } // namespace ponder::cuda

@@ -13,6 +13,7 @@
 //
 // with a barrier after each but the last. The error after a step is that of one more row, the last
 // key, in 1 to 3 of the next; the error under the initial state has blocks of its own.
+#include "ttt_linear_host.hpp"
 #include "ttt_linear_loss.cuh"
 
 namespace ponder::cuda {
@@ -600,12 +601,7 @@ const char *ttt_mlp_misses(const TttMlpShape &s) {
     if (s.tokens < 1 || s.streams < 1 || s.tokens > (1 << 24) || s.streams * s.heads > (1 << 24))
         return "too few or too many tokens, streams or heads for the fused scan";
     const size_t bytes = s.type == TttType::bf16 ? mlp_shared<Bf16>() : mlp_shared<float>();
-    int device = 0, most = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-            cudaSuccess)
-        return "no device";
-    return bytes <= size_t(most) ? nullptr : "a block's shared memory is too small for this shape";
+    return shared_misses(bytes);
 }
 
 size_t ttt_mlp_workspace(const TttMlpShape &s) {

@@ -26,7 +26,8 @@ struct TttLinearShape {
     bool ponder; // form 1: the rate follows the key
     double scale, decay, eps, max_grad_norm;
     int64_t causal_k;
-    // 0: the kernel is chosen by the shape; for tests 1: all warps alike, 2: warps with roles
+    // 0: the kernels are chosen by the shape. For tests, 1: all warps alike; 2: warps with roles,
+    // where there are such; 3: roles in the backward pass only.
     int32_t kernel = 0;
 };
 
