@@ -123,6 +123,14 @@ constexpr ponder_backend descriptor = {
     drop,
     packed_bytes,
     refresh,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 } // namespace

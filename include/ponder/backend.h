@@ -56,9 +56,9 @@ typedef struct ponder_op_call {
     const char *op;
     uint32_t n_in, n_out, n_attr;
     const ponder_tensor *tensor;  /* [n_in + n_out], inputs first */
-    const void *const *constant;  /* [n_in]: data of weights, NULL for the rest. Outlives the
-                                     device and changes only before `refresh`: packed copies
-                                     may be keyed by it */
+    const void *const *constant;  /* [n_in]: data of weights in the host's memory, NULL for the
+                                     rest. Outlives the device and changes only before `refresh`:
+                                     packed copies may be keyed by it */
     const double *attr;           /* [n_attr] */
 } ponder_op_call;
 
@@ -110,7 +110,9 @@ typedef struct ponder_backend {
     const char *name;        /* "cpu", "cuda" */
     const char *version;     /* of the module */
     int32_t priority;        /* the highest available one is `auto` */
-    int32_t host_memory;     /* 1: buffers are host pointers and allocate.. are NULL */
+    int32_t host_memory;     /* 1: buffers are host pointers and allocate.. are NULL. 0: addresses
+                                are the device's own, and calls run in the order they are made in
+                                one queue; only download and synchronize wait for it. */
 
     /* 1 if it can run here; otherwise 0 and the reason in why[size]. */
     int32_t (*probe)(char *why, size_t size);
@@ -124,7 +126,9 @@ typedef struct ponder_backend {
     ponder_device *(*open)(const ponder_backend_host *host, char *why, size_t size);
     void (*close)(ponder_device *device);
 
-    /* Device memory; NULL for host_memory devices. */
+    /* Device memory, as it comes; NULL for host_memory devices. allocate: NULL when there is no
+     * more. The others give 0, or not 0 when the device has failed: see `problem`. The host's
+     * memory may be used again when upload returns. */
     void *(*allocate)(ponder_device *device, size_t size);
     void (*release)(ponder_device *device, void *buffer);
     int32_t (*upload)(ponder_device *device, void *buffer, const void *host, size_t size);
@@ -134,7 +138,9 @@ typedef struct ponder_backend {
     int32_t (*plan)(ponder_device *device, const ponder_op_call *call, ponder_plan *out,
                     char *why, size_t size);
     /* Runs task `task` of a planned call. buffers[n_in + n_out] are the addresses,
-     * NULL for absent tensors. No allocation, no failure, no floating-point exceptions. */
+     * NULL for absent tensors; those of constants too, in the device's memory. No allocation, no
+     * failure, no floating-point exceptions. A device that fails here says so at the next
+     * download or synchronize. */
     void (*run)(void *kernel, void *const *buffers, void *workspace, uint32_t task);
     void (*drop)(void *kernel);
     /* Bytes that the device holds in packed weights now. */
@@ -142,6 +148,20 @@ typedef struct ponder_backend {
     /* The data at this constant has changed (a training step): what was packed from it is
      * made again. No pass runs on it meanwhile. NULL: the device keeps no copies. */
     void (*refresh)(ponder_device *device, const void *constant);
+
+    /* Devices with their own memory. The core makes one call at a time on a device from here on,
+     * and with allocate, release, upload, download and run. */
+    int32_t (*copy)(ponder_device *device, void *to, const void *from, size_t size);
+    int32_t (*clear)(ponder_device *device, void *buffer, size_t size); /* to zeros */
+    int32_t (*synchronize)(ponder_device *device); /* waits until the queue is empty */
+    const char *(*problem)(ponder_device *device); /* the first failure in words, NULL before */
+    /* Between record and record_end, runs are noted down and not made; what record_end returns
+     * makes them all when replayed, with the same addresses. record_end: NULL if that is not
+     * possible. Where record is NULL there is no such thing. */
+    int32_t (*record)(ponder_device *device);
+    void *(*record_end)(ponder_device *device);
+    int32_t (*replay)(ponder_device *device, void *recording);
+    void (*drop_recording)(ponder_device *device, void *recording);
 } ponder_backend;
 
 typedef const ponder_backend *(*ponder_backend_query_fn)(void);

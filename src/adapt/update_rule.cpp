@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 
 namespace ponder {
 
@@ -39,7 +40,7 @@ template <class T> Step UpdateRuleOf<T>::record(Graph &g) const {
 template <class T>
 UpdateRuleOf<T>::UpdateRuleOf(const Options &options, size_t count,
                               std::shared_ptr<const Device> device, LearnedRates<T> learned, bool serial)
-    : adam_(options.text("inner.optimizer") == "adam"), lr_(options.number("inner.lr")),
+    : device_(device), adam_(options.text("inner.optimizer") == "adam"), lr_(options.number("inner.lr")),
       beta1_(options.number("inner.beta1")), beta2_(options.number("inner.beta2")),
       epsilon_(options.number("inner.epsilon")), clip_(options.number("inner.clip")),
       count_(count), learned_(learned), serial_(serial) {
@@ -91,6 +92,17 @@ UpdateRuleOf<T>::UpdateRuleOf(const Options &options, size_t count,
     };
     distance_program_ = norm_program(distance_, true);
     norm_program_ = norm_program(norm_, false);
+    {
+        Graph g(type);
+        shrink_.from = g.external("from", g.wide, flat);
+        shrink_.to = g.external("to", g.wide, flat);
+        shrink_.scale = g.external("scale", g.wide, {1});
+        shrink_.difference = mul(g, sub(g, shrink_.to, shrink_.from), shrink_.scale);
+        shrink_.out = add(g, shrink_.from, shrink_.difference, g.wide);
+        for (const Call &call : g.calls())
+            g.expose(call.out[0], "scaled difference");
+        shrink_program_ = program(std::move(g));
+    }
 }
 
 template <class T> std::array<T, 8> UpdateRuleOf<T>::hyperparameters(uint64_t step) const {
@@ -117,6 +129,7 @@ void UpdateRuleOf<T>::bind(Program::Bindings &at, const Step &ids, const State &
 template <class T>
 void UpdateRuleOf<T>::run(const Program &program, const Program::Bindings &at,
                           std::byte *workspace) const {
+    workspace += sizeof(Scalars);
     if (serial_)
         program.run_serial(0, at, nullptr, workspace, nullptr);
     else
@@ -124,26 +137,27 @@ void UpdateRuleOf<T>::run(const Program &program, const Program::Bindings &at,
 }
 
 template <class T>
-double UpdateRuleOf<T>::step(const State &old, const State &fresh, const T *gradient,
-                             uint64_t step, std::byte *workspace) const {
+void UpdateRuleOf<T>::step(const State &old, const State &fresh, const T *gradient, uint64_t step,
+                           std::byte *workspace) const {
+    Scalars *const at_front = scalars(workspace);
     const std::array<T, 8> h = hyperparameters(step);
-    T norm = 0;
+    device_->upload(at_front->h, h.data(), sizeof h);
     Program::Bindings at(step_program_->graph().values().size());
-    bind(at, step_.in, old, gradient, h.data(), &norm);
+    bind(at, step_.in, old, gradient, at_front->h, &at_front->norm);
     put(at, step_.w2, fresh.weights);
     put(at, step_.m2, fresh.first_moment);
     put(at, step_.v2, fresh.second_moment);
     run(*step_program_, at, workspace);
-    return double(norm);
 }
 
 template <class T>
 void UpdateRuleOf<T>::vjp(const State &old, const T *gradient, uint64_t step, const State &after,
                           const State &before, const Adjoint &to, std::byte *workspace) const {
+    Scalars *const at_front = scalars(workspace);
     const std::array<T, 8> h = hyperparameters(step);
-    T norm = 0;
+    device_->upload(at_front->h, h.data(), sizeof h);
     Program::Bindings at(vjp_program_->graph().values().size());
-    bind(at, vjp_.in, old, gradient, h.data(), &norm);
+    bind(at, vjp_.in, old, gradient, at_front->h, &at_front->norm);
     put(at, vjp_.dw2, after.weights);
     put(at, vjp_.dm2, after.first_moment);
     put(at, vjp_.dv2, after.second_moment);
@@ -158,28 +172,49 @@ void UpdateRuleOf<T>::vjp(const State &old, const T *gradient, uint64_t step, co
 }
 
 template <class T>
-double UpdateRuleOf<T>::distance(const T *a, const T *b, std::byte *workspace) const {
-    T result = 0;
+void UpdateRuleOf<T>::distance(const T *a, const T *b, std::byte *workspace) const {
     Program::Bindings at(distance_program_->graph().values().size());
     put(at, distance_.a, a);
     put(at, distance_.b, b);
-    put(at, distance_.out, &result);
+    put(at, distance_.out, &scalars(workspace)->distance);
     run(*distance_program_, at, workspace);
-    return double(result);
 }
 
-template <class T> double UpdateRuleOf<T>::norm(const T *a, std::byte *workspace) const {
-    T result = 0;
+template <class T> void UpdateRuleOf<T>::norm(const T *a, std::byte *workspace) const {
     Program::Bindings at(norm_program_->graph().values().size());
     put(at, norm_.a, a);
-    put(at, norm_.out, &result);
+    put(at, norm_.out, &scalars(workspace)->norm);
     run(*norm_program_, at, workspace);
-    return double(result);
+}
+
+template <class T>
+void UpdateRuleOf<T>::shrink(const T *from, T *to, double scale, T *scratch,
+                             std::byte *workspace) const {
+    const T factor = T(scale);
+    device_->upload(&scalars(workspace)->scale, &factor, sizeof factor);
+    const std::vector<Call> &calls = shrink_program_->graph().calls();
+    Program::Bindings at(shrink_program_->graph().values().size());
+    put(at, shrink_.from, from);
+    put(at, shrink_.to, to);
+    put(at, shrink_.scale, &scalars(workspace)->scale);
+    put(at, calls[0].out[0], to);
+    put(at, shrink_.difference, scratch);
+    put(at, shrink_.out, to);
+    run(*shrink_program_, at, workspace);
+}
+
+template <class T>
+typename UpdateRuleOf<T>::Numbers UpdateRuleOf<T>::numbers(std::byte *workspace) const {
+    T both[2];
+    static_assert(offsetof(Scalars, distance) == offsetof(Scalars, norm) + sizeof(T));
+    device_->download(both, &scalars(workspace)->norm, sizeof both);
+    return {double(both[0]), double(both[1])};
 }
 
 template <class T> size_t UpdateRuleOf<T>::workspace_bytes() const {
-    return std::max({step_program_->workspace_bytes(), distance_program_->workspace_bytes(),
-                     norm_program_->workspace_bytes(),
+    return sizeof(Scalars) +
+           std::max({step_program_->workspace_bytes(), distance_program_->workspace_bytes(),
+                     norm_program_->workspace_bytes(), shrink_program_->workspace_bytes(),
                      vjp_program_ ? vjp_program_->workspace_bytes() : 0});
 }
 

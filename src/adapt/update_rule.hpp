@@ -25,13 +25,14 @@ public:
                  LearnedRates<T> learned = {}, bool serial = false);
 
     size_t moments() const { return adam_ ? 2 : 0; } // vectors kept beside the weights
+    // Everything is in the device's memory, and nothing here waits for it but numbers().
     // One step from `old` to `fresh`, which may be the same. `step` counts from 1 (bias
-    // correction). Returns the gradient's norm before clipping.
+    // correction).
     struct State {
         T *weights, *first_moment, *second_moment;
     };
-    double step(const State &old, const State &fresh, const T *gradient, uint64_t step,
-                std::byte *workspace) const;
+    void step(const State &old, const State &fresh, const T *gradient, uint64_t step,
+              std::byte *workspace) const;
     // The vjp of step(): `after` holds the adjoint of what it wrote, `before` receives that of the
     // old state, `to` that of the rest; to.keep and to.start only where rates are learned.
     struct Adjoint {
@@ -40,19 +41,37 @@ public:
     void vjp(const State &old, const T *gradient, uint64_t step, const State &after,
              const State &before, const Adjoint &to, std::byte *workspace) const;
 
-    double distance(const T *a, const T *b, std::byte *workspace) const; // |a - b|
-    double norm(const T *a, std::byte *workspace) const;
+    void distance(const T *a, const T *b, std::byte *workspace) const; // |a - b|
+    void norm(const T *a, std::byte *workspace) const;
+    // to = from + scale (to - from); may use `scratch`, as long as the two.
+    void shrink(const T *from, T *to, double scale, T *scratch, std::byte *workspace) const;
+
+    // Of the last step() or norm(), before clipping, and of the last distance().
+    struct Numbers {
+        double norm, distance;
+    };
+    Numbers numbers(std::byte *workspace) const;
 
     size_t workspace_bytes() const; // of one worker
 
 private:
-    struct Call;
+    // In front of the workspace.
+    struct Scalars {
+        alignas(64) T h[8];
+        alignas(64) T norm;
+        T distance;
+        alignas(64) T scale;
+    };
+    static Scalars *scalars(std::byte *workspace) {
+        return reinterpret_cast<Scalars *>(workspace);
+    }
     Step record(Graph &graph) const;
     void bind(Program::Bindings &at, const Step &ids, const State &old, const T *gradient,
               const T *h, const T *norm) const;
     std::array<T, 8> hyperparameters(uint64_t step) const;
     void run(const Program &program, const Program::Bindings &at, std::byte *workspace) const;
 
+    std::shared_ptr<const Device> device_;
     bool adam_;
     double lr_, beta1_, beta2_, epsilon_, clip_;
     size_t count_;
@@ -70,7 +89,11 @@ private:
     struct {
         Id a, b, out;
     } distance_{}, norm_{};
-    std::unique_ptr<const Program> step_program_, vjp_program_, distance_program_, norm_program_;
+    struct {
+        Id from, to, scale, difference, out;
+    } shrink_{};
+    std::unique_ptr<const Program> step_program_, vjp_program_, distance_program_, norm_program_,
+        shrink_program_;
 };
 
 using UpdateRule = UpdateRuleOf<float>;

@@ -4,6 +4,7 @@
 #include "base/error.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <dirent.h>
@@ -65,7 +66,9 @@ std::vector<std::string> module_files(const std::string &folder) {
 
 void probe(Backend &backend) {
     const ponder_backend *d = backend.descriptor;
-    if (d->struct_size < sizeof(ponder_backend) || d->abi != PONDER_BACKEND_ABI) {
+    constexpr size_t host_part = offsetof(ponder_backend, copy);
+    if (d->struct_size < host_part ||
+        (!d->host_memory && d->struct_size < sizeof(ponder_backend)) || d->abi != PONDER_BACKEND_ABI) {
         backend.reason = "module ABI " + std::to_string(d->abi) + ", this library needs " +
                          std::to_string(PONDER_BACKEND_ABI);
         backend.descriptor = nullptr;
@@ -161,10 +164,131 @@ Device::Device(const Backend &backend, std::shared_ptr<Memory> memory,
 }
 
 Device::~Device() {
+    for (const auto &[constant, resident] : resident_)
+        release(resident.block, resident.size);
     if (fallback_)
         reference_backend()->close(fallback_);
     backend_->close(device_);
 }
+
+void Device::expect(int32_t result) const {
+    if (result == 0)
+        return;
+    const char *text = backend_->problem(device_);
+    throw_error(PONDER_E_BACKEND, "backend '%s': %s", backend_->name, text ? text : "failed");
+}
+
+void *Device::allocate(size_t size) const {
+    if (on_host()) {
+        void *block = memory_->allocate(size);
+        std::memset(block, 0, size);
+        return block;
+    }
+    std::lock_guard lock(mutex_);
+    return allocate_locked(size);
+}
+
+void *Device::allocate_locked(size_t size) const {
+    memory_->charge(size);
+    void *block = backend_->allocate(device_, std::max<size_t>(size, 1));
+    if (!block) {
+        memory_->refund(size);
+        throw_error(PONDER_E_NO_MEMORY, "backend '%s': no %zu bytes of device memory",
+                    backend_->name, size);
+    }
+    if (backend_->clear(device_, block, size) != 0) {
+        backend_->release(device_, block);
+        memory_->refund(size);
+        expect(1);
+    }
+    return block;
+}
+
+void Device::release(void *block, size_t size) const noexcept {
+    if (!block)
+        return;
+    if (on_host())
+        return memory_->release(block);
+    std::lock_guard lock(mutex_);
+    backend_->release(device_, block);
+    memory_->refund(size);
+}
+
+void Device::upload(void *to, const void *from, size_t size) const {
+    if (size == 0)
+        return;
+    if (on_host()) {
+        std::memmove(to, from, size);
+        return;
+    }
+    std::lock_guard lock(mutex_);
+    expect(backend_->upload(device_, to, from, size));
+}
+
+void Device::download(void *to, const void *from, size_t size) const {
+    if (size == 0)
+        return;
+    if (on_host()) {
+        std::memmove(to, from, size);
+        return;
+    }
+    std::lock_guard lock(mutex_);
+    expect(backend_->download(device_, to, from, size));
+}
+
+void Device::copy(void *to, const void *from, size_t size) const {
+    if (size == 0)
+        return;
+    if (on_host()) {
+        std::memmove(to, from, size);
+        return;
+    }
+    std::lock_guard lock(mutex_);
+    expect(backend_->copy(device_, to, from, size));
+}
+
+void Device::clear(void *block, size_t size) const {
+    if (size == 0)
+        return;
+    if (on_host()) {
+        std::memset(block, 0, size);
+        return;
+    }
+    std::lock_guard lock(mutex_);
+    expect(backend_->clear(device_, block, size));
+}
+
+void Device::synchronize() const {
+    if (on_host())
+        return;
+    std::lock_guard lock(mutex_);
+    expect(backend_->synchronize(device_));
+}
+
+void *Device::resident(const void *constant, size_t size) const {
+    if (on_host() || !constant)
+        return const_cast<void *>(constant);
+    std::lock_guard lock(mutex_);
+    if (const auto at = resident_.find(constant); at != resident_.end())
+        return at->second.block;
+    void *block = allocate_locked(size);
+    resident_[constant] = {block, size};
+    expect(backend_->upload(device_, block, constant, size));
+    return block;
+}
+
+void Device::refresh(const void *constant) const {
+    if (!on_host()) {
+        std::lock_guard lock(mutex_);
+        if (const auto at = resident_.find(constant); at != resident_.end())
+            expect(backend_->upload(device_, at->second.block, constant, at->second.size));
+    }
+    if (backend_->refresh)
+        backend_->refresh(device_, constant);
+}
+
+DeviceBuffer::DeviceBuffer(std::shared_ptr<const Device> device, size_t size)
+    : device_(std::move(device)), data_(device_->allocate(size)), size_(size) {}
 
 Device::Kernel Device::plan(const ponder_op_call &call) const {
     char why[256] = "";

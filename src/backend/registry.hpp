@@ -7,8 +7,11 @@
 #include "base/memory.hpp"
 #include "base/threads.hpp"
 
+#include <algorithm>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -59,10 +62,40 @@ public:
     Kernel plan(const ponder_op_call &call) const;
 
     // The data at this constant has changed; no pass runs on it meanwhile.
-    void refresh(const void *constant) const {
-        if (backend_->refresh)
-            backend_->refresh(device_, constant);
-    }
+    void refresh(const void *constant) const;
+
+    // Memory that the device's kernels see. On the host that is the host's; elsewhere addresses
+    // mean nothing here, work is queued, and only download and synchronize wait for it. Any thread.
+    bool on_host() const { return backend_->host_memory != 0; }
+    uint32_t workers() const { return on_host() ? threads_->count() : 1; } // with a workspace each
+    void *allocate(size_t size) const; // PONDER_E_NO_MEMORY
+    void release(void *block, size_t size) const noexcept;
+    void upload(void *to, const void *from, size_t size) const;
+    void download(void *to, const void *from, size_t size) const;
+    void copy(void *to, const void *from, size_t size) const;
+    void clear(void *block, size_t size) const;
+    void synchronize() const;
+    // The device's copy of a constant, made at the first request; on the host the constant itself.
+    void *resident(const void *constant, size_t size) const;
+
+    // Many runs under one lock, for devices that are not the host.
+    class Queue {
+    public:
+        explicit Queue(const Device &device) : device_(device), lock_(device.mutex_) {}
+        bool can_record() const { return device_.backend_->record != nullptr; }
+        bool record() const { return device_.backend_->record(device_.device_) == 0; }
+        void *record_end() const { return device_.backend_->record_end(device_.device_); }
+        void replay(void *recording) const {
+            device_.expect(device_.backend_->replay(device_.device_, recording));
+        }
+        void drop(void *recording) const {
+            device_.backend_->drop_recording(device_.device_, recording);
+        }
+
+    private:
+        const Device &device_;
+        std::lock_guard<std::mutex> lock_;
+    };
 
     const ponder_backend &backend() const { return *backend_; }
     size_t packed_bytes() const { return backend_->packed_bytes(device_); }
@@ -77,6 +110,80 @@ private:
     const ponder_backend *backend_;
     ponder_device *device_ = nullptr;
     ponder_device *fallback_ = nullptr; // the reference backend's, for host-memory backends
+
+    struct Resident {
+        void *block;
+        size_t size;
+    };
+    void expect(int32_t result) const; // PONDER_E_BACKEND unless 0
+    void *allocate_locked(size_t size) const;
+    mutable std::mutex mutex_; // one call at a time where memory is not the host's
+    mutable std::map<const void *, Resident> resident_;
+};
+
+// An owned block of zeroed device memory.
+class DeviceBuffer {
+public:
+    DeviceBuffer() = default;
+    DeviceBuffer(std::shared_ptr<const Device> device, size_t size);
+    DeviceBuffer(DeviceBuffer &&other) noexcept { swap(other); }
+    DeviceBuffer &operator=(DeviceBuffer &&other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~DeviceBuffer() {
+        if (device_)
+            device_->release(data_, size_);
+    }
+    // An address for kernels; the host may use it where device.on_host() only.
+    template <class T = std::byte> T *data() const { return static_cast<T *>(data_); }
+    size_t size() const { return size_; }
+    void swap(DeviceBuffer &other) noexcept {
+        std::swap(device_, other.device_);
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+    }
+
+private:
+    std::shared_ptr<const Device> device_;
+    void *data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// A vector of numbers in device memory.
+template <class T> class DeviceVector {
+public:
+    DeviceVector() = default;
+    DeviceVector(std::shared_ptr<const Device> device, size_t count)
+        : device_(device), buffer_(std::move(device), std::max<size_t>(count, 1) * sizeof(T)),
+          count_(count) {}
+    T *data() const { return buffer_.template data<T>(); }
+    size_t size() const { return count_; }
+    void write(const T *from, size_t count, size_t first = 0) const {
+        device_->upload(data() + first, from, count * sizeof(T));
+    }
+    void read(T *to, size_t count, size_t first = 0) const {
+        device_->download(to, data() + first, count * sizeof(T));
+    }
+    std::vector<T> values() const {
+        std::vector<T> result(count_);
+        read(result.data(), count_);
+        return result;
+    }
+    void copy(const T *from, size_t count, size_t first = 0) const {
+        device_->copy(data() + first, from, count * sizeof(T));
+    }
+    void clear() const { device_->clear(data(), count_ * sizeof(T)); }
+    void swap(DeviceVector &other) noexcept {
+        std::swap(device_, other.device_);
+        buffer_.swap(other.buffer_);
+        std::swap(count_, other.count_);
+    }
+
+private:
+    std::shared_ptr<const Device> device_;
+    DeviceBuffer buffer_;
+    size_t count_ = 0;
 };
 
 } // namespace ponder

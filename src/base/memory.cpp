@@ -44,13 +44,24 @@ void *Memory::allocate(size_t size) {
         block =
             allocate_ ? allocate_(user_data_, total, alignment) : system_allocate(total, alignment);
     if (!block) {
-        in_use_.fetch_sub(total, std::memory_order_relaxed);
-        throw_error(PONDER_E_NO_MEMORY, "memory: %zu bytes wanted with %llu in use, limit %llu",
-                    size, static_cast<unsigned long long>(before),
-                    static_cast<unsigned long long>(limit_));
+        refund(total);
+        none_left(size, before);
     }
     std::memcpy(block, &total, sizeof total);
     return static_cast<std::byte *>(block) + header;
+}
+
+void Memory::charge(size_t size) {
+    const uint64_t before = in_use_.fetch_add(size, std::memory_order_relaxed);
+    if (limit_ != 0 && (size > limit_ || before + size > limit_)) {
+        refund(size);
+        none_left(size, before);
+    }
+}
+
+void Memory::none_left(size_t size, uint64_t in_use) const {
+    throw_error(PONDER_E_NO_MEMORY, "memory: %zu bytes wanted with %llu in use, limit %llu", size,
+                static_cast<unsigned long long>(in_use), static_cast<unsigned long long>(limit_));
 }
 
 void Memory::release(void *pointer) noexcept {

@@ -17,9 +17,14 @@ public:
     // 64-byte aligned; PONDER_E_NO_MEMORY above the limit or when the allocator gives none.
     void *allocate(size_t size);
     void release(void *block) noexcept;
+    // Counts memory that comes from elsewhere, a device's; the same limit holds for it.
+    void charge(size_t size);
+    void refund(size_t size) noexcept { in_use_.fetch_sub(size, std::memory_order_relaxed); }
     uint64_t in_use() const { return in_use_.load(std::memory_order_relaxed); }
 
 private:
+    [[noreturn]] void none_left(size_t size, uint64_t in_use) const;
+
     const uint64_t limit_;
     void *const user_data_;
     const Allocate allocate_;

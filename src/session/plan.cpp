@@ -22,6 +22,9 @@ uint64_t workspace_of_worker(const Gpt2Config &c) {
     return 4 * PONDER_ROW_TILE * widest + (uint64_t(1) << 20);
 }
 
+// A device's share for logits and for the products of its library, at most.
+constexpr uint64_t workspace_of_device = uint64_t(192) << 20;
+
 } // namespace
 
 ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder,
@@ -49,8 +52,10 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     ponder_memory_plan plan{};
     plan.weights = model.bytes();
     const bool packs = backend.name != "reference";
+    const bool own_memory = !backend.descriptor->host_memory; // holds the weights again
     plan.packed_weights =
-        packs ? with_packing_slack(model.packed_estimate(learn, adapter->lowest_layer())) : 0;
+        own_memory ? model.bytes()
+        : packs    ? with_packing_slack(model.packed_estimate(learn, adapter->lowest_layer())) : 0;
     const uint64_t vector = adapter->fast_count() * sizeof(float);
     const uint64_t moments = !learn ? 0 : options.text("inner.optimizer") == "adam" ? 2 : 0;
     plan.fast_parameters = adapter->fast_count();
@@ -59,7 +64,9 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     plan.activations = plan_arena(pass.graph, groups).bytes;
     for (Id id : pass.watched())
         plan.activations += id == none ? 0 : pass.graph.value(id).bytes();
-    plan.workspace = packs ? workspace_of_worker(config) * runtime.threads->count() : 0;
+    plan.workspace = own_memory ? workspace_of_device
+                     : packs    ? workspace_of_worker(config) * runtime.threads->count()
+                                : 0;
     plan.total = plan.weights + plan.packed_weights + plan.fast_weights + plan.optimizer +
                  plan.activations + plan.workspace;
     plan.flops_score = count_flops(pass.graph, groups, score_segment);

@@ -34,9 +34,15 @@ void CallGuard::progress(uint64_t done, uint64_t total) const {
         throw_error(PONDER_E_CANCELLED, "cancelled by the progress callback");
 }
 
-FastState::FastState(std::shared_ptr<Memory> memory, size_t count, size_t moments)
-    : block_(std::move(memory), count * (1 + moments) * sizeof(float)), count_(count),
-      moments_(moments) {}
+namespace {
+
+// Elements until the next part of a buffer starts, so that each is aligned.
+size_t padded(int64_t count) { return (size_t(count) + 15) / 16 * 16; }
+
+} // namespace
+
+FastState::FastState(std::shared_ptr<const Device> device, size_t count, size_t moments)
+    : block_(std::move(device), count * (1 + moments)), count_(count), moments_(moments) {}
 
 UpdateRule::State FastState::view() const {
     return {weights(), moments_ > 0 ? weights() + count_ : nullptr,
@@ -84,27 +90,32 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options,
         throw_error(PONDER_E_ARGUMENT, "policy '%s': TTT layers take no gradient of the loss",
                     options_.text("policy").c_str());
 
-    const std::shared_ptr<Memory> &memory = model_->runtime().memory;
+    const std::shared_ptr<const Device> &device = model_->device();
     if (const size_t count = adapter.fast_count()) {
         initial_.resize(count);
         Random random(uint64_t(options_.integer("seed")));
         adapter.initial(initial_, random);
         LearnedRates<float> learned;
         if (!adapter.rates().log_rate.empty()) {
-            rate_.resize(count);
-            keep_.resize(count);
-            adapter.expand_rates(options_.number("inner.lr"), rate_, keep_);
-            learned = {rate_.data(), keep_.data(), initial_.data()};
+            std::vector<float> rate(count), keep(count);
+            adapter.expand_rates(options_.number("inner.lr"), rate, keep);
+            const size_t next = padded(int64_t(count));
+            learned_ = DeviceVector<float>(device, 3 * next);
+            learned_.write(rate.data(), count);
+            learned_.write(keep.data(), count, next);
+            learned_.write(initial_.data(), count, 2 * next);
+            learned = {learned_.data(), learned_.data() + next, learned_.data() + 2 * next};
         }
-        rule_ = std::make_unique<UpdateRule>(options_, count, model_->device(), learned);
+        rule_ = std::make_unique<UpdateRule>(options_, count, device, learned);
         const size_t moments = inside_ ? 0 : rule_->moments();
-        current_ = FastState(memory, count, moments);
-        shadow_ = FastState(memory, count, moments);
-        if (!inside_)
-            gradient_ = Buffer(memory, count * sizeof(float));
+        current_ = FastState(device, count, moments);
+        shadow_ = FastState(device, count, moments);
+        gradient_ = DeviceVector<float>(device, count); // inside the pass: scratch alone
     }
-    ids_.resize(size_t(context_));
-    targets_.resize(size_t(chunk_));
+    ids_.resize(padded(context_) + size_t(chunk_));
+    inputs_ = DeviceVector<int32_t>(device, ids_.size());
+    results_.resize(2 * padded(chunk_) + 3);
+    outputs_ = DeviceVector<float>(device, results_.size());
     nll_.resize(size_t(chunk_));
     entropy_.resize(size_t(chunk_));
     later_nll_.resize(size_t(chunk_));
@@ -145,10 +156,11 @@ std::unique_ptr<Session> Session::fork() const {
 }
 
 void Session::reset() {
-    for (FastState *state : {&current_, &shadow_}) {
-        std::fill(state->all().begin(), state->all().end(), 0.0f);
-        std::copy(initial_.begin(), initial_.end(), state->weights());
-    }
+    if (!initial_.empty())
+        for (const FastState *state : {&current_, &shadow_}) {
+            state->all().clear();
+            state->all().write(initial_.data(), initial_.size());
+        }
     history_.clear();
     waiting_.clear();
     policy_ = new_policy();
@@ -190,60 +202,63 @@ bool Session::records_gradients() const {
 }
 
 void Session::reserve(const Pass &pass) {
-    const std::shared_ptr<Memory> &memory = model_->runtime().memory;
-    if (pass.program->arena_bytes() > arena_.size()) {
-        arena_ = Buffer(); // the old one first: both together might break the limit
-        arena_ = Buffer(memory, pass.program->arena_bytes());
-    }
+    const std::shared_ptr<const Device> &device = model_->device();
+    const auto fit = [&](DeviceBuffer &buffer, size_t bytes) {
+        if (bytes <= buffer.size())
+            return;
+        buffer = DeviceBuffer(); // the old one first: both together might break the limit
+        buffer = DeviceBuffer(device, bytes);
+    };
+    fit(arena_, pass.program->arena_bytes());
     for (size_t i = 0; i < watched_.size(); ++i)
         if (const Id id = pass.recording.watched()[i]; id != none) {
             const size_t bytes = pass.program->graph().value(id).bytes();
-            if (bytes > watched_[i].size()) {
-                watched_[i] = Buffer();
-                watched_[i] = Buffer(memory, bytes);
-            }
+            fit(watched_[i], bytes);
+            if (!device->on_host() && seen_[i].size() < bytes)
+                seen_[i].resize(bytes);
         }
     size_t each = pass.program->workspace_bytes();
     if (rule_)
         each = std::max(each, rule_->workspace_bytes());
-    const size_t workspace = each * (alone_ ? 1 : model_->device()->threads().count());
-    if (workspace > workspace_.size()) {
-        workspace_ = Buffer();
-        workspace_ = Buffer(memory, workspace);
-    }
+    fit(workspace_, each * (alone_ ? 1 : device->workers()));
 }
 
-Program::Bindings Session::bindings(const FastState &weights, std::vector<float> &nll) {
+Program::Bindings Session::bindings(const FastState &weights) {
     const Recording &r = open_pass_->recording;
     Program::Bindings at(open_pass_->program->graph().values().size());
-    const auto bind = [&](Id id, const void *address) {
+    const auto bind = [&](Id id, void *address) {
         if (id != none)
-            at[size_t(id)] = const_cast<void *>(address);
+            at[size_t(id)] = address;
     };
     const std::vector<FastTensor> &fast = adapted_->adapter().fast_tensors();
     for (size_t i = 0; i < fast.size(); ++i) {
         bind(Adapter::fast_id(i), weights.weights() + fast[i].offset);
         if (!r.gradient.empty())
-            bind(r.gradient[i], gradient_.data<float>() + fast[i].offset);
+            bind(r.gradient[i], gradient_.data() + fast[i].offset);
         if (!r.new_state.empty())
             bind(r.new_state[i], shadow_.weights() + fast[i].offset);
     }
-    bind(r.tokens, ids_.data());
-    bind(r.targets, targets_.data());
-    bind(r.nll, nll.data());
-    bind(r.entropy, entropy_.data());
-    bind(r.reconstruction, reconstruction_);
+    bind(r.tokens, inputs_.data());
+    bind(r.targets, inputs_.data() + padded(context_));
+    bind(r.nll, outputs_.data());
+    bind(r.entropy, outputs_.data() + padded(chunk_));
+    bind(r.reconstruction, outputs_.data() + 2 * padded(chunk_));
     for (size_t i = 0; i < watched_.size(); ++i)
         bind(r.watched()[i], watched_[i].data());
     return at;
 }
 
 void Session::run_score(const FastState &weights, std::vector<float> &nll, const CallGuard &guard) {
-    run_segment(score_segment, bindings(weights, nll), guard);
+    run_segment(score_segment, bindings(weights), guard);
+    outputs_.read(results_.data(), results_.size());
+    const float *const losses = results_.data(), *const entropies = losses + padded(chunk_);
+    std::copy_n(losses, open_tokens_, nll.begin());
+    std::copy_n(entropies, open_tokens_, entropy_.begin());
+    std::copy_n(losses + 2 * padded(chunk_), 3, reconstruction_);
 }
 
 void Session::run_backward(const FastState &weights, const CallGuard &guard) {
-    run_segment(learn_segment, bindings(weights, later_nll_), guard);
+    run_segment(learn_segment, bindings(weights), guard);
     tape_ = false; // its places have been used again
 }
 
@@ -377,8 +392,10 @@ void Session::ensure_tape(const CallGuard &guard) {
     reserve(*open_pass_);
     std::copy(open_ids_.begin(), open_ids_.end(), ids_.begin());
     const auto scored = open_ids_.end() - open_tokens_;
-    std::copy(scored + 1, open_ids_.end(), targets_.begin());
-    targets_[size_t(open_tokens_) - 1] = -1;
+    int32_t *const targets = ids_.data() + padded(context_);
+    std::copy(scored + 1, open_ids_.end(), targets);
+    targets[open_tokens_ - 1] = -1;
+    inputs_.write(ids_.data(), ids_.size());
     run_score(current_, nll_, guard);
     tape_ = true;
     gradient_ready_ = false;
@@ -389,12 +406,19 @@ void Session::observe() {
     const Recording &r = open_pass_->recording;
     const Gpt2Config &config = model_->backbone().config();
     const Graph &graph = open_pass_->program->graph();
-    const auto view = [&](Id id, const Buffer &buffer) -> MatrixView {
+    const Device &device = *model_->device();
+    const auto view = [&](size_t i) -> MatrixView {
+        const Id id = r.watched()[i];
         if (id == none)
             return {};
         const Shape &shape = graph.shape(id);
         const size_t columns = size_t(shape[shape.rank - 1]);
-        return {buffer.data(), graph.value(id).type, size_t(shape.count()) / columns, columns};
+        const std::byte *data = watched_[i].data();
+        if (!device.on_host()) {
+            device.download(seen_[i].data(), data, graph.value(id).bytes());
+            data = seen_[i].data();
+        }
+        return {data, graph.value(id).type, size_t(shape.count()) / columns, columns};
     };
     Observation o;
     const size_t predictions = size_t(open_tokens_) - 1;
@@ -402,10 +426,10 @@ void Session::observe() {
     o.entropy = {entropy_.data(), predictions};
     o.ids = std::span(open_ids_).last(size_t(open_tokens_));
     o.vocabulary = config.vocabulary;
-    o.hidden = view(r.hidden, watched_[0]);
-    o.qkv = view(r.qkv, watched_[1]);
+    o.hidden = view(0);
+    o.qkv = view(1);
     o.heads = config.heads;
-    o.probabilities = view(r.probabilities, watched_[2]);
+    o.probabilities = view(2);
     policy_->observe(o);
 }
 
@@ -463,8 +487,9 @@ void Session::learn(int32_t forced, const CallGuard &guard) {
             run_backward(current_, guard);
             gradient_ready_ = true;
             record.flops += open_pass_->program->flops(learn_segment);
+            rule_->norm(gradient_.data(), workspace_.data());
             record.gradient_norm = signals_.gradient_norm =
-                rule_->norm(gradient_.data<float>(), workspace_.data());
+                rule_->numbers(workspace_.data()).norm;
         }
         record.steps_wanted = decide(forced, record);
         const uint64_t decided = now_ns();
@@ -492,16 +517,23 @@ void Session::learn_between(int32_t steps, ponder_record &record, const CallGuar
         }
         gradient_ready_ = false;
         guard.check();
-        const double norm = rule_->step(old.view(), shadow_.view(), gradient_.data<float>(),
-                                        optimizer_steps_ + uint64_t(k) + 1, workspace_.data());
+        rule_->step(old.view(), shadow_.view(), gradient_.data(),
+                    optimizer_steps_ + uint64_t(k) + 1, workspace_.data());
+        if (k + 1 == steps)
+            break; // its norm is read with the distance
+        const double norm = rule_->numbers(workspace_.data()).norm;
         if (k == 0)
             record.gradient_norm = norm;
         finite = std::isfinite(norm);
     }
     if (steps > 0) {
         apply_scale();
-        record.update_norm =
-            rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
+        rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
+        const UpdateRule::Numbers numbers = rule_->numbers(workspace_.data());
+        if (steps == 1)
+            record.gradient_norm = numbers.norm;
+        finite = finite && std::isfinite(numbers.norm);
+        record.update_norm = numbers.distance;
         if (finite && accept(record.update_norm)) {
             if (loss_after_) {
                 run_score(shadow_, later_nll_, guard);
@@ -524,11 +556,8 @@ void Session::learn_between(int32_t steps, ponder_record &record, const CallGuar
 void Session::apply_scale() {
     if (scale_ == 1)
         return;
-    const size_t count = adapted_->adapter().fast_count();
-    const float scale = float(scale_), *now = current_.weights();
-    float *next = shadow_.weights();
-    for (size_t i = 0; i < count; ++i)
-        next[i] = now[i] + scale * (next[i] - now[i]);
+    rule_->shrink(current_.weights(), shadow_.weights(), scale_, gradient_.data(),
+                  workspace_.data());
 }
 
 void Session::learn_inside(ponder_record &record) {
@@ -537,8 +566,8 @@ void Session::learn_inside(ponder_record &record) {
         const CallGuard unlimited(cancel_, nullptr);
         ensure_tape(unlimited); // after a restore
         apply_scale();
-        record.update_norm =
-            rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
+        rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
+        record.update_norm = rule_->numbers(workspace_.data()).distance;
         if (accept(record.update_norm)) {
             if (carry_)
                 current_.swap(shadow_);
@@ -615,7 +644,7 @@ std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat) {
         ensure_tape(unlimited);
         if (segment == learn_segment && open_pass_->recording.gradient.empty())
             break;
-        open_pass_->program->profile(segment, bindings(current_, nll_), arena_.data(),
+        open_pass_->program->profile(segment, bindings(current_), arena_.data(),
                                      workspace_.data(), times);
     }
     // The chunk's losses stay those of its own scoring.

@@ -27,18 +27,18 @@ private:
 
 uint64_t now_ns();
 
-// Fast weights with their optimizer's moments, in one block.
+// Fast weights with their optimizer's moments, in one block of the device's memory.
 class FastState {
 public:
     FastState() = default;
-    FastState(std::shared_ptr<Memory> memory, size_t count, size_t moments);
+    FastState(std::shared_ptr<const Device> device, size_t count, size_t moments);
     UpdateRule::State view() const;
-    float *weights() const { return block_.data<float>(); }
-    std::span<float> all() const { return {weights(), block_.size() / sizeof(float)}; }
+    float *weights() const { return block_.data(); }
+    const DeviceVector<float> &all() const { return block_; }
     void swap(FastState &other) { block_.swap(other.block_); }
 
 private:
-    Buffer block_;
+    DeviceVector<float> block_;
     size_t count_ = 0, moments_ = 0;
 };
 
@@ -107,7 +107,7 @@ private:
     void run_backward(const FastState &weights, const CallGuard &guard);
     void run_segment(Segment segment, const Program::Bindings &bindings, const CallGuard &guard);
     void ensure_tape(const CallGuard &guard);
-    Program::Bindings bindings(const FastState &weights, std::vector<float> &nll);
+    Program::Bindings bindings(const FastState &weights);
     double mean(const std::vector<float> &per_token) const; // over the open chunk's predictions
     bool records_gradients() const;
     int32_t decide(int32_t forced, ponder_record &record);
@@ -130,13 +130,19 @@ private:
     size_t ring_;
 
     // ---- buffers
-    Buffer arena_, workspace_;
-    Buffer gradient_;
+    // In the device's memory:
+    DeviceBuffer arena_, workspace_;
+    DeviceVector<float> gradient_;
     FastState current_, shadow_;
-    std::array<Buffer, 3> watched_; // what a gate reads
+    std::array<DeviceBuffer, 3> watched_; // what a gate reads
+    DeviceVector<float> learned_;         // rates, what is kept, initial values; see LearnedRates
+    DeviceVector<int32_t> inputs_;        // of the pass: tokens, targets
+    DeviceVector<float> outputs_;         // losses, entropies, reconstruction losses
+    // In the host's:
+    std::array<std::vector<std::byte>, 3> seen_; // of watched_, where it cannot be read directly
     std::vector<float> initial_;
-    std::vector<float> rate_, keep_;     // of an adapter that has learned its step sizes
-    std::vector<int32_t> ids_, targets_; // of the pass
+    std::vector<int32_t> ids_;   // tokens and targets, as in inputs_
+    std::vector<float> results_; // as in outputs_
     std::vector<float> nll_, entropy_, later_nll_;
     float reconstruction_[3] = {};
     std::unique_ptr<UpdateRule> rule_;

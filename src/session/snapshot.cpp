@@ -96,6 +96,7 @@ std::vector<std::byte> Session::save() const {
     state[signal_gradient_norm] = signals_.gradient_norm;
     state[signal_update_norm] = signals_.update_norm;
     const std::vector<double> policy = policy_->state();
+    const std::vector<float> fast = current_.all().values();
     const std::vector<int32_t> waiting(waiting_.begin(), waiting_.end());
     const std::vector<ponder_record> records(records_.begin(), records_.end());
 
@@ -111,7 +112,7 @@ std::vector<std::byte> Session::save() const {
         const size_t element = type == DType::none ? 1 : size_of(type);
         writer.add(name, type, {int64_t(bytes / element)}, values.data());
     };
-    add("fast", DType::f32, current_.all());
+    add("fast", DType::f32, fast);
     add("state", DType::f64, state);
     add("policy", DType::f64, policy);
     add("random", DType::none, random_.state);
@@ -180,7 +181,7 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
     restored->set_state(policy);
 
     policy_ = std::move(restored);
-    std::copy(fast.begin(), fast.end(), current_.all().begin());
+    current_.all().write(fast.data(), fast.size());
     std::copy(random.begin(), random.end(), random_.state.begin());
     history_ = history;
     waiting_.assign(waiting.begin(), waiting.end());

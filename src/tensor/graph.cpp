@@ -28,7 +28,7 @@ Id Graph::literal(Shape shape, const std::vector<double> &values) {
             reinterpret_cast<double *>(bytes.get())[i] = values[i];
         else
             reinterpret_cast<float *>(bytes.get())[i] = float(values[i]);
-    values_.push_back({"literal", wide, shape, Kind::constant, bytes.get(), false});
+    values_.push_back({"literal", wide, shape, Kind::constant, bytes.get(), false, true});
     literals_.push_back(std::move(bytes));
     return Id(values_.size() - 1);
 }

@@ -55,6 +55,7 @@ struct Value {
     Kind kind;
     const void *data = nullptr; // constants and parameters; nullptr in a graph only for planning
     bool needs_gradient = false;
+    bool owned = false; // a literal: its data lives with the graph
     size_t bytes() const { return size_t(shape.count()) * size_of(type); }
 };
 

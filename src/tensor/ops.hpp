@@ -196,6 +196,7 @@ Id sum_last(Graph &, Id x);
 Id sum_to(Graph &, Id x, Shape shape);
 Id reshape(Graph &, Id x, Shape shape);
 Id affine(Graph &, Id x, double factor, double offset);
+void convert(Graph &, Id x, Id y); // into an external of another type
 Id power(Graph &, Id x, double exponent);
 Id exp(Graph &, Id x);
 Id relu(Graph &, Id x);

@@ -254,6 +254,8 @@ Id reshape(Graph &g, Id x, Shape shape) {
 Id affine(Graph &g, Id x, double factor, double offset) {
     return unary(g, affine_rule, x, {factor, offset});
 }
+
+void convert(Graph &g, Id x, Id y) { g.add_call(affine_rule, {x}, {y}, {1, 0}); }
 Id power(Graph &g, Id x, double exponent) { return unary(g, power_rule, x, {exponent}); }
 Id exp(Graph &g, Id x) { return unary(g, exp_rule, x); }
 Id relu(Graph &g, Id x) { return unary(g, relu_rule, x); }

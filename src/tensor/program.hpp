@@ -44,13 +44,15 @@ class Program {
 public:
     Program(Graph graph, std::vector<size_t> segment_ends, std::shared_ptr<const Device> device);
     Program(const Program &) = delete;
+    ~Program();
 
     const Graph &graph() const { return graph_; }
     size_t arena_bytes() const { return arena_.bytes; }
     size_t workspace_bytes() const { return workspace_bytes_; } // of one worker
     uint64_t flops(size_t segment) const { return flops_[segment]; }
 
-    // Addresses of externals by value id; entries of other values are ignored.
+    // Addresses of externals by value id, in the device's memory like arena and workspace; entries
+    // of other values are ignored.
     using Bindings = std::vector<void *>;
     // `check` is called between groups and may throw to stop there. The arena holds what later
     // segments need.
@@ -72,7 +74,19 @@ private:
         bool chain = false;
         size_t segment = 0;
     };
+    // Work that a device noted down, by segment and addresses; it replays them in one call.
+    struct Recorded {
+        size_t segment;
+        std::vector<void *> addresses;
+        uint64_t used = 0;
+        uint32_t seen = 0;
+        void *work = nullptr;
+    };
     void add_batches(const Group &group);
+    void settle_constants();
+    void queue(size_t segment, std::vector<void *> addresses, std::byte *workspace) const;
+    Recorded &recorded(const Device::Queue &queue, size_t segment,
+                       const std::vector<void *> &addresses) const;
     std::vector<void *> addresses(const Bindings &bindings, std::byte *arena) const;
     void run_task(const Batch &batch, void *const *addresses, std::byte *workspace,
                   uint32_t task) const;
@@ -87,6 +101,10 @@ private:
     std::vector<Batch> batches_;
     std::vector<uint64_t> flops_;
     size_t workspace_bytes_ = 0;
+    std::vector<void *> constant_; // of each constant and parameter: its address
+    DeviceBuffer literals_;
+    mutable std::vector<Recorded> recorded_; // under the device's lock
+    mutable uint64_t uses_ = 0;
 };
 
 } // namespace ponder

@@ -71,7 +71,8 @@ AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options
         segments.push_back({size_t(slow.shape.count()), 1, is_matrix(slow.shape)});
     outer_ = std::make_unique<Outer>(options_, device_, std::move(segments));
 
-    const Parts values = parts(outer_->values());
+    values_.resize(outer_->count());
+    const Parts values = parts(values_);
     Random random(uint64_t(options_.integer("seed")));
     adapter_->initial(values.fast, random);
     if (adapter_->rates().log_rate.empty()) {
@@ -88,9 +89,10 @@ AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options
 
     rate_.resize(n);
     keep_.resize(n);
+    learned_ = DeviceVector<float>(device_, 2 * n);
     unroll_ = std::make_unique<Unroll<float>>(
         backbone, *adapter_, options_, device_,
-        LearnedRates<float>{rate_.data(), keep_.data(), values.fast.data()});
+        LearnedRates<float>{learned_.data(), learned_.data() + n, outer_->values()});
     for (uint32_t i = 0; i < device_->threads().count(); ++i)
         work_.push_back(unroll_->make_work());
     spread();
@@ -108,15 +110,19 @@ AdapterTrainer::Parts AdapterTrainer::parts(std::span<float> all) const {
     return {fast, log_rate, decay, all};
 }
 
+// From values_ to everything that follows from it.
 void AdapterTrainer::spread() {
-    const Parts values = parts(outer_->values());
+    const Parts values = parts(values_);
     for (float &x : values.log_rate)
         x = std::clamp(x, -20.0f, 20.0f);
     for (float &x : values.decay)
         x = std::clamp(x, -20.0f, 20.0f);
+    outer_->write_values(values_);
     adapter_->store_rates({{values.log_rate.begin(), values.log_rate.end()},
                            {values.decay.begin(), values.decay.end()}});
     adapter_->expand_rates(options_.number("inner.lr"), rate_, keep_);
+    learned_.write(rate_.data(), rate_.size());
+    learned_.write(keep_.data(), keep_.size(), rate_.size());
     const float *from = values.slow.data();
     for (const auto &[name, slow] : adapter_->slow()) {
         std::copy_n(from, slow.values.size(), adapter_->slow_values(name).begin());
@@ -128,8 +134,8 @@ void AdapterTrainer::spread() {
 // The mean gradient over the streams, each weighing as many predictions as it has. Sums run in the
 // order of the streams, whoever computed them.
 void AdapterTrainer::collect(std::span<const Unroll<float>::Result> results) {
-    const Parts to = parts(outer_->gradient());
-    std::fill(outer_->gradient().begin(), outer_->gradient().end(), 0.0f);
+    std::vector<float> gradient(outer_->count());
+    const Parts to = parts(gradient);
     double predictions = 0;
     for (const auto &r : results)
         predictions += double(r.predictions);
@@ -155,6 +161,7 @@ void AdapterTrainer::collect(std::span<const Unroll<float>::Result> results) {
     }
     std::copy(log_rate.begin(), log_rate.end(), to.log_rate.begin());
     std::copy(decay.begin(), decay.end(), to.decay.begin());
+    outer_->write_gradient(gradient);
 }
 
 ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
@@ -183,10 +190,12 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
     collect(results);
     ponder_train_record r = empty_record();
     const Outer::Taken taken = outer_->step();
-    if (taken.finite)
+    if (taken.finite) {
+        values_ = outer_->read_values();
         spread();
-    else
+    } else {
         r.flags |= PONDER_TRAIN_NOT_FINITE;
+    }
     uint64_t chunks = 0, steps = 0;
     double first = 0, reconstruction = 0;
     for (const auto &result : results) {
@@ -206,7 +215,7 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
     r.gradient_norm = taken.norm;
     r.learning_rate = taken.rate;
     double log_sum = 0;
-    for (float x : parts(outer_->values()).log_rate)
+    for (float x : parts(values_).log_rate)
         log_sum += double(x);
     if (!adapter_->learns_inside())
         r.inner_rate = options_.number("inner.lr") *
@@ -221,7 +230,8 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
 }
 
 void AdapterTrainer::export_to(const std::string &folder) const {
-    const Parts values = parts(outer_->values());
+    std::vector<float> all = values_;
+    const Parts values = parts(all);
     save_adapter(folder, adapter_kind(options_), model_->backbone().hash(), options_, *adapter_,
                  values.fast);
 }
@@ -230,6 +240,7 @@ void AdapterTrainer::write(SafeTensorsWriter &writer) const { outer_->write(writ
 
 void AdapterTrainer::read(const SafeTensors &file) {
     outer_->read(file);
+    values_ = outer_->read_values();
     spread();
 }
 

@@ -27,13 +27,15 @@ private:
         std::span<float> fast, log_rate, decay, slow;
     };
     Parts parts(std::span<float> all) const;
-    void spread(); // from the values to adapter, step sizes and the device's packed copies
+    void spread(); // from the values to adapter, step sizes and the device's copies
     void collect(std::span<const Unroll<float>::Result> results);
 
     std::shared_ptr<Adapter> adapter_;
     std::shared_ptr<const Device> device_; // its own: what it packs changes with every step
     std::unique_ptr<Outer> outer_;
+    std::vector<float> values_;      // as the outer optimizer has them
     std::vector<float> rate_, keep_; // per element
+    DeviceVector<float> learned_;    // the same on the device
     std::unique_ptr<const Unroll<float>> unroll_;
     std::vector<std::shared_ptr<Unroll<float>::Work>> work_; // of each worker
 };

@@ -27,8 +27,9 @@ BackboneTrainer::BackboneTrainer(std::shared_ptr<const Model> model, const Optio
     outer_ = std::make_unique<Outer>(
         options_, device_,
         std::vector<Outer::Segment>{{matrices, 1, true}, {offset - matrices, 1, false}});
+    std::vector<float> values(outer_->count());
     for (const Weight &w : weights_) {
-        float *to = outer_->values().data() + w.offset;
+        float *to = values.data() + w.offset;
         const size_t count = size_t(w.shape.count());
         if (w.type == DType::bf16)
             std::transform(reinterpret_cast<const bf16 *>(w.data),
@@ -36,12 +37,84 @@ BackboneTrainer::BackboneTrainer(std::shared_ptr<const Model> model, const Optio
         else
             std::copy_n(reinterpret_cast<const float *>(w.data), count, to);
     }
+    outer_->write_values(values);
+    loss_ = DeviceVector<float>(device_, 1);
+    if (device_->on_host())
+        return;
+    Graph cast(working_.type());
+    for (const Weight &w : weights_) {
+        const Shape flat{w.shape.count()};
+        cast_.from.push_back(cast.external("master", DType::f32, flat));
+        cast_.to.push_back(cast.external("working copy", w.type, flat));
+        convert(cast, cast_.from.back(), cast_.to.back());
+    }
+    const auto program = [&](Graph g) {
+        const size_t end = g.calls().size();
+        return std::make_unique<const Program>(std::move(g), std::vector{end}, device_);
+    };
+    cast_.program = program(std::move(cast));
+    Graph g(DType::f32);
+    const Shape flat{int64_t(outer_->count())};
+    sum_.total = g.external("total", DType::f32, flat);
+    sum_.gradient = g.external("gradient", DType::f32, flat);
+    sum_.keep = g.external("keep", DType::f32, {1});
+    sum_.share = g.external("share", DType::f32, {1});
+    sum_.kept = mul(g, sum_.total, sum_.keep);
+    sum_.shared = mul(g, sum_.gradient, sum_.share);
+    sum_.sum = add(g, sum_.kept, sum_.shared, DType::f32);
+    for (const Id id : {sum_.kept, sum_.shared, sum_.sum})
+        g.expose(id, "sum");
+    sum_.program = program(std::move(g));
+    factors_ = DeviceVector<float>(device_, 2);
+}
+
+void BackboneTrainer::spread_on_device() {
+    Program::Bindings at(cast_.program->graph().values().size());
+    for (size_t i = 0; i < weights_.size(); ++i) {
+        const Weight &w = weights_[i];
+        at[size_t(cast_.from[i])] = outer_->values() + w.offset;
+        at[size_t(cast_.to[i])] =
+            device_->resident(w.data, size_t(w.shape.count()) * size_of(w.type));
+    }
+    cast_.program->run(0, at, nullptr, workspace_.data(), nullptr);
+}
+
+void BackboneTrainer::accumulate(float keep, float share, const float *gradient) {
+    float *const total = outer_->gradient();
+    if (device_->on_host()) {
+        constexpr size_t block = size_t(1) << 16;
+        const size_t count = outer_->count();
+        device_->threads().run(uint32_t((count + block - 1) / block), [&](uint32_t i, uint32_t) {
+            const size_t end = std::min(count, (i + 1) * block);
+            for (size_t j = i * block; j < end; ++j)
+                total[j] = (keep > 0 ? total[j] : 0.0f) + share * gradient[j];
+        });
+        return;
+    }
+    // The first pass has written where the sum is kept, the others beside it in micro_, and what
+    // is not yet in use there serves as scratch.
+    const float factors[2] = {keep, share};
+    factors_.write(factors, 2);
+    Program::Bindings at(sum_.program->graph().values().size());
+    const auto bind = [&](Id id, const float *data) {
+        at[size_t(id)] = const_cast<float *>(data);
+    };
+    bind(sum_.total, total);
+    bind(sum_.gradient, gradient);
+    bind(sum_.keep, factors_.data());
+    bind(sum_.share, factors_.data() + 1);
+    bind(sum_.kept, keep > 0 ? total : micro_.data());
+    bind(sum_.shared, gradient);
+    bind(sum_.sum, total);
+    sum_.program->run(0, at, nullptr, workspace_.data(), nullptr);
 }
 
 void BackboneTrainer::spread() {
+    if (!device_->on_host())
+        return spread_on_device();
     device_->threads().run(uint32_t(weights_.size()), [&](uint32_t i, uint32_t) {
         const Weight &w = weights_[i];
-        const float *from = outer_->values().data() + w.offset;
+        const float *from = outer_->values() + w.offset;
         const size_t count = size_t(w.shape.count());
         if (w.type == DType::bf16)
             std::transform(from, from + count, reinterpret_cast<bf16 *>(w.data), to_bf16);
@@ -75,14 +148,14 @@ const BackboneTrainer::Pass &BackboneTrainer::pass(int64_t streams, int64_t toke
         g.expose(id, "gradient");
     const size_t end = g.calls().size();
     p.program = std::make_unique<Program>(std::move(g), std::vector{end}, device_);
-    const auto fit = [&](Buffer &buffer, size_t size) {
+    const auto fit = [&](DeviceBuffer &buffer, size_t size) {
         if (buffer.size() < size) {
-            buffer = Buffer();
-            buffer = Buffer(device_->memory(), size);
+            buffer = DeviceBuffer();
+            buffer = DeviceBuffer(device_, size);
         }
     };
     fit(arena_, p.program->arena_bytes());
-    fit(workspace_, p.program->workspace_bytes() * device_->threads().count());
+    fit(workspace_, p.program->workspace_bytes() * device_->workers());
     return passes_.emplace(std::pair(streams, tokens), std::move(p)).first->second;
 }
 
@@ -100,7 +173,6 @@ ponder_train_record BackboneTrainer::step(std::span<const ponder_stream> streams
     const size_t most = size_t(options_.integer("train.micro"));
     ponder_train_record r = empty_record();
     std::vector<int32_t> ids, targets;
-    const std::span<float> total = outer_->gradient();
     for (size_t first = 0; first < streams.size(); first += most) {
         const std::span<const ponder_stream> micro =
             streams.subspan(first, std::min(most, streams.size() - first));
@@ -112,38 +184,42 @@ ponder_train_record BackboneTrainer::step(std::span<const ponder_stream> streams
         }
         const Pass &p = pass(int64_t(micro.size()), tokens);
         // The first pass writes where the sum is kept, the others beside it.
-        float *gradient = total.data();
-        if (first > 0) {
-            micro_.resize(total.size());
+        const double share = double(micro.size()) / double(streams.size());
+        float *gradient = outer_->gradient();
+        if (first > 0 || (share < 1 && !device_->on_host()))
+            if (micro_.size() == 0)
+                micro_ = DeviceVector<float>(device_, outer_->count());
+        if (first > 0)
             gradient = micro_.data();
-        }
         const int32_t seed[2] = {int32_t(options_.integer("seed") * 0x9e3779b1 + int64_t(first)),
                                  int32_t(outer_->steps() + 1)};
-        float loss = 0;
+        const size_t count = ids.size();
+        if (inputs_.size() < 2 * count + 2) {
+            inputs_ = {};
+            inputs_ = DeviceVector<int32_t>(device_, 2 * count + 2);
+        }
+        ids.insert(ids.end(), targets.begin(), targets.end());
+        ids.insert(ids.end(), seed, seed + 2);
+        inputs_.write(ids.data(), ids.size());
         Program::Bindings at(p.program->graph().values().size());
-        const auto bind = [&](Id id, const void *data) {
+        const auto bind = [&](Id id, void *data) {
             if (id != none)
-                at[size_t(id)] = const_cast<void *>(data);
+                at[size_t(id)] = data;
         };
-        bind(p.tokens, ids.data());
-        bind(p.targets, targets.data());
-        bind(p.seed, seed);
-        bind(p.loss, &loss);
+        bind(p.tokens, inputs_.data());
+        bind(p.targets, inputs_.data() + count);
+        bind(p.seed, inputs_.data() + 2 * count);
+        bind(p.loss, loss_.data());
         for (size_t i = 0; i < weights_.size(); ++i)
             bind(p.gradient[i], gradient + weights_[i].offset);
         p.program->run(0, at, arena_.data(), workspace_.data(), [&] { guard.check(); });
+        float loss = 0;
+        loss_.read(&loss, 1);
 
-        const double share = double(micro.size()) / double(streams.size());
         r.loss += share * double(loss);
         r.flops += p.program->flops(0);
-        constexpr size_t block = size_t(1) << 16;
         if (share < 1)
-            device_->threads().run(
-                uint32_t((total.size() + block - 1) / block), [&](uint32_t i, uint32_t) {
-                    const size_t end = std::min(total.size(), (i + 1) * block);
-                    for (size_t j = i * block; j < end; ++j)
-                        total[j] = (first > 0 ? total[j] : 0.0f) + float(share) * gradient[j];
-                });
+            accumulate(first > 0 ? 1.0f : 0.0f, float(share), gradient);
         guard.progress(first + micro.size(), streams.size());
     }
     const Outer::Taken taken = outer_->step();
@@ -164,8 +240,9 @@ void BackboneTrainer::export_to(const std::string &folder) const {
     const DType type = working_.type();
     std::vector<std::vector<bf16>> narrow; // vectors, which passes keep in f32
     std::vector<Gpt2Tensor> tensors;
+    const std::vector<float> values = outer_->read_values();
     for (const Weight &w : weights_) {
-        const float *from = outer_->values().data() + w.offset;
+        const float *from = values.data() + w.offset;
         const void *data = from;
         if (type == DType::bf16) {
             std::vector<bf16> &to = narrow.emplace_back(size_t(w.shape.count()));

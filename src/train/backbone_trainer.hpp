@@ -30,6 +30,9 @@ private:
     };
     const Pass &pass(int64_t streams, int64_t tokens);
     void spread(); // master -> working copy -> packed forms
+    void spread_on_device();
+    // total = keep total + share gradient
+    void accumulate(float keep, float share, const float *gradient);
 
     std::shared_ptr<const Device> device_; // its own: what it packs changes with every step
     Gpt2 working_;
@@ -43,8 +46,20 @@ private:
     std::vector<Weight> weights_;
     std::unique_ptr<Outer> outer_;
     std::map<std::pair<int64_t, int64_t>, Pass> passes_; // by streams and tokens
-    std::vector<float> micro_;                           // gradient of one pass
-    Buffer arena_, workspace_;
+    DeviceVector<float> micro_;                          // gradient of one pass
+    DeviceVector<int32_t> inputs_;                       // tokens, targets, seed
+    DeviceVector<float> loss_;
+    DeviceBuffer arena_, workspace_;
+    // Where the weights' copies are not the host's: from master to working copy there, and sums.
+    struct {
+        std::vector<Id> from, to;
+        std::unique_ptr<const Program> program;
+    } cast_;
+    struct {
+        Id total, gradient, keep, share, kept, shared, sum;
+        std::unique_ptr<const Program> program;
+    } sum_{};
+    DeviceVector<float> factors_;
 };
 
 } // namespace ponder

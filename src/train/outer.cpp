@@ -20,8 +20,8 @@ Outer::Outer(const Options &options, std::shared_ptr<const Device> device,
       warmup_(uint64_t(options.integer("train.warmup"))), segments_(std::move(segments)) {
     for (const Segment &segment : segments_)
         count_ += segment.count;
-    data_ = Buffer(device->memory(), std::max<size_t>(4 * count_, 1) * sizeof(float));
-    std::fill_n(data_.data<float>(), 4 * count_, 0.0f);
+    data_ = DeviceVector<float>(device, 4 * count_);
+    scalars_ = DeviceVector<float>(device, 16 * (1 + segments_.size()));
     size_t workspace = 0;
     const auto program = [&](Graph g) {
         const size_t end = g.calls().size();
@@ -53,7 +53,13 @@ Outer::Outer(const Options &options, std::shared_ptr<const Device> device,
     norm_.out = norm(g, norm_.a, none);
     g.expose(norm_.out, "gradient norm");
     norm_.program = program(std::move(g));
-    workspace_ = Buffer(device->memory(), workspace * device->threads().count());
+    workspace_ = DeviceBuffer(device, workspace * device->workers());
+}
+
+std::vector<float> Outer::read_values() const {
+    std::vector<float> result(count_);
+    data_.read(result.data(), count_);
+    return result;
 }
 
 double Outer::learning_rate(uint64_t step) const {
@@ -70,9 +76,10 @@ Outer::Taken Outer::step() {
     float norm = 0;
     {
         Program::Bindings at(norm_.program->graph().values().size());
-        at[size_t(norm_.a)] = gradient().data();
-        at[size_t(norm_.out)] = &norm;
+        at[size_t(norm_.a)] = gradient();
+        at[size_t(norm_.out)] = scalars_.data();
         norm_.program->run(0, at, nullptr, workspace_.data(), nullptr);
+        scalars_.read(&norm, 1);
     }
     if (!std::isfinite(norm))
         return {double(norm), rate, false};
@@ -81,7 +88,7 @@ Outer::Taken Outer::step() {
         const Segment &segment = segments_[i];
         const Update &u = updates_[i];
         if (segment.rate > 0 && segment.count > 0) {
-            float h[8] = {float(rate * segment.rate),
+            const float h[8] = {float(rate * segment.rate),
                           float(beta1_),
                           float(beta2_),
                           float(epsilon_),
@@ -89,15 +96,17 @@ Outer::Taken Outer::step() {
                           float(1 - std::pow(beta2_, double(steps_))),
                           float(clip_),
                           segment.decays ? float(decay_) : 0.0f};
+            float *const at_h = scalars_.data() + 16 * (1 + i);
+            scalars_.write(h, 8, 16 * (1 + i));
             Program::Bindings at(u.program->graph().values().size());
             const auto bind = [&](Id id, float *data) { at[size_t(id)] = data; };
-            bind(u.in.w, values().data() + offset);
-            bind(u.in.g, gradient().data() + offset);
+            bind(u.in.w, values() + offset);
+            bind(u.in.g, gradient() + offset);
             bind(u.in.m, first_moment() + offset);
             bind(u.in.v, second_moment() + offset);
-            bind(u.in.h, h);
-            bind(u.in.norm, &norm);
-            bind(u.w2, values().data() + offset);
+            bind(u.in.h, at_h);
+            bind(u.in.norm, scalars_.data());
+            bind(u.w2, values() + offset);
             bind(u.m2, first_moment() + offset);
             bind(u.v2, second_moment() + offset);
             u.program->run(0, at, nullptr, workspace_.data(), nullptr);
@@ -110,9 +119,10 @@ Outer::Taken Outer::step() {
 void Outer::write(SafeTensorsWriter &writer) const {
     writer.metadata["steps"] = std::to_string(steps_);
     const std::vector<int64_t> shape{int64_t(count_)};
-    writer.add("outer.values", DType::f32, shape, values().data());
-    writer.add("outer.first_moment", DType::f32, shape, first_moment());
-    writer.add("outer.second_moment", DType::f32, shape, second_moment());
+    written_ = data_.values();
+    writer.add("outer.values", DType::f32, shape, written_.data());
+    writer.add("outer.first_moment", DType::f32, shape, written_.data() + 2 * count_);
+    writer.add("outer.second_moment", DType::f32, shape, written_.data() + 3 * count_);
 }
 
 void Outer::read(const SafeTensors &file) {
@@ -131,8 +141,8 @@ void Outer::read(const SafeTensors &file) {
         if (!std::isfinite(value))
             throw_error(PONDER_E_FORMAT, "%s: 'outer.*' is not finite", file.name().c_str());
     steps_ = steps;
-    std::copy_n(fresh.begin(), count_, values().begin());
-    std::copy_n(fresh.begin() + std::ptrdiff_t(count_), 2 * count_, first_moment());
+    data_.write(fresh.data(), count_);
+    data_.write(fresh.data() + count_, 2 * count_, 2 * count_);
 }
 
 } // namespace ponder

@@ -27,9 +27,16 @@ public:
     Outer(const Options &options, std::shared_ptr<const Device> device,
           std::vector<Segment> segments);
 
+    // In the device's memory:
     size_t count() const { return count_; }
-    std::span<float> values() const { return {data_.data<float>(), count_}; }
-    std::span<float> gradient() const { return {data_.data<float>() + count_, count_}; }
+    float *values() const { return data_.data(); }
+    float *gradient() const { return data_.data() + count_; }
+    // Copies of it:
+    std::vector<float> read_values() const;
+    void write_values(std::span<const float> values) { data_.write(values.data(), count_); }
+    void write_gradient(std::span<const float> gradient) {
+        data_.write(gradient.data(), count_, count_);
+    }
 
     uint64_t steps() const { return steps_; }
     double learning_rate(uint64_t step) const; // of step 1, 2, ...
@@ -41,20 +48,23 @@ public:
     };
     Taken step();
 
-    // Values and moments as tensors "outer.*", the number of steps as metadata.
+    // Values and moments as tensors "outer.*", the number of steps as metadata. What write() adds
+    // stays until its next call.
     void write(SafeTensorsWriter &writer) const;
     void read(const SafeTensors &file);
 
 private:
-    float *first_moment() const { return data_.data<float>() + 2 * count_; }
-    float *second_moment() const { return data_.data<float>() + 3 * count_; }
+    float *first_moment() const { return data_.data() + 2 * count_; }
+    float *second_moment() const { return data_.data() + 3 * count_; }
 
     double lr_, end_, beta1_, beta2_, epsilon_, decay_, clip_;
     uint64_t schedule_, warmup_, steps_ = 0;
     std::vector<Segment> segments_;
     size_t count_ = 0;
-    Buffer data_; // values, gradient, moments
-    Buffer workspace_;
+    DeviceVector<float> data_; // values, gradient, moments
+    DeviceVector<float> scalars_; // the gradient's norm; hyperparameters of each segment
+    DeviceBuffer workspace_;
+    mutable std::vector<float> written_;
     struct Update {
         Step in;
         Id w2, m2, v2;

@@ -36,14 +36,23 @@ public:
     Work(const Unroll &u) : u_(u) {}
     using State = typename UpdateRuleOf<T>::State;
 
+    // Single numbers, on the device.
+    struct Scalars {
+        alignas(64) T loss;
+        alignas(64) T reconstruction[3];
+        alignas(64) T loss_seed;
+        alignas(64) T reconstruction_seed[3];
+    };
     std::vector<int32_t> tokens, targets;
     T loss = 0, reconstruction[3] = {};
-    T loss_seed = 0, reconstruction_seed[3] = {};
     size_t counted = 0; // chunks in the outer loss
 
-    std::vector<T> state;   // weights and moments now
-    std::vector<T> scratch; // what a pass writes that nobody reads
-    std::vector<T> lambda, next, dgradient, drate, dkeep, dstart, adjoint, slow;
+    // In the device's memory:
+    DeviceVector<int32_t> inputs; // tokens, targets
+    DeviceBuffer numbers;
+    DeviceVector<T> state; // weights and moments now
+    DeviceVector<T> lambda, next, dgradient, drate, dkeep, dstart, adjoint, slow;
+    DeviceVector<T> sum_fast, sum_rate, sum_keep, sum_slow; // of the result
     std::vector<Node> nodes; // of the window
     uint64_t taken = 0;      // steps of the update rule so far
 
@@ -54,32 +63,35 @@ public:
         const size_t n = u_.fast_count_, moments = u_.inside_ ? 0 : u_.rule_.moments();
         return {base, moments > 0 ? base + n : nullptr, moments > 1 ? base + 2 * n : nullptr};
     }
+    Scalars *scalars() const { return numbers.template data<Scalars>(); }
+    void write(T *to, const T *from, size_t count) const {
+        u_.device_->upload(to, from, count * sizeof(T));
+    }
     // Weights and moments before the step of a slot, and its gradient.
     T *before(size_t slot) { return vector(before_, slot, state_size()); }
     T *gradient(size_t slot) { return vector(gradient_, slot, u_.fast_count_); }
     std::byte *arena(size_t slot) {
         const size_t at = u_.keep_ ? slot : 0;
         while (arenas_.size() <= at)
-            arenas_.emplace_back(u_.device_->memory(), u_.arena_);
+            arenas_.emplace_back(u_.device_, u_.arena_);
         return arenas_[at].data();
     }
     std::byte *workspace() {
         if (workspace_.size() < u_.workspace_)
-            workspace_ = Buffer(u_.device_->memory(), u_.workspace_);
+            workspace_ = DeviceBuffer(u_.device_, u_.workspace_);
         return workspace_.data();
     }
 
 private:
-    static T *vector(std::vector<std::vector<T>> &all, size_t slot, size_t count) {
-        if (all.size() <= slot)
-            all.resize(slot + 1);
-        all[slot].resize(count);
+    T *vector(std::vector<DeviceVector<T>> &all, size_t slot, size_t count) {
+        while (all.size() <= slot)
+            all.emplace_back(u_.device_, count);
         return all[slot].data();
     }
     const Unroll &u_;
-    std::vector<std::vector<T>> before_, gradient_;
-    std::vector<Buffer> arenas_;
-    Buffer workspace_;
+    std::vector<DeviceVector<T>> before_, gradient_;
+    std::vector<DeviceBuffer> arenas_;
+    DeviceBuffer workspace_;
 };
 
 template <class T>
@@ -111,6 +123,44 @@ Unroll<T>::Unroll(const Gpt2 &model, const Adapter &adapter, const Options &opti
         workspace_ = std::max(workspace_, passes_[before]->program->workspace_bytes());
     }
     workspace_ = std::max(workspace_, rule_.workspace_bytes());
+    sum_fast_ = record_sum(fast_count_, false);
+    sum_scaled_ = record_sum(fast_count_, true);
+    if (slow_count_ > 0)
+        sum_slow_ = record_sum(slow_count_, false);
+    for (const Sum *sum : {&sum_fast_, &sum_scaled_, &sum_slow_})
+        if (sum->program)
+            workspace_ = std::max(workspace_, sum->program->workspace_bytes());
+}
+
+template <class T> typename Unroll<T>::Sum Unroll<T>::record_sum(size_t count, bool factor) const {
+    Graph g(sizeof(T) == 8 ? DType::f64 : DType::f32);
+    const Shape flat{int64_t(count)};
+    Sum s{};
+    s.a = g.external("a", g.wide, flat);
+    s.b = g.external("b", g.wide, flat);
+    s.factor = s.scaled = none;
+    if (factor) {
+        s.factor = g.external("factor", g.wide, {1});
+        s.scaled = mul(g, s.b, s.factor);
+        g.expose(s.scaled, "scaled");
+    }
+    s.sum = ponder::add(g, s.a, factor ? s.scaled : s.b, g.wide);
+    g.expose(s.sum, "sum");
+    const size_t end = g.calls().size();
+    s.program = std::make_unique<Program>(std::move(g), std::vector{end}, device_);
+    return s;
+}
+
+template <class T>
+void Unroll<T>::add(const Sum &sum, T *to, const T *from, const T *factor, Work &work) const {
+    Program::Bindings at(sum.program->graph().values().size());
+    at[size_t(sum.a)] = at[size_t(sum.sum)] = to;
+    at[size_t(sum.b)] = const_cast<T *>(from);
+    if (factor) {
+        at[size_t(sum.factor)] = const_cast<T *>(factor);
+        at[size_t(sum.scaled)] = work.adjoint.data();
+    }
+    sum.program->run_serial(0, at, nullptr, work.workspace(), nullptr);
 }
 
 template <class T>
@@ -196,6 +246,8 @@ void Unroll<T>::load(std::span<const int32_t> stream, size_t chunk, Work &work) 
     work.tokens.assign(end - chunk_ - p.context, end);
     work.targets.assign(end - chunk_ + 1, end);
     work.targets.push_back(-1);
+    work.inputs.write(work.tokens.data(), work.tokens.size());
+    work.inputs.write(work.targets.data(), work.targets.size(), size_t(context_));
 }
 
 template <class T>
@@ -224,12 +276,12 @@ Program::Bindings Unroll<T>::bind(const Pass &p, Work &work, const Node &node) c
         put(id, slow);
         slow += p.program->graph().shape(id).count();
     }
-    put(p.tokens, work.tokens.data());
-    put(p.targets, work.targets.data());
-    put(p.loss, &work.loss);
-    put(p.reconstruction, work.reconstruction);
-    put(p.loss_seed, &work.loss_seed);
-    put(p.reconstruction_seed, work.reconstruction_seed);
+    put(p.tokens, work.inputs.data());
+    put(p.targets, work.inputs.data() + context_);
+    put(p.loss, &work.scalars()->loss);
+    put(p.reconstruction, work.scalars()->reconstruction);
+    put(p.loss_seed, &work.scalars()->loss_seed);
+    put(p.reconstruction_seed, work.scalars()->reconstruction_seed);
     return at;
 }
 
@@ -244,13 +296,18 @@ void Unroll<T>::run_segment(PassSegment segment, const Node &node, Work &work, R
 
 template <class T> std::shared_ptr<typename Unroll<T>::Work> Unroll<T>::make_work() const {
     auto work = std::make_shared<Work>(*this);
-    work->state.resize(work->state_size());
-    for (auto *vector : {&work->lambda, &work->next})
-        vector->resize(work->state_size());
-    for (auto *vector :
-         {&work->dgradient, &work->drate, &work->dkeep, &work->dstart, &work->adjoint})
-        vector->resize(fast_count_);
-    work->slow.resize(slow_count_);
+    work->inputs = DeviceVector<int32_t>(device_, size_t(context_ + chunk_));
+    work->numbers = DeviceBuffer(device_, sizeof(typename Work::Scalars));
+    for (auto *vector : {&work->state, &work->lambda, &work->next})
+        *vector = DeviceVector<T>(device_, work->state_size());
+    for (auto *vector : {&work->dgradient, &work->drate, &work->dkeep, &work->dstart,
+                         &work->adjoint, &work->sum_fast})
+        *vector = DeviceVector<T>(device_, fast_count_);
+    if (learned_.rate)
+        for (auto *vector : {&work->sum_rate, &work->sum_keep})
+            *vector = DeviceVector<T>(device_, fast_count_);
+    for (auto *vector : {&work->slow, &work->sum_slow})
+        *vector = DeviceVector<T>(device_, slow_count_);
     return work;
 }
 
@@ -267,15 +324,14 @@ typename Unroll<T>::Result Unroll<T>::run(std::span<const int32_t> stream, Work 
         throw_error(PONDER_E_ARGUMENT, "a stream of %zu tokens has less than two chunks of %d",
                     stream.size(), int(chunk_));
     Result result;
-    result.fast.resize(fast_count_);
-    result.rate.resize(learned_.rate ? fast_count_ : 0);
-    result.keep.resize(learned_.rate ? fast_count_ : 0);
-    result.slow.resize(slow_count_);
+    for (const auto *sum : {&work.sum_fast, &work.sum_rate, &work.sum_keep, &work.sum_slow})
+        if (sum->size() > 0)
+            sum->clear();
     result.chunks = chunks;
     work.counted = inside_ || !inner_ ? chunks : chunks - 1;
     result.predictions = work.counted * uint64_t(chunk_ - 1);
-    std::fill(work.state.begin(), work.state.end(), T(0));
-    std::copy_n(learned_.start, fast_count_, work.state.begin());
+    work.state.clear();
+    work.state.copy(learned_.start, fast_count_);
     work.taken = 0;
     for (size_t first = 0; first < chunks; first += window_) {
         work.nodes.clear();
@@ -283,9 +339,12 @@ typename Unroll<T>::Result Unroll<T>::run(std::span<const int32_t> stream, Work 
             forward(stream, c, work, result, check);
         backward(stream, work, result, check);
         if (first == 0)
-            for (size_t i = 0; i < fast_count_; ++i)
-                result.fast[i] += work.lambda[i];
+            add(sum_fast_, work.sum_fast.data(), work.lambda.data(), nullptr, work);
     }
+    result.fast = work.sum_fast.values();
+    result.rate = learned_.rate ? work.sum_rate.values() : std::vector<T>();
+    result.keep = learned_.rate ? work.sum_keep.values() : std::vector<T>();
+    result.slow = work.sum_slow.size() > 0 ? work.sum_slow.values() : std::vector<T>();
     result.reconstruction /= double(chunks);
     return result;
 }
@@ -299,8 +358,13 @@ void Unroll<T>::forward(std::span<const int32_t> stream, size_t chunk, Work &wor
     load(stream, chunk, work);
     for (uint64_t k = 0; k < std::max<uint64_t>(steps, 1); ++k) {
         Node node{chunk, work.nodes.size(), 0, k == 0 && counts > 0};
-        std::copy(work.state.begin(), work.state.end(), work.before(node.slot));
+        device_->copy(work.before(node.slot), work.state.data(), work.state_size() * sizeof(T));
         run_segment(forward_segment, node, work, result, check);
+        if (k == 0)
+            device_->download(&work.loss, &work.scalars()->loss, sizeof work.loss);
+        if (inside_)
+            device_->download(work.reconstruction, work.scalars()->reconstruction,
+                              sizeof work.reconstruction);
         if (k == 0) {
             result.loss += counts * double(work.loss);
             if (chunk == 0)
@@ -309,7 +373,7 @@ void Unroll<T>::forward(std::span<const int32_t> stream, size_t chunk, Work &wor
         if (inside_) {
             result.reconstruction += double(work.reconstruction[1]);
             if (inner_ && carry_)
-                std::copy_n(work.next.begin(), fast_count_, work.state.begin());
+                work.state.copy(work.next.data(), fast_count_);
         } else if (steps > 0 || node.counts) {
             run_segment(gradient_segment, node, work, result, check);
             if (steps > 0) {
@@ -326,10 +390,11 @@ void Unroll<T>::forward(std::span<const int32_t> stream, size_t chunk, Work &wor
 template <class T>
 void Unroll<T>::backward(std::span<const int32_t> stream, Work &work, Result &result,
                          const std::function<void()> &check) const {
-    std::fill(work.lambda.begin(), work.lambda.end(), T(0));
+    work.lambda.clear();
     for (size_t i = work.nodes.size(); i-- > 0;) {
         const Node &node = work.nodes[i];
-        work.loss_seed = node.counts ? T(weight(node.chunk, work)) : T(0);
+        const T seed = node.counts ? T(weight(node.chunk, work)) : T(0);
+        work.write(&work.scalars()->loss_seed, &seed, 1);
         load(stream, node.chunk, work);
         if (inside_)
             backward_inside(node, work, result, check);
@@ -341,20 +406,18 @@ void Unroll<T>::backward(std::span<const int32_t> stream, Work &work, Result &re
 template <class T>
 void Unroll<T>::backward_between(const Node &node, Work &work, Result &result,
                                  const std::function<void()> &check) const {
-    const auto add = [](std::vector<T> &to, const std::vector<T> &from) {
-        for (size_t i = 0; i < to.size(); ++i)
-            to[i] += from[i];
-    };
-    std::fill(work.dgradient.begin(), work.dgradient.end(), T(0));
+    work.dgradient.clear();
     if (node.step > 0) {
         rule_.vjp(work.view(work.before(node.slot)), work.gradient(node.slot), node.step,
                   work.view(work.lambda.data()), work.view(work.next.data()),
                   {work.dgradient.data(), work.drate.data(), work.dkeep.data(), work.dstart.data()},
                   work.workspace());
-        std::swap(work.lambda, work.next);
-        add(result.rate, work.drate);
-        add(result.keep, work.dkeep);
-        add(result.fast, work.dstart);
+        work.lambda.swap(work.next);
+        if (learned_.rate) {
+            add(sum_fast_, work.sum_rate.data(), work.drate.data(), nullptr, work);
+            add(sum_fast_, work.sum_keep.data(), work.dkeep.data(), nullptr, work);
+            add(sum_fast_, work.sum_fast.data(), work.dstart.data(), nullptr, work);
+        }
     }
     if (higher_) {
         if (!keep_) {
@@ -362,12 +425,10 @@ void Unroll<T>::backward_between(const Node &node, Work &work, Result &result,
             run_segment(gradient_segment, node, work, result, check);
         }
         run_segment(adjoint_segment, node, work, result, check);
-        for (size_t i = 0; i < fast_count_; ++i)
-            work.lambda[i] += work.adjoint[i];
+        add(sum_fast_, work.lambda.data(), work.adjoint.data(), nullptr, work);
     } else if (node.counts) {
-        const T *gradient = work.gradient(node.slot);
-        for (size_t i = 0; i < fast_count_; ++i)
-            work.lambda[i] += work.loss_seed * gradient[i];
+        add(sum_scaled_, work.lambda.data(), work.gradient(node.slot), &work.scalars()->loss_seed,
+            work);
     }
 }
 
@@ -375,18 +436,17 @@ template <class T>
 void Unroll<T>::backward_inside(const Node &node, Work &work, Result &result,
                                 const std::function<void()> &check) const {
     const double each = reconstruction_ / double(work.counted);
-    work.reconstruction_seed[1] = T(inner_ ? each : 0);
+    const T seed = T(inner_ ? each : 0);
+    work.write(&work.scalars()->reconstruction_seed[1], &seed, 1);
     if (!keep_)
         run_segment(forward_segment, node, work, result, check);
     run_segment(adjoint_segment, node, work, result, check);
-    for (size_t i = 0; i < slow_count_; ++i)
-        result.slow[i] += work.slow[i];
-    if (inner_ && carry_) {
-        std::copy(work.adjoint.begin(), work.adjoint.end(), work.lambda.begin());
-    } else { // every chunk starts from the initial values
-        for (size_t i = 0; i < fast_count_; ++i)
-            result.fast[i] += work.adjoint[i];
-    }
+    if (slow_count_ > 0)
+        add(sum_slow_, work.sum_slow.data(), work.slow.data(), nullptr, work);
+    if (inner_ && carry_)
+        work.lambda.copy(work.adjoint.data(), fast_count_);
+    else // every chunk starts from the initial values
+        add(sum_fast_, work.sum_fast.data(), work.adjoint.data(), nullptr, work);
 }
 
 template class Unroll<float>;

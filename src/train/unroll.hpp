@@ -30,7 +30,7 @@ class Options;
 
 template <class T> class Unroll {
 public:
-    // Values per element, as UpdateRule takes them; they change between calls.
+    // Values per element in the device's memory, as UpdateRule takes them; they change between calls.
     Unroll(const Gpt2 &model, const Adapter &adapter, const Options &options,
            std::shared_ptr<const Device> device, LearnedRates<T> learned);
 
@@ -82,6 +82,14 @@ private:
     bool inner_, higher_, keep_, carry_, inside_;
     double reconstruction_;
     size_t fast_count_, slow_count_;
+    // sum = a + b, or a + factor b.
+    struct Sum {
+        Id a, b, factor = none, scaled = none, sum;
+        std::unique_ptr<const Program> program;
+    };
+    Sum record_sum(size_t count, bool factor) const;
+    void add(const Sum &sum, T *to, const T *from, const T *factor, Work &work) const;
+    Sum sum_fast_, sum_slow_, sum_scaled_;
     std::map<int64_t, std::shared_ptr<const Pass>> passes_; // by tokens of context before the chunk
     size_t arena_ = 0, workspace_ = 0;
 };

@@ -285,6 +285,14 @@ const ponder_backend descriptor = {
     .drop = [](void *kernel) { delete static_cast<Planned *>(kernel); },
     .packed_bytes = [](ponder_device *) -> size_t { return 0; },
     .refresh = nullptr,
+    .copy = nullptr,
+    .clear = nullptr,
+    .synchronize = nullptr,
+    .problem = nullptr,
+    .record = nullptr,
+    .record_end = nullptr,
+    .replay = nullptr,
+    .drop_recording = nullptr,
 };
 
 } // namespace

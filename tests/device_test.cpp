@@ -1,0 +1,253 @@
+// Everything above the backends on a device whose memory is not the host's, bit for bit as on the
+// reference backend: sessions, snapshots, gates' features, trainers; and what happens when such a
+// device runs out of memory or breaks.
+#include "offset_backend.hpp"
+#include "support.hpp"
+#include "train/trainer.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+namespace ponder::test {
+namespace {
+
+const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny"; // 2 layers, width 64, vocabulary 320
+
+std::shared_ptr<const Model> load(const char *backend, const char *dtype, uint64_t limit = 0) {
+    auto runtime = std::make_shared<Runtime>();
+    runtime->memory = std::make_shared<Memory>(limit, nullptr, nullptr, nullptr);
+    runtime->threads = std::make_shared<Threads>(3);
+    runtime->backends = {{reference_backend(), "reference", "", ""},
+                         {offset::backend(), "offset", "", ""}};
+    return std::make_shared<Model>(runtime, tiny, backend, dtype, [](uint64_t, uint64_t) {});
+}
+
+std::vector<int32_t> random_tokens(size_t count, uint64_t seed) {
+    Random random(seed);
+    std::vector<int32_t> tokens(count);
+    for (int32_t &t : tokens)
+        t = int32_t(random.next() % 12 + (random.next() % 8 == 0 ? 200 : 0));
+    return tokens;
+}
+
+using Values = std::vector<std::pair<const char *, std::string>>;
+
+Options options_of(const Values &values) {
+    Options options = make_options({{"chunk", "16"}, {"context", "32"}, {"lora.rank", "4"}});
+    for (const auto &[name, value] : values)
+        options.set(name, value);
+    return options;
+}
+
+const std::vector<Values> cases{
+    {{"adapter", "lora"}, {"policy", "always"}, {"steps", "2"}},
+    {{"adapter", "lora"}, {"policy", "ema:loss:0.5"}, {"record.loss_after", "1"}},
+    {{"adapter", "lora"}, {"policy", "threshold:gradient_norm:0.3"}},
+    {{"adapter", "lora"}, {"policy", "oracle:0.5"}},
+    {{"adapter", "lora"}, {"inner.optimizer", "sgd"}, {"inner.lr", "0.1"}},
+    {{"adapter", "lora"}, {"policy", "skip"}},
+    {{"adapter", "none"}},
+    {{"adapter", "ttt-linear"}, {"policy", "ema:reconstruction:0.5"}},
+    {{"adapter", "ttt-linear"}, {"ttt.form", "ponder"}, {"analysis", "1"}},
+    {{"adapter", "ttt-mlp"}, {"policy", "every:2"}},
+};
+
+// Records without times, then the losses of every chunk, then the snapshot.
+std::vector<std::byte> life(const std::shared_ptr<const Model> &model, const Values &values,
+                            bool restore) {
+    const auto tokens = random_tokens(16 * 6 + 9, 5);
+    auto session = std::make_unique<Session>(model, options_of(values));
+    session->expect(6);
+    session->feed(tokens);
+    std::vector<std::byte> all;
+    const auto add = [&](const void *data, size_t size) {
+        const auto *from = static_cast<const std::byte *>(data);
+        all.insert(all.end(), from, from + size);
+    };
+    for (int chunk = 0; session->score(no_limits(*session)); ++chunk) {
+        add(session->losses().data(), session->losses().size_bytes());
+        if (restore && chunk == 2) { // with a chunk open
+            const std::vector<std::byte> bytes = session->save();
+            auto other = std::make_unique<Session>(model, options_of(values));
+            other->load(bytes, "snapshot");
+            session = std::move(other);
+        } else if (restore && chunk == 3) {
+            session = session->fork();
+        }
+        session->learn(-1, no_limits(*session));
+    }
+    session->flush(no_limits(*session));
+    for (ponder_record r : session->records()) {
+        r.score_ns = r.decide_ns = r.learn_ns = r.bytes = 0;
+        add(&r, sizeof r);
+    }
+    return all;
+}
+
+TEST(DeviceMemory, SessionsAreThoseOfTheHost) {
+    for (const char *dtype : {"f32", "bf16"}) {
+        const auto host = load("reference", dtype), device = load("offset", dtype);
+        for (const Values &values : cases)
+            for (const bool restore : {false, true})
+                EXPECT_EQ(life(host, values, restore), life(device, values, restore))
+                    << values[0].second << " " << values.back().second << " " << dtype;
+    }
+    EXPECT_GT(offset::control.replays, 0u);
+}
+
+TEST(DeviceMemory, SnapshotsMove) {
+    const auto host = load("reference", "f32"), device = load("offset", "f32");
+    const auto tokens = random_tokens(16 * 6, 6);
+    for (const Values &values : {cases[0], cases[7]}) {
+        const auto half = [&](const std::shared_ptr<const Model> &model,
+                              std::span<const std::byte> from) {
+            Session session(model, options_of(values));
+            if (from.empty())
+                session.feed(tokens);
+            else
+                session.load(from, "snapshot");
+            for (int i = 0; i < 3; ++i) {
+                session.score(no_limits(session));
+                session.learn(-1, no_limits(session));
+            }
+            return std::pair(session.save(), std::vector(session.losses().begin(),
+                                                         session.losses().end()));
+        };
+        const auto stay = half(host, half(host, {}).first);
+        EXPECT_EQ(half(host, half(device, {}).first).second, stay.second);
+        EXPECT_EQ(half(device, half(host, {}).first).second, stay.second);
+    }
+}
+
+TEST(DeviceMemory, AnUpdateReadsBackTwice) {
+    const auto device = load("offset", "f32");
+    Session session(device, options_of({{"adapter", "lora"}, {"policy", "always"}}));
+    session.feed(random_tokens(16 * 4, 7));
+    session.adapt(no_limits(session));
+    session.feed(random_tokens(16, 8));
+    const size_t before = offset::control.downloads;
+    session.adapt(no_limits(session));
+    EXPECT_EQ(offset::control.downloads - before, 2u); // losses; norms
+}
+
+std::string trained(const std::shared_ptr<const Model> &model, int32_t kind, const Values &values) {
+    const auto trainer = make_trainer(model, kind, options_of(values));
+    std::atomic<bool> cancel{false};
+    std::string log;
+    const size_t tokens = kind == PONDER_TRAIN_BACKBONE ? 17 : 16 * 5;
+    const TempDir dir;
+    for (uint64_t i = 0; i < 3; ++i) {
+        std::vector<std::vector<int32_t>> streams;
+        std::vector<ponder_stream> given;
+        for (uint64_t s = 0; s < 3; ++s)
+            streams.push_back(random_tokens(tokens, i * 16 + s));
+        for (const auto &s : streams)
+            given.push_back({s.data(), s.size()});
+        const ponder_train_record r = trainer->step(given, CallGuard(cancel, nullptr));
+        char text[128];
+        std::snprintf(text, sizeof text, "%.17g %.17g %.17g\n", r.loss, r.loss_first,
+                      r.gradient_norm);
+        log += text;
+    }
+    trainer->save(dir.file("checkpoint"), "");
+    const auto again = make_trainer(model, kind, options_of(values));
+    again->load(dir.file("checkpoint"));
+    again->save(dir.file("again"), "");
+    const std::string checkpoint = read_file(dir.file("checkpoint"), 1 << 26);
+    EXPECT_EQ(checkpoint, read_file(dir.file("again"), 1 << 26));
+    trainer->export_to(dir.path());
+    const char *name = kind == PONDER_TRAIN_BACKBONE ? "model.safetensors" : "ponder.safetensors";
+    return log + checkpoint + read_file(dir.file(name), 1 << 26);
+}
+
+TEST(DeviceMemory, TrainersAreThoseOfTheHost) {
+    for (const char *dtype : {"f32", "bf16"}) {
+        const auto host = load("reference", dtype), device = load("offset", dtype);
+        const auto same = [&](int32_t kind, const Values &values) {
+            EXPECT_EQ(trained(host, kind, values), trained(device, kind, values))
+                << values[0].second << " " << values.back().second << " " << dtype;
+        };
+        same(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}, {"train.window", "2"}});
+        same(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}, {"inner.optimizer", "sgd"}});
+        same(PONDER_TRAIN_ADAPTER, {{"adapter", "ttt-linear"}, {"train.permute", "0.2"}});
+        if (std::string(dtype) == "f32")
+            same(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}, {"train.higher", "1"}});
+        same(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.dropout", "0.1"}});
+        same(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.micro", "2"}});
+    }
+}
+
+// Layers below watch what a gate reads.
+TEST(DeviceMemory, FeaturesAreThoseOfTheHost) {
+    const auto features = [&](const std::shared_ptr<const Model> &model) {
+        Session session(model, options_of({{"adapter", "lora"}, {"policy", "always"}}));
+        auto gate = std::make_shared<Gate>();
+        gate->form = GateForm::steps;
+        gate->features = FeatureSet::planned;
+        const size_t inputs = feature_count(gate->features);
+        gate->net = GateNet(inputs, 4, gate_outputs(gate->form));
+        Random random(3);
+        gate->net.draw(random);
+        gate->mean.assign(inputs, 0.0);
+        gate->deviation.assign(inputs, 1.0);
+        gate->calibration.points = {{0.5, 0.0}};
+        gate->seal();
+        session.use_gate(gate);
+        session.feed(random_tokens(16 * 4, 9));
+        std::vector<double> all;
+        while (session.score(no_limits(session))) {
+            for (double x : session.features())
+                all.push_back(std::isnan(x) ? -1 : x);
+            session.learn(-1, no_limits(session));
+        }
+        return all;
+    };
+    EXPECT_EQ(features(load("reference", "bf16")), features(load("offset", "bf16")));
+}
+
+TEST(DeviceMemory, RunningOutLeavesTheSessionAsItWas) {
+    const auto device = load("offset", "f32");
+    Session session(device, options_of({{"adapter", "lora"}, {"policy", "always"}}));
+    session.feed(random_tokens(16 * 3, 10));
+    session.adapt(no_limits(session));
+    const std::vector<std::byte> before = session.save();
+    offset::control.limit = 0;
+    EXPECT_THROW(Session(device, options_of({{"adapter", "lora"}})), Error);
+    try {
+        Session(device, options_of({{"adapter", "ttt-linear"}}));
+        FAIL();
+    } catch (const Error &e) {
+        EXPECT_EQ(e.status(), PONDER_E_NO_MEMORY);
+    }
+    offset::control.limit = SIZE_MAX;
+    EXPECT_EQ(before, session.save());
+    session.feed(random_tokens(16, 11));
+    session.adapt(no_limits(session));
+    // The runtime's limit counts device memory, and all of it comes back.
+    const auto memory = device->runtime().memory;
+    const uint64_t held = memory->in_use();
+    { Session(device, options_of({{"adapter", "lora"}})); }
+    EXPECT_EQ(memory->in_use(), held);
+    const uint64_t weights = load("offset", "f32")->runtime().memory->in_use();
+    const auto tight = load("offset", "f32", weights + (64 << 10));
+    EXPECT_THROW(Session(tight, options_of({{"adapter", "lora"}})), Error);
+}
+
+TEST(DeviceMemory, AFailureIsAStatus) {
+    const auto device = load("offset", "f32");
+    Session session(device, options_of({{"adapter", "lora"}, {"policy", "always"}}));
+    session.feed(random_tokens(16 * 2, 12));
+    offset::control.broken = true;
+    try {
+        session.adapt(no_limits(session));
+        ADD_FAILURE();
+    } catch (const Error &e) {
+        EXPECT_EQ(e.status(), PONDER_E_BACKEND);
+        EXPECT_NE(std::string(e.what()).find("broken on purpose"), std::string::npos);
+    }
+    offset::control.broken = false;
+}
+
+} // namespace
+} // namespace ponder::test
