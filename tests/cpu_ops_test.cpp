@@ -1,5 +1,5 @@
-// Every kernel of the CPU module against the reference kernels in f64, at each instruction set that
-// this machine has: f32 and bf16, odd sizes, tails, several streams. Besides: results do not depend
+// Every kernel of a module against the reference kernels in f64, the CPU's at each instruction
+// set that this machine has: f32 and bf16, odd sizes, tails, several streams. Besides: results do not depend
 // on the order of the tasks or the number of threads, and rows not on other rows.
 #include "backend/reference/reference.hpp"
 #include "op_harness.hpp"
@@ -29,6 +29,8 @@ const ponder_backend *module() {
     return backend;
 }
 
+bool on_host() { return module()->host_memory != 0; }
+
 size_t threads_now() {
     size_t n = 0;
     for ([[maybe_unused]] const auto &entry :
@@ -49,9 +51,10 @@ class CpuOps : public testing::TestWithParam<const char *> {
 protected:
     void SetUp() override {
         setenv("PONDER_CPU_ISA", GetParam(), 1);
-        if (!module()->probe(nullptr, 0))
-            GTEST_SKIP() << "no AVX2";
-        if (std::string(module()->isa()) != GetParam())
+        char why[256] = "";
+        if (!module()->probe(why, sizeof why))
+            GTEST_SKIP() << why;
+        if (std::string(on_host() ? module()->isa() : "device") != GetParam())
             GTEST_SKIP() << "not on this machine";
         runner = std::make_unique<OpRunner>(module());
         oracle = std::make_unique<OpRunner>(reference_backend());
@@ -403,6 +406,30 @@ TEST_P(CpuOps, TttLinear) {
                 }
 }
 
+TEST_P(CpuOps, TttMlp) {
+    if (on_host())
+        GTEST_SKIP() << "left to the reference";
+    for (const Length &n : {Length{1, 1}, {2, 2}, {3, 65}})
+        for (DType act : {f32, half})
+            for (int64_t d : {8, 20, 64}) {
+                const int64_t heads = 2, c = heads * d, m = d == 20 ? 5 : 16;
+                const Shape rows = {n.s, n.t, c}, w1 = {n.s, heads, d, 4 * d},
+                            b1 = {n.s, heads, 4 * d}, w2 = {n.s, heads, 4 * d, d},
+                            b2 = {n.s, heads, d};
+                const Tensor lr = random(act, {n.s, n.t, heads});
+                for (int64_t i = 0; i < lr.count(); ++i)
+                    lr.set(i, 0.5 + 0.4 * lr.at(i));
+                check({"ttt_mlp",
+                       {random(act, rows), random(act, rows), random(act, rows), lr,
+                        random(f32, {m}, 0.05), random(f32, {heads, d}), random(f32, {heads, d}),
+                        random(f32, w1, 0.1), random(f32, b1, 0.1), random(f32, w2, 0.1),
+                        random(f32, b2, 0.1)},
+                       {{act, rows}, {f32, w1}, {f32, b1}, {f32, w2}, {f32, b2}, {f32, {n.s, 3}}},
+                       {0.1 / double(d), 1e-6}},
+                      limit(act, true), shape_name(act, n.s, n.t) + " D=" + std::to_string(d));
+            }
+}
+
 TEST_P(CpuOps, TttLinearGradient) {
     for (const Length &n : {Length{1, 1}, {2, 2}, {3, 65}, {1, 96}})
         for (DType act : {f32, half})
@@ -624,6 +651,8 @@ TEST_P(CpuOps, LeavesTheRestToTheReference) {
 
 // Four threads take the tasks of several calls at once, each with its own workspace.
 TEST_P(CpuOps, ManyThreads) {
+    if (!on_host())
+        GTEST_SKIP() << "a device has one queue";
     ponder_backend_host host{};
     host.struct_size = sizeof host;
     host.workers = 4;
@@ -695,7 +724,7 @@ TEST_P(CpuOps, ManyThreads) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Levels, CpuOps,
-                         testing::Values("avx2", "avx512", "avx512_bf16", "amx_bf16"),
+                         testing::Values("avx2", "avx512", "avx512_bf16", "amx_bf16", "device"),
                          [](const auto &info) { return std::string(info.param); });
 
 } // namespace

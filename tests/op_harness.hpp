@@ -271,10 +271,22 @@ public:
         for (size_t i = 0; i < all.size(); ++i)
             if (all[i].block)
                 buffers[i] = buffer_of(all[i]);
-        Block workspace(plan.workspace);
+        const Block workspace(plan.workspace);
+        void *scratch = workspace.data();
+        if (!backend_->host_memory) {
+            scratch = backend_->allocate(device_, workspace.size());
+            if (!scratch ||
+                backend_->upload(device_, scratch, workspace.data(), workspace.size()) != 0)
+                throw std::runtime_error("device memory");
+        }
         for (uint32_t i = 0; i < plan.tasks; ++i)
-            backend_->run(plan.kernel, buffers.data(), workspace.data(),
+            backend_->run(plan.kernel, buffers.data(), scratch,
                           reversed ? plan.tasks - 1 - i : i);
+        if (!backend_->host_memory) {
+            if (backend_->synchronize(device_) != 0)
+                throw std::runtime_error(op + ": " + backend_->problem(device_));
+            backend_->release(device_, scratch);
+        }
         if (backend_->drop)
             backend_->drop(plan.kernel);
         results.assign(all.begin() + int64_t(in.size()), all.end());
@@ -297,6 +309,10 @@ public:
 
     // The data of a constant has changed.
     void refresh(const Tensor &constant) {
+        for (const auto &[block, buffer] : resident_)
+            if (block == constant.block &&
+                backend_->upload(device_, buffer, block->data(), block->size()) != 0)
+                throw std::runtime_error("upload");
         if (backend_->refresh)
             backend_->refresh(device_, constant.block->data());
     }

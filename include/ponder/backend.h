@@ -149,8 +149,8 @@ typedef struct ponder_backend {
      * made again. No pass runs on it meanwhile. NULL: the device keeps no copies. */
     void (*refresh)(ponder_device *device, const void *constant);
 
-    /* Devices with their own memory. The core makes one call at a time on a device from here on,
-     * and with allocate, release, upload, download and run. */
+    /* Devices with their own memory. The core makes one call at a time on such a device,
+     * of these and of allocate, release, upload, download, plan and run. */
     int32_t (*copy)(ponder_device *device, void *to, const void *from, size_t size);
     int32_t (*clear)(ponder_device *device, void *buffer, size_t size); /* to zeros */
     int32_t (*synchronize)(ponder_device *device); /* waits until the queue is empty */

@@ -283,15 +283,26 @@ void Device::refresh(const void *constant) const {
         if (const auto at = resident_.find(constant); at != resident_.end())
             expect(backend_->upload(device_, at->second.block, constant, at->second.size));
     }
-    if (backend_->refresh)
-        backend_->refresh(device_, constant);
+    refresh_packed(constant);
+}
+
+void Device::refresh_packed(const void *constant) const {
+    if (!backend_->refresh)
+        return;
+    std::unique_lock lock(mutex_, std::defer_lock);
+    if (!on_host())
+        lock.lock();
+    backend_->refresh(device_, constant);
 }
 
 DeviceBuffer::DeviceBuffer(std::shared_ptr<const Device> device, size_t size)
     : device_(std::move(device)), data_(device_->allocate(size)), size_(size) {}
 
-Device::Kernel Device::plan(const ponder_op_call &call) const {
+Device::Kernel Device::plan(const ponder_op_call &call, bool required) const {
     char why[256] = "";
+    std::unique_lock lock(mutex_, std::defer_lock);
+    if (!on_host())
+        lock.lock();
     const auto ask = [&](const ponder_backend *backend, ponder_device *device) {
         Kernel kernel(backend);
         const int32_t result = backend->plan(device, &call, &kernel.plan, why, sizeof why);
@@ -304,7 +315,7 @@ Device::Kernel Device::plan(const ponder_op_call &call) const {
     Kernel kernel = ask(backend_, device_);
     if (!kernel.owner && fallback_)
         kernel = ask(reference_backend(), fallback_);
-    if (!kernel.owner)
+    if (!kernel.owner && required)
         throw_error(PONDER_E_BACKEND, "backend '%s' has no kernel for op '%s' version %u",
                     backend_->name, call.op, call.version);
     return kernel;

@@ -41,8 +41,8 @@ public:
     ~Device();
     Device(const Device &) = delete;
 
-    // A kernel for the call, by this backend or by the reference kernels; PONDER_E_BACKEND when
-    // there is none.
+    // A kernel for the call, by this backend or by the reference kernels. Where there is none:
+    // PONDER_E_BACKEND if it is required, else one without owner.
     struct Kernel {
         const ponder_backend *owner = nullptr;
         ponder_plan plan{};
@@ -59,10 +59,12 @@ public:
                 owner->drop(plan.kernel);
         }
     };
-    Kernel plan(const ponder_op_call &call) const;
+    Kernel plan(const ponder_op_call &call, bool required = true) const;
 
     // The data at this constant has changed; no pass runs on it meanwhile.
     void refresh(const void *constant) const;
+    // The same, where it was the device's copy that changed.
+    void refresh_packed(const void *constant) const;
 
     // Memory that the device's kernels see. On the host that is the host's; elsewhere addresses
     // mean nothing here, work is queued, and only download and synchronize wait for it. Any thread.

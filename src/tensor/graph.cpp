@@ -62,6 +62,11 @@ void Graph::add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out
     calls_.push_back({&rule, std::move(in), std::move(out), std::move(attr)});
 }
 
+void Graph::merge(size_t first, size_t second, Call call) {
+    calls_[first] = std::move(call);
+    calls_.erase(calls_.begin() + std::ptrdiff_t(second));
+}
+
 Id Tape::gradient(Id value) const {
     return value != none && size_t(value) < gradient_.size() ? gradient_[size_t(value)] : none;
 }

@@ -16,6 +16,9 @@
 //                     dx = carry + d layer_norm / dx ^T dy
 //   linear            x[S,T,K], w const[K,N] or const[N,K], b?[N], add? wide[S,T,N] -> y[S,T,N]
 //                     [transposed: 1 = w is [N,K] and y = x w^T]      y = add + x w + b
+//   linear_gelu       x[S,T,K], w const[K,N], b?[N] -> y act[S,T,N], z? act[S,T,N]  [transposed]
+//                     z = x w + b, y = gelu(z). Never recorded: programs put it in the place of
+//                     linear and gelu on devices that have it
 //   lora_linear       x[S,T,K], w const[K,N], b?[N], a wide[S,K,R], bb wide[S,R,N],
 //                     add? wide[S,T,N] -> y[S,T,N], u act[S,T,R]
 //                     [scale]             u = x a,  y = add + x w + b + scale u bb
@@ -123,6 +126,8 @@ struct OpRule {
     uint64_t (*flops)(const Graph &, const Call &); // 2 per multiply-add of matrix products
     void (*vjp)(class Tape &, const Call &);        // nullptr: constant for gradients
 };
+
+extern const OpRule linear_gelu_rule;
 
 // What a vjp rule sees while the tape is read backwards.
 class Tape {

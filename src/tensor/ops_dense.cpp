@@ -150,6 +150,8 @@ const OpRule dropout_rule{"dropout", true, no_flops, dropout_backward};
 
 } // namespace
 
+const OpRule linear_gelu_rule{"linear_gelu", true, linear_flops, nullptr};
+
 Id embedding(Graph &g, Id ids, Id table, Id position, int64_t first) {
     const Shape &s = g.shape(ids);
     const Id y = g.temporary(g.wide, {s[0], s[1], g.shape(table)[1]});

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <string_view>
 
 namespace ponder {
 
@@ -144,49 +145,90 @@ uint64_t count_flops(const Graph &graph, const std::vector<Group> &groups, size_
 Program::Program(Graph graph, std::vector<size_t> segment_ends,
                  std::shared_ptr<const Device> device)
     : graph_(std::move(graph)), device_(std::move(device)) {
+    if (!device_->on_host())
+        fuse(segment_ends);
     const std::vector<Group> groups = schedule(graph_, segment_ends);
     arena_ = plan_arena(graph_, groups);
     for (size_t s = 0; s < segment_ends.size(); ++s)
         flops_.push_back(count_flops(graph_, groups, s));
-
-    std::vector<ponder_tensor> tensors;
-    std::vector<const void *> constants;
     for (const Call &call : graph_.calls()) {
         argument_.push_back(arguments_.size());
-        tensors.clear();
-        constants.clear();
-        const auto describe = [&](Id id) {
-            arguments_.push_back(id);
-            ponder_tensor tensor{};
-            if (id != none) {
-                const Value &value = graph_.value(id);
-                tensor.dtype = int32_t(value.type);
-                tensor.rank = value.shape.rank;
-                std::copy_n(value.shape.dim, PONDER_MAX_RANK, tensor.dim);
-            }
-            tensors.push_back(tensor);
-        };
-        for (Id id : call.in) {
-            describe(id);
-            constants.push_back(id != none ? graph_.value(id).data : nullptr);
-        }
-        for (Id id : call.out)
-            describe(id);
-        const ponder_op_call described{sizeof(ponder_op_call),
-                                       1,
-                                       call.rule->name,
-                                       uint32_t(call.in.size()),
-                                       uint32_t(call.out.size()),
-                                       uint32_t(call.attr.size()),
-                                       tensors.data(),
-                                       constants.data(),
-                                       call.attr.data()};
-        kernels_.push_back(device_->plan(described));
+        for (const auto *ids : {&call.in, &call.out})
+            arguments_.insert(arguments_.end(), ids->begin(), ids->end());
+        kernels_.push_back(plan(call, true));
         workspace_bytes_ = std::max(workspace_bytes_, align(kernels_.back().plan.workspace));
     }
     for (const Group &group : groups)
         add_batches(group);
     settle_constants();
+}
+
+Device::Kernel Program::plan(const Call &call, bool required) const {
+    std::vector<ponder_tensor> tensors;
+    std::vector<const void *> constants;
+    const auto describe = [&](Id id) {
+        ponder_tensor tensor{};
+        if (id != none) {
+            const Value &value = graph_.value(id);
+            tensor.dtype = int32_t(value.type);
+            tensor.rank = value.shape.rank;
+            std::copy_n(value.shape.dim, PONDER_MAX_RANK, tensor.dim);
+        }
+        tensors.push_back(tensor);
+    };
+    for (Id id : call.in) {
+        describe(id);
+        constants.push_back(id != none ? graph_.value(id).data : nullptr);
+    }
+    for (Id id : call.out)
+        describe(id);
+    const ponder_op_call described{sizeof(ponder_op_call),
+                                   1,
+                                   call.rule->name,
+                                   uint32_t(call.in.size()),
+                                   uint32_t(call.out.size()),
+                                   uint32_t(call.attr.size()),
+                                   tensors.data(),
+                                   constants.data(),
+                                   call.attr.data()};
+    return device_->plan(described, required);
+}
+
+// linear and the gelu of its result in one call, where the device has it: one pass over memory
+// less. What else reads the linear's result still gets it.
+void Program::fuse(std::vector<size_t> &segment_ends) {
+    const auto is = [](const Call &call, const char *name) {
+        return std::string_view(call.rule->name) == name;
+    };
+    for (size_t i = 0; i < graph_.calls().size(); ++i) {
+        const Call first = graph_.calls()[i];
+        if (!is(first, "linear") || first.in[3] != none ||
+            graph_.value(first.out[0]).kind != Kind::temporary)
+            continue;
+        const Id z = first.out[0];
+        size_t gelu = 0, readers = 0;
+        for (size_t j = i + 1; j < graph_.calls().size(); ++j)
+            for (const Id in : graph_.calls()[j].in)
+                if (in == z) {
+                    ++readers;
+                    if (gelu == 0 && is(graph_.calls()[j], "gelu"))
+                        gelu = j;
+                }
+        size_t segment = 0;
+        while (segment_ends[segment] <= i)
+            ++segment;
+        if (gelu == 0 || gelu >= segment_ends[segment])
+            continue;
+        const Call fused{&linear_gelu_rule,
+                         {first.in[0], first.in[1], first.in[2]},
+                         {graph_.calls()[gelu].out[0], readers > 1 ? z : none},
+                         first.attr};
+        if (!plan(fused, false).owner)
+            continue;
+        graph_.merge(i, gelu, fused);
+        for (size_t s = segment; s < segment_ends.size(); ++s)
+            --segment_ends[s];
+    }
 }
 
 Program::~Program() {

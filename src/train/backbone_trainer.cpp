@@ -77,6 +77,8 @@ void BackboneTrainer::spread_on_device() {
             device_->resident(w.data, size_t(w.shape.count()) * size_of(w.type));
     }
     cast_.program->run(0, at, nullptr, workspace_.data(), nullptr);
+    for (const Weight &w : weights_)
+        device_->refresh_packed(w.data);
 }
 
 void BackboneTrainer::accumulate(float keep, float share, const float *gradient) {

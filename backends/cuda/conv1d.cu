@@ -1,0 +1,122 @@
+// conv1d: y_t = b + sum_j w_j x_{t-3-shift+j}, depthwise over 4 taps, zeros before the start.
+// vjp: dx_u = sum_j w_j dy_{u+3+shift-j}, dw_j = sum x_{t-3-shift+j} dy_t, db = sum dy_t
+#include "ops.hpp"
+
+#include <algorithm>
+
+namespace ponder::cuda {
+
+namespace {
+
+constexpr int threads = 256, lanes = 16;
+
+template <class X, class W, class Y>
+__global__ void conv1d_kernel(const X *x, const W *w, const W *b, Y *y, int64_t n, int64_t tokens,
+                              int64_t width, int64_t shift) {
+    const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
+    if (i >= n)
+        return;
+    const int64_t c = i % width, t = i / width % tokens;
+    float sum = to_float(b[c]);
+    for (int64_t j = 0; j < 4; ++j)
+        if (const int64_t back = 3 + shift - j; t >= back)
+            sum += to_float(w[j * width + c]) * to_float(x[i - back * width]);
+    y[i] = from_float<Y>(sum);
+}
+
+template <class DY, class W, class DX>
+__global__ void conv1d_vjp_kernel(const DY *dy, const W *w, DX *dx, int64_t n, int64_t tokens,
+                                  int64_t width, int64_t shift) {
+    const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
+    if (i >= n)
+        return;
+    const int64_t c = i % width, t = i / width % tokens;
+    float sum = 0;
+    for (int64_t j = 0; j < 4; ++j)
+        if (const int64_t ahead = 3 + shift - j; t + ahead < tokens)
+            sum += to_float(w[j * width + c]) * to_float(dy[i + ahead * width]);
+    dx[i] = from_float<DX>(sum);
+}
+
+// A block sums 32 columns over its share of the rows: four taps and the bias.
+template <class DY, class X>
+__global__ void conv1d_weight_kernel(const DY *dy, const X *x, float *partial, int64_t rows,
+                                     int64_t tokens, int64_t width, int64_t shift, int64_t share) {
+    __shared__ float cell[lanes][33];
+    const int64_t c = int64_t(blockIdx.x) * 32 + threadIdx.x;
+    const int64_t first = int64_t(blockIdx.y) * share, end = min(rows, first + share);
+    float sum[5] = {};
+    if (c < width)
+        for (int64_t r = first + threadIdx.y; r < end; r += lanes) {
+            const float g = to_float(dy[r * width + c]);
+            const int64_t t = r % tokens;
+            sum[4] += g;
+            for (int64_t j = 0; j < 4; ++j)
+                if (const int64_t back = 3 + shift - j; t >= back)
+                    sum[j] += to_float(x[(r - back) * width + c]) * g;
+        }
+    for (int j = 0; j < 5; ++j) {
+        cell[threadIdx.y][threadIdx.x] = sum[j];
+        __syncthreads();
+        if (threadIdx.y == 0 && c < width) {
+            float all = 0;
+            for (int i = 0; i < lanes; ++i)
+                all += cell[i][threadIdx.x];
+            partial[(int64_t(blockIdx.y) * 5 + j) * width + c] = all;
+        }
+        __syncthreads();
+    }
+}
+
+__global__ void conv1d_weight_sum(const float *partial, float *dw, float *db, int64_t width,
+                                  int64_t parts) {
+    const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
+    if (i >= 5 * width)
+        return;
+    float sum = 0;
+    for (int64_t p = 0; p < parts; ++p)
+        sum += partial[p * 5 * width + i];
+    (i < 4 * width ? dw[i] : db[i - 4 * width]) = sum;
+}
+
+} // namespace
+
+int32_t plan_conv1d(const Call &call) {
+    const int64_t n = call.count(0), tokens = call.dim(0, 1), width = call.dim(0, 2);
+    const int64_t shift = int64_t(call.attr(0));
+    if (call.type(1) != call.type(2))
+        return PONDER_PLAN_NONE;
+    return by_types(call.type(0), call.type(1), [&]<class X, class W>(X, W) {
+        return by_type(call.type(3), [&]<class Y>(Y) {
+            return call.is(0, [=](const Run &run) {
+                conv1d_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(
+                    run.at<const X>(0), run.at<const W>(1), run.at<const W>(2), run.at<Y>(3), n,
+                    tokens, width, shift);
+            });
+        });
+    });
+}
+
+int32_t plan_conv1d_vjp(const Call &call) {
+    const int64_t n = call.count(0), tokens = call.dim(0, 1), width = call.dim(0, 2);
+    const int64_t shift = int64_t(call.attr(0)), rows = n / width;
+    const int64_t parts = std::clamp<int64_t>(rows / 64, 1, 64), share = (rows + parts - 1) / parts;
+    return by_types(call.type(0), call.type(1), [&]<class DY, class X>(DY, X) {
+        return by_types(call.type(2), call.type(3), [&]<class W, class DX>(W, DX) {
+            return call.is(size_t(parts * 5 * width) * sizeof(float), [=](const Run &run) {
+                float *partial = reinterpret_cast<float *>(run.workspace);
+                conv1d_vjp_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(
+                    run.at<const DY>(0), run.at<const W>(2), run.at<DX>(3), n, tokens, width,
+                    shift);
+                conv1d_weight_kernel<<<dim3(blocks_for(width, 32), unsigned(parts)),
+                                       dim3(32, lanes), 0, run.stream>>>(
+                    run.at<const DY>(0), run.at<const X>(1), partial, rows, tokens, width, shift,
+                    share);
+                conv1d_weight_sum<<<blocks_for(5 * width, threads), threads, 0, run.stream>>>(
+                    partial, run.at<float>(4), run.at<float>(5), width, parts);
+            });
+        });
+    });
+}
+
+} // namespace ponder::cuda

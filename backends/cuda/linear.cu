@@ -1,0 +1,129 @@
+// Products: linear (y = add + x w + b), matmul, matmul_tn and matmul_tn_sum (c = a^T b).
+#include "ops.hpp"
+#include "product.hpp"
+
+namespace ponder::cuda {
+
+namespace {
+
+// For shapes where the library's epilogue has no kernel.
+template <class Y>
+__global__ void add_bias_kernel(Y *y, const float *b, int64_t n, int64_t width) {
+    const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+    if (i < n)
+        y[i] = from_float<Y>(to_float(y[i]) + b[i % width]);
+}
+
+} // namespace
+
+int32_t plan_linear(const Call &call) {
+    const int64_t depth = call.last(0), width = call.last(4), rows = call.count(0) / depth;
+    const bool transposed = call.attr(0) != 0, has_bias = call.has(2), has_add = call.has(3);
+    if (has_bias && call.type(2) != PONDER_DTYPE_F32)
+        return PONDER_PLAN_NONE;
+    ProductShape shape{rows, width, depth, false, transposed};
+    shape.result = call.type(4);
+    shape.bias = has_bias;
+    shape.add = has_add;
+    TypedProduct product(call, shape, call.type(0), call.type(1), call.count(0), call.count(1));
+    bool bias_apart = false;
+    if (!product.fast() && has_bias) {
+        shape.bias = false;
+        product = TypedProduct(call, shape, call.type(0), call.type(1), call.count(0),
+                               call.count(1));
+        bias_apart = true;
+    }
+    const bool narrow_bias = has_bias && !bias_apart && product.result() == PONDER_DTYPE_BF16;
+    const void *constant = has_bias ? call.op->constant[2] : nullptr;
+    const size_t bias_bytes =
+        narrow_bias && !constant ? (size_t(width) * sizeof(bf16) + 255) / 256 * 256 : 0;
+    return by_type(call.type(4), [&]<class Y>(Y) {
+        return call.is(bias_bytes + product.workspace(), [=](const Run &run) {
+            Run rest = run;
+            rest.workspace += bias_bytes;
+            const float *b = run.at<const float>(2);
+            const void *bias = b;
+            if (narrow_bias && constant) {
+                bias = narrow(run, constant, b, width);
+            } else if (narrow_bias) {
+                convert(b, reinterpret_cast<bf16 *>(run.workspace), width, run.stream);
+                bias = run.workspace;
+            }
+            product.run(rest, run.at(0), run.at(1), run.at(4), bias, run.at(3));
+            if (bias_apart)
+                add_bias_kernel<<<blocks_for(rows * width, 256), 256, 0, run.stream>>>(
+                    run.at<Y>(4), b, rows * width, width);
+        });
+    });
+}
+
+// With the library's epilogue, whose gelu is the tanh form too.
+int32_t plan_linear_gelu(const Call &call) {
+    const int64_t depth = call.last(0), width = call.last(3), rows = call.count(0) / depth;
+    const bool has_bias = call.has(2), keeps = call.has_out(1);
+    const void *constant = has_bias ? call.op->constant[2] : nullptr;
+    for (size_t i : {0, 1, 3})
+        if (call.type(i) != PONDER_DTYPE_BF16)
+            return PONDER_PLAN_NONE;
+    if (width % 8 != 0 || depth % 8 != 0 || (has_bias && !constant))
+        return PONDER_PLAN_NONE;
+    ProductShape shape{rows, width, depth, false, call.attr(0) != 0};
+    shape.operands = shape.result = PONDER_DTYPE_BF16;
+    shape.bias = has_bias;
+    shape.gelu = true;
+    shape.keep = keeps;
+    const std::shared_ptr<const Product> product = call.device->products->get(shape);
+    if (!product->fast())
+        return PONDER_PLAN_NONE;
+    return call.is(product->workspace(), [=](const Run &run) {
+        const void *bias =
+            has_bias ? narrow(run, constant, run.at<const float>(2), width) : nullptr;
+        product->run(run, run.at(0), run.at(1), run.at(3), bias, nullptr, run.workspace,
+                     keeps ? run.at(4) : nullptr);
+    });
+}
+
+int32_t plan_matmul(const Call &call) {
+    const bool ta = call.attr(0) != 0, tb = call.attr(1) != 0;
+    const int32_t rank = call.rank(2);
+    const int64_t m = call.dim(2, rank - 2), n = call.dim(2, rank - 1);
+    const int64_t k = call.dim(0, rank - (ta ? 2 : 1));
+    ProductShape shape{m, n, k, ta, tb};
+    shape.result = call.type(2);
+    shape.batch = call.count(2) / (m * n);
+    shape.stride_a = m * k;
+    shape.stride_b = k * n;
+    shape.stride_c = m * n;
+    const TypedProduct product(call, shape, call.type(0), call.type(1), call.count(0),
+                               call.count(1));
+    return call.is(product.workspace(), [=](const Run &run) {
+        product.run(run, run.at(0), run.at(1), run.at(2));
+    });
+}
+
+namespace {
+
+int32_t plan_tn(const Call &call, bool sum) {
+    const int64_t streams = call.dim(0, 0), tokens = call.dim(0, 1);
+    const int64_t m = call.dim(0, 2), n = call.dim(1, 2);
+    ProductShape shape{m, n, sum ? streams * tokens : tokens, true, false};
+    shape.result = call.type(2);
+    if (!sum && streams > 1) {
+        shape.batch = streams;
+        shape.stride_a = tokens * m;
+        shape.stride_b = tokens * n;
+        shape.stride_c = m * n;
+    }
+    const TypedProduct product(call, shape, call.type(0), call.type(1), call.count(0),
+                               call.count(1));
+    return call.is(product.workspace(), [=](const Run &run) {
+        product.run(run, run.at(0), run.at(1), run.at(2));
+    });
+}
+
+} // namespace
+
+int32_t plan_matmul_tn(const Call &call) { return plan_tn(call, false); }
+int32_t plan_matmul_tn_sum(const Call &call) { return plan_tn(call, true); }
+
+} // namespace ponder::cuda

@@ -1,0 +1,336 @@
+// The module's descriptor. The runtime library is linked in and opens the driver when it is first
+// used, so the module loads on machines without one and says what is missing.
+#include "ops.hpp"
+#include "product.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+
+ponder_device::ponder_device() = default;
+
+ponder_device::~ponder_device() {
+    if (stream)
+        cudaStreamSynchronize(stream);
+    products.reset();
+    for (const auto &[constant, copy] : narrow)
+        cudaFreeAsync(copy.to, stream);
+    if (blas)
+        cublasLtDestroy(blas);
+    if (staging)
+        cudaFreeHost(staging);
+    if (stream) {
+        cudaStreamSynchronize(stream);
+        cudaStreamDestroy(stream);
+    }
+    if (pool)
+        cudaMemPoolDestroy(pool);
+}
+
+namespace ponder::cuda {
+
+void refresh_narrow(const Narrow &copy, cudaStream_t stream); // elementwise.cu
+
+namespace {
+
+struct Named {
+    const char *name;
+    Planner plan;
+};
+
+constexpr Named ops[] = {
+    {"embedding", plan_embedding},
+    {"layer_norm", plan_layer_norm},
+    {"layer_norm_vjp", plan_layer_norm_vjp},
+    {"linear", plan_linear},
+    {"linear_gelu", plan_linear_gelu},
+    {"lora_linear", plan_lora_linear},
+    {"lora_linear_vjp", plan_lora_linear_vjp},
+    {"gelu", plan_gelu},
+    {"gelu_vjp", plan_gelu_vjp},
+    {"sigmoid", plan_sigmoid},
+    {"slice_rows", plan_slice_rows},
+    {"slice_rows_vjp", plan_slice_rows_vjp},
+    {"cross_entropy", plan_cross_entropy},
+    {"cross_entropy_vjp", plan_cross_entropy_vjp},
+    {"attention", plan_attention},
+    {"attention_vjp", plan_attention_vjp},
+    {"conv1d", plan_conv1d},
+    {"rope", plan_rope},
+    {"ttt_linear", plan_ttt_linear},
+    {"ttt_mlp", plan_ttt_mlp},
+    {"mean", plan_mean},
+    {"mean_vjp", plan_mean_vjp},
+    {"fill", plan_fill},
+    {"matmul_tn", plan_matmul_tn},
+    {"norm", plan_norm},
+    {"adam", plan_adam},
+    {"sgd", plan_sgd},
+    {"adam_vjp", plan_adam_vjp},
+    {"sgd_vjp", plan_sgd_vjp},
+    {"adamw", plan_adamw},
+    {"embedding_vjp", plan_embedding_vjp},
+    {"layer_norm_vjp_weight", plan_layer_norm_vjp_weight},
+    {"matmul_tn_sum", plan_matmul_tn_sum},
+    {"cross_entropy_vjp_table", plan_cross_entropy_vjp_table},
+    {"dropout", plan_dropout},
+    {"conv1d_vjp", plan_conv1d_vjp},
+    {"ttt_linear_vjp", plan_ttt_linear_vjp},
+    {"add", plan_add},
+    {"sub", plan_sub},
+    {"mul", plan_mul},
+    {"broadcast", plan_broadcast},
+    {"affine", plan_affine},
+    {"power", plan_power},
+    {"exp", plan_exp},
+    {"relu", plan_relu},
+    {"step", plan_step},
+    {"gelu_derivative", plan_gelu_derivative},
+    {"softmax", plan_softmax},
+    {"log_sum_exp", plan_log_sum_exp},
+    {"sum_last", plan_sum_last},
+    {"pick", plan_pick},
+    {"pick_vjp", plan_pick_vjp},
+    {"sum_to", plan_sum_to},
+    {"matmul", plan_matmul},
+    {"reshape", plan_reshape},
+    {"split_heads", plan_split_heads},
+    {"merge_heads", plan_merge_heads},
+};
+
+int32_t no(char *why, size_t size, const char *text) {
+    if (why && size)
+        std::snprintf(why, size, "%s", text);
+    return 0;
+}
+
+int32_t probe(char *why, size_t size) {
+    void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!driver)
+        return no(why, size, "no device: libcuda.so.1, the driver's library, is not here");
+    dlclose(driver);
+    int count = 0;
+    if (const cudaError_t status = cudaGetDeviceCount(&count); status != cudaSuccess || count == 0) {
+        cudaGetLastError();
+        char text[200];
+        std::snprintf(text, sizeof text, "no device: %s",
+                      status != cudaSuccess ? cudaGetErrorString(status) : "the driver has none");
+        return no(why, size, text);
+    }
+    int major = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    if (major < 8)
+        return no(why, size, "no device: compute capability 8.0 or more is needed");
+    return 1;
+}
+
+const char *isa() {
+    static const std::string name = [] {
+        cudaDeviceProp properties;
+        if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess)
+            return std::string("none");
+        char text[320];
+        std::snprintf(text, sizeof text, "sm_%d%d (%s)", properties.major, properties.minor,
+                      properties.name);
+        return std::string(text);
+    }();
+    return name.c_str();
+}
+
+int32_t supports(int32_t dtype) { return dtype == PONDER_DTYPE_F32 || dtype == PONDER_DTYPE_BF16; }
+
+ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
+    auto device = std::make_unique<ponder_device>();
+    if (host)
+        std::memcpy(&device->host, host, std::min<size_t>(host->struct_size, sizeof *host));
+    int id = 0;
+    cudaGetDevice(&id);
+    cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, id);
+    cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, id);
+    const char *tf32 = std::getenv("PONDER_CUDA_TF32");
+    device->tf32 = tf32 && tf32[0] == '1';
+    cudaMemPoolProps properties = {};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location = {cudaMemLocationTypeDevice, id};
+    uint64_t keep = UINT64_MAX; // freed memory stays in the pool
+    bool ok =
+        device->check(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking), "stream");
+    ok = ok && device->check(cudaMemPoolCreate(&device->pool, &properties), "memory pool");
+    ok = ok && device->check(cudaMemPoolSetAttribute(device->pool, cudaMemPoolAttrReleaseThreshold,
+                                                     &keep),
+                             "memory pool");
+    ok = ok && device->check(cudaMallocHost(&device->staging, ponder_device::staging_size),
+                             "pinned memory");
+    if (ok && cublasLtCreate(&device->blas) != CUBLAS_STATUS_SUCCESS) {
+        device->fail("cublasLtCreate failed");
+        ok = false;
+    }
+    if (!ok) {
+        no(why, size, device->problem.c_str());
+        return nullptr;
+    }
+    device->products = std::make_unique<Products>(device.get());
+    return device.release();
+}
+
+void close(ponder_device *device) { delete device; }
+
+void *allocate(ponder_device *device, size_t size) {
+    void *block = nullptr;
+    const size_t whole = size + ponder_device::slack;
+    if (cudaMallocFromPoolAsync(&block, whole, device->pool, device->stream) != cudaSuccess) {
+        cudaGetLastError(); // running out is no failure of the device
+        return nullptr;
+    }
+    device->check(cudaMemsetAsync(static_cast<std::byte *>(block) + size, 0, ponder_device::slack,
+                                  device->stream),
+                  "clear");
+    return block;
+}
+
+void release(ponder_device *device, void *buffer) {
+    device->check(cudaFreeAsync(buffer, device->stream), "release");
+}
+
+int32_t result(ponder_device *device) { return device->problem.empty() ? 0 : 1; }
+
+int32_t upload(ponder_device *device, void *buffer, const void *host, size_t size) {
+    device->check(
+        cudaMemcpyAsync(buffer, host, size, cudaMemcpyHostToDevice, device->stream), "upload");
+    return result(device);
+}
+
+// Small ones through pinned memory, which the driver reads without a detour.
+int32_t download(ponder_device *device, void *host, const void *buffer, size_t size) {
+    const bool small = size <= ponder_device::staging_size;
+    device->check(cudaMemcpyAsync(small ? device->staging : host, buffer, size,
+                                  cudaMemcpyDeviceToHost, device->stream),
+                  "download");
+    device->check(cudaStreamSynchronize(device->stream), "download");
+    if (small && device->problem.empty())
+        std::memcpy(host, device->staging, size);
+    return result(device);
+}
+
+int32_t copy(ponder_device *device, void *to, const void *from, size_t size) {
+    device->check(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToDevice, device->stream),
+                  "copy");
+    return result(device);
+}
+
+int32_t clear(ponder_device *device, void *buffer, size_t size) {
+    device->check(cudaMemsetAsync(buffer, 0, size, device->stream), "clear");
+    return result(device);
+}
+
+int32_t synchronize(ponder_device *device) {
+    device->check(cudaStreamSynchronize(device->stream), "synchronize");
+    return result(device);
+}
+
+const char *problem(ponder_device *device) {
+    return device->problem.empty() ? nullptr : device->problem.c_str();
+}
+
+int32_t record(ponder_device *device) {
+    const char *wanted = std::getenv("PONDER_CUDA_GRAPHS"); // 0: for profilers
+    if (wanted && wanted[0] == '0')
+        return 1;
+    return cudaStreamBeginCapture(device->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess
+               ? 0
+               : 1;
+}
+
+void *record_end(ponder_device *device) {
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t recording = nullptr;
+    if (cudaStreamEndCapture(device->stream, &graph) == cudaSuccess && graph)
+        if (cudaGraphInstantiate(&recording, graph, 0) != cudaSuccess)
+            recording = nullptr;
+    if (graph)
+        cudaGraphDestroy(graph);
+    cudaGetLastError();
+    return recording;
+}
+
+int32_t replay(ponder_device *device, void *recording) {
+    device->check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording), device->stream),
+                  "replay");
+    return result(device);
+}
+
+void drop_recording(ponder_device *, void *recording) {
+    cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recording));
+}
+
+int32_t plan(ponder_device *device, const ponder_op_call *op, ponder_plan *out, char *why,
+             size_t size) {
+    if (op->version != 1)
+        return PONDER_PLAN_NONE;
+    for (uint32_t i = 0; i < op->n_in + op->n_out; ++i)
+        if (op->tensor[i].dtype == PONDER_DTYPE_F64)
+            return PONDER_PLAN_NONE;
+    for (const Named &named : ops)
+        if (std::strcmp(named.name, op->op) == 0)
+            return named.plan({op, device, out, why, size});
+    return PONDER_PLAN_NONE;
+}
+
+void run(void *kernel, void *const *buffers, void *workspace, uint32_t) {
+    Kernel *k = static_cast<Kernel *>(kernel);
+    k->run({buffers, static_cast<std::byte *>(workspace), k->device->stream, k->device});
+    k->device->check(cudaGetLastError(), "kernel");
+}
+
+void drop(void *kernel) { delete static_cast<Kernel *>(kernel); }
+
+size_t packed_bytes(ponder_device *device) {
+    size_t bytes = 0;
+    for (const auto &[constant, copy] : device->narrow)
+        bytes += copy.count * sizeof(bf16);
+    return bytes;
+}
+
+void refresh(ponder_device *device, const void *constant) {
+    if (const auto at = device->narrow.find(constant); at != device->narrow.end())
+        refresh_narrow(at->second, device->stream);
+}
+
+constexpr ponder_backend descriptor = {
+    .struct_size = sizeof(ponder_backend),
+    .abi = PONDER_BACKEND_ABI,
+    .name = "cuda",
+    .version = PONDER_CUDA_VERSION,
+    .priority = 20,
+    .host_memory = 0,
+    .probe = probe,
+    .isa = isa,
+    .supports = supports,
+    .open = open,
+    .close = close,
+    .allocate = allocate,
+    .release = release,
+    .upload = upload,
+    .download = download,
+    .plan = plan,
+    .run = run,
+    .drop = drop,
+    .packed_bytes = packed_bytes,
+    .refresh = refresh,
+    .copy = copy,
+    .clear = clear,
+    .synchronize = synchronize,
+    .problem = problem,
+    .record = record,
+    .record_end = record_end,
+    .replay = replay,
+    .drop_recording = drop_recording,
+};
+
+} // namespace
+} // namespace ponder::cuda
+
+extern "C" __attribute__((visibility("default"))) const ponder_backend *ponder_backend_query_v1() {
+    return &ponder::cuda::descriptor;
+}

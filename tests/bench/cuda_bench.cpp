@@ -1,0 +1,266 @@
+// Times of whole passes on a device, GPT-2 124M with random weights unless told otherwise:
+//     cuda_bench [--json FILE] [--only PART] [--backend NAME]
+// `alone`: a run and the wait for it, median of many. `queued`: many runs and one wait, for each.
+// Weights alone exceed the caches; tokens are new ones in every training step.
+#include "adapt/lora.hpp"
+#include "adapt/ttt.hpp"
+#include "base/options.hpp"
+#include "formats/gpt2_create.hpp"
+#include "session/session.hpp"
+#include "tensor/ops.hpp"
+#include "train/trainer.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <random>
+
+using namespace ponder;
+
+namespace {
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+struct Line {
+    std::string name;
+    double alone_ms, queued_ms, flops, tokens;
+};
+std::vector<Line> lines;
+
+void add(Line line) {
+    const double s = (line.queued_ms > 0 ? line.queued_ms : line.alone_ms) * 1e-3;
+    std::printf("%-44s %9.3f %9.3f %9.1f %12.0f\n", line.name.c_str(), line.alone_ms,
+                line.queued_ms, line.flops / s * 1e-12, line.tokens / s);
+    std::fflush(stdout);
+    lines.push_back(std::move(line));
+}
+
+void time(const std::string &name, const Device &device, double flops, double tokens,
+          const std::function<void()> &run) {
+    for (int i = 0; i < 4; ++i)
+        run();
+    device.synchronize();
+    std::vector<double> alone;
+    const double begin = now();
+    while (alone.size() < 50 && now() - begin < 1) {
+        const double start = now();
+        run();
+        device.synchronize();
+        alone.push_back((now() - start) * 1e3);
+    }
+    std::sort(alone.begin(), alone.end());
+    const double median = alone[alone.size() / 2];
+    const int count = std::clamp(int(500 / median), 5, 200);
+    const double start = now();
+    for (int i = 0; i < count; ++i)
+        run();
+    device.synchronize();
+    add({name, median, (now() - start) * 1e3 / count, flops, tokens});
+}
+
+// A program with memory for everything that it wants bound.
+struct Bound {
+    std::shared_ptr<const Device> device;
+    std::unique_ptr<const Program> program;
+    std::vector<DeviceBuffer> buffers;
+    Program::Bindings at;
+    DeviceBuffer arena, workspace;
+
+    Bound(Graph g, std::vector<size_t> ends, std::shared_ptr<const Device> d) : device(d) {
+        program = std::make_unique<Program>(std::move(g), std::move(ends), d);
+        const auto &values = program->graph().values();
+        at.resize(values.size());
+        std::mt19937 random(1);
+        for (size_t i = 0; i < values.size(); ++i) {
+            if (values[i].kind != Kind::external)
+                continue;
+            buffers.emplace_back(d, values[i].bytes());
+            at[i] = buffers.back().data();
+            const size_t count = size_t(values[i].shape.count());
+            if (values[i].type == DType::i32) {
+                std::vector<int32_t> ids(count);
+                for (int32_t &id : ids)
+                    id = int32_t(random() % 8000);
+                d->upload(at[i], ids.data(), count * 4);
+            } else if (values[i].type == DType::f32) {
+                std::vector<float> x(count);
+                for (float &v : x)
+                    v = float(random()) / 4294967296.0f * 0.02f - 0.01f;
+                d->upload(at[i], x.data(), count * 4);
+            }
+        }
+        arena = DeviceBuffer(d, program->arena_bytes());
+        workspace = DeviceBuffer(d, program->workspace_bytes() * d->workers());
+    }
+    void run(size_t segment) const {
+        program->run(segment, at, arena.data(), workspace.data(), nullptr);
+    }
+    double flops(size_t segment) const { return double(program->flops(segment)); }
+};
+
+Bound losses(const Model &model, int64_t streams, int64_t tokens) {
+    const Gpt2 &backbone = model.backbone();
+    Graph g(backbone.type());
+    const Id ids = g.external("tokens", DType::i32, {streams, tokens});
+    const Id targets = g.external("targets", DType::i32, {streams, tokens});
+    const Id hidden = backbone.hidden(g, ids, tokens, Adapter(), g.act);
+    const CrossEntropy ce = cross_entropy(g, hidden, backbone.head(g), targets, false);
+    g.expose(ce.nll, "losses");
+    g.expose(ce.entropy, "entropies");
+    const size_t end = g.calls().size();
+    return {std::move(g), {end}, model.device()};
+}
+
+Bound pass(const Model &model, const Adapter &adapter, bool learn, bool inside) {
+    Recording r = record_pass(model.backbone(), adapter, {512, 512, learn, inside, false});
+    return {std::move(r.graph), r.segment_ends, model.device()};
+}
+
+void session(const std::shared_ptr<const Model> &model, const char *name,
+             std::initializer_list<std::pair<const char *, const char *>> values) {
+    Options options;
+    options.set("chunk", "512");
+    options.set("context", "512");
+    options.set("budget.rate", "inf");
+    options.set("guard.norm", "inf");
+    for (const auto &[key, value] : values)
+        options.set(key, value);
+    Session s(model, options);
+    std::mt19937 random(2);
+    std::vector<double> times;
+    for (int i = 0; i < 60; ++i) {
+        std::vector<int32_t> ids(512);
+        for (int32_t &id : ids)
+            id = int32_t(random() % 8000);
+        s.feed(ids);
+        const double start = now();
+        s.adapt(CallGuard(s.cancel_flag(), nullptr));
+        if (i >= 10)
+            times.push_back((now() - start) * 1e3);
+    }
+    std::sort(times.begin(), times.end());
+    add({name, times[times.size() / 2], 0, double(s.records().back().flops), 512});
+}
+
+void train(const std::shared_ptr<const Model> &model, const char *name, size_t streams,
+           size_t tokens, int steps) {
+    Options options;
+    options.set("train.micro", std::to_string(streams));
+    options.set("train.steps", "1000");
+    const auto trainer = make_trainer(model, PONDER_TRAIN_BACKBONE, options);
+    std::atomic<bool> cancel{false};
+    std::mt19937 random(3);
+    std::vector<double> times;
+    double flops = 0, loss = 0;
+    for (int i = 0; i < steps; ++i) {
+        std::vector<int32_t> ids(streams * (tokens + 1));
+        for (int32_t &id : ids)
+            id = int32_t(random() % 8000);
+        std::vector<ponder_stream> given(streams);
+        for (size_t s = 0; s < streams; ++s)
+            given[s] = {ids.data() + s * (tokens + 1), tokens + 1};
+        const double start = now();
+        const ponder_train_record r = trainer->step(given, CallGuard(cancel, nullptr));
+        if (i >= 3)
+            times.push_back((now() - start) * 1e3);
+        flops = double(r.flops);
+        loss = r.loss;
+    }
+    std::sort(times.begin(), times.end());
+    add({name, times[times.size() / 2], 0, flops, double(streams * tokens)});
+    std::printf("    loss %.4f after %d steps\n", loss, steps);
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+    std::string json, only, backend = "cuda";
+    for (int i = 1; i + 1 < argc; i += 2) {
+        (!std::strcmp(argv[i], "--json")   ? json
+         : !std::strcmp(argv[i], "--only") ? only
+                                           : backend) = argv[i + 1];
+    }
+    const auto wanted = [&](const char *part) { return only.empty() || only == part; };
+    try {
+        const std::string folder = "/tmp/ponder-bench-gpt2", small = "/tmp/ponder-bench-10m";
+        const Gpt2Config gpt2{12, 768, 12, 3072, 1024, 50257, 1e-5, true},
+            code10m{10, 256, 4, 1024, 1024, 8192, 1e-5, true};
+        for (const auto &[path, config] : {std::pair(folder, gpt2), {small, code10m}})
+            if (!std::filesystem::exists(path + "/model.safetensors")) {
+                std::filesystem::create_directories(path);
+                create_gpt2(path, config, 1);
+            }
+        auto runtime = std::make_shared<Runtime>();
+        runtime->memory = std::make_shared<Memory>(0, nullptr, nullptr, nullptr);
+        runtime->threads = std::make_shared<Threads>(8);
+        runtime->backends = load_backends("", {});
+        const auto load = [&](const std::string &path) {
+            return std::make_shared<Model>(runtime, path, backend, "bf16",
+                                           [](uint64_t, uint64_t) {});
+        };
+        const std::shared_ptr<const Model> model = load(folder);
+        const Device &device = *model->device();
+        std::printf("%s %s\n%-44s %9s %9s %9s %12s\n", device.backend().name,
+                    device.backend().isa(), "", "alone ms", "queued ms", "TFLOP/s", "tokens/s");
+        Options lora_options;
+        lora_options.set("lora.layers", "last:3");
+        const Lora lora(model->backbone().config(), lora_options);
+        if (wanted("skip")) {
+            const Bound b = losses(*model, 1, 512);
+            time("SKIP, B=1 T=512, losses", device, b.flops(0), 512, [&] { b.run(0); });
+        }
+        if (wanted("lora")) {
+            const Bound b = pass(*model, lora, true, false);
+            time("LoRA last 3 layers, score with tape", device, b.flops(0), 512,
+                 [&] { b.run(0); });
+            time("LoRA last 3 layers, score and gradient", device, b.flops(0) + b.flops(1), 512,
+                 [&] {
+                     b.run(0);
+                     b.run(1);
+                 });
+        }
+        if (wanted("ttt")) {
+            const Ttt ttt(model->backbone().config(), Options(), false);
+            const Bound skip = pass(*model, ttt, false, false), b = pass(*model, ttt, false, true);
+            time("TTT-Linear layer, SKIP", device, skip.flops(0), 512, [&] { skip.run(0); });
+            time("TTT-Linear layer, UPDATE", device, b.flops(0), 512, [&] { b.run(0); });
+        }
+        if (wanted("batch")) {
+            const Bound b = losses(*model, 16, 1024);
+            time("SKIP, B=16 T=1024, losses", device, b.flops(0), 16384, [&] { b.run(0); });
+        }
+        if (wanted("session")) {
+            session(model, "session, policy skip", {{"policy", "skip"}});
+            session(model, "session, LoRA last 3, policy always",
+                    {{"policy", "always"}, {"lora.layers", "last:3"}});
+            session(model, "session, LoRA last 3, every fourth",
+                    {{"policy", "every:4"}, {"lora.layers", "last:3"}});
+        }
+        if (wanted("train"))
+            train(model, "train GPT-2 124M, B=32 T=1024", 32, 1024, 13);
+        if (wanted("train10m"))
+            train(load(small), "train code-10m's shape, B=128 T=1024", 128, 1024, 13);
+    } catch (const std::exception &e) {
+        std::fprintf(stderr, "cuda_bench: %s\n", e.what());
+        return 1;
+    }
+    if (!json.empty())
+        if (FILE *file = std::fopen(json.c_str(), "w")) {
+            std::fprintf(file, "[");
+            for (size_t i = 0; i < lines.size(); ++i)
+                std::fprintf(file,
+                             "%s\n {\"name\": \"%s\", \"alone_ms\": %.4f, \"queued_ms\": %.4f, "
+                             "\"flops\": %.6g, \"tokens\": %.0f}",
+                             i ? "," : "", lines[i].name.c_str(), lines[i].alone_ms,
+                             lines[i].queued_ms, lines[i].flops, lines[i].tokens);
+            std::fprintf(file, "\n]\n");
+            std::fclose(file);
+        }
+    return 0;
+}

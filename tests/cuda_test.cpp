@@ -1,0 +1,254 @@
+// The CUDA module: that it loads anywhere and says why it cannot run; and, where there is a device,
+// whole sessions and trainers against the reference backend and other implementations.
+// PONDER_CUDA_MODULE in the environment names another build of it.
+#include "backend/reference/reference.hpp"
+#include "support.hpp"
+#include "train/trainer.hpp"
+
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+
+namespace ponder::test {
+namespace {
+
+const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny"; // 2 layers, width 64, vocabulary 320
+
+Backend module() {
+    const char *path = std::getenv("PONDER_CUDA_MODULE");
+    path = path ? path : PONDER_CUDA_MODULE;
+    Backend backend{nullptr, "cuda", path, ""};
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        backend.reason = dlerror();
+        return backend;
+    }
+    backend.descriptor =
+        reinterpret_cast<ponder_backend_query_fn>(dlsym(library, "ponder_backend_query_v1"))();
+    char why[256] = "";
+    if (!backend.descriptor->probe(why, sizeof why))
+        backend.reason = why;
+    return backend;
+}
+
+std::shared_ptr<const Model> load(const std::string &folder, const char *backend,
+                                  const char *dtype, uint64_t limit = 0) {
+    auto runtime = std::make_shared<Runtime>();
+    runtime->memory = std::make_shared<Memory>(limit, nullptr, nullptr, nullptr);
+    runtime->threads = std::make_shared<Threads>(4);
+    runtime->backends = {{reference_backend(), "reference", "", ""}, module()};
+    return std::make_shared<Model>(runtime, folder, backend, dtype, [](uint64_t, uint64_t) {});
+}
+
+TEST(CudaModule, LoadsAndSaysWhatIsMissing) {
+    const Backend backend = module();
+    ASSERT_NE(backend.descriptor, nullptr) << backend.reason;
+    EXPECT_STREQ(backend.descriptor->name, "cuda");
+    EXPECT_EQ(backend.descriptor->host_memory, 0);
+    if (!backend.available()) {
+        EXPECT_TRUE(backend.reason.starts_with("no device: ")) << backend.reason;
+        try {
+            load(tiny, "cuda", "f32");
+            ADD_FAILURE();
+        } catch (const Error &e) {
+            EXPECT_EQ(e.status(), PONDER_E_NOT_FOUND);
+            EXPECT_NE(std::string(e.what()).find("no device"), std::string::npos);
+        }
+    }
+}
+
+class Cuda : public testing::Test {
+protected:
+    void SetUp() override {
+        if (const Backend backend = module(); !backend.available())
+            GTEST_SKIP() << backend.reason;
+    }
+};
+
+std::vector<int32_t> random_tokens(size_t count, uint64_t seed) {
+    Random random(seed);
+    std::vector<int32_t> tokens(count);
+    for (int32_t &t : tokens)
+        t = int32_t(random.next() % 12 + (random.next() % 8 == 0 ? 200 : 0));
+    return tokens;
+}
+
+using Values = std::vector<std::pair<const char *, std::string>>;
+
+Options options_of(const Values &values) {
+    Options options = make_options({{"chunk", "32"}, {"context", "64"}, {"lora.rank", "4"}});
+    for (const auto &[name, value] : values)
+        options.set(name, value);
+    return options;
+}
+
+const std::vector<Values> cases{
+    {{"adapter", "lora"}, {"policy", "always"}, {"steps", "2"}, {"record.loss_after", "1"}},
+    {{"adapter", "lora"}, {"policy", "threshold:gradient_norm:0.001"}},
+    {{"adapter", "lora"}, {"inner.optimizer", "sgd"}, {"inner.lr", "0.1"}},
+    {{"adapter", "none"}},
+    {{"adapter", "ttt-linear"}},
+    {{"adapter", "ttt-linear"}, {"ttt.form", "ponder"}},
+    {{"adapter", "ttt-mlp"}},
+};
+
+std::vector<float> life(Session &session, std::span<const int32_t> tokens) {
+    session.feed(tokens);
+    std::vector<float> losses;
+    const auto take = [&] {
+        losses.insert(losses.end(), session.losses().begin(), session.losses().end());
+    };
+    while (session.score(no_limits(session))) {
+        session.learn(-1, no_limits(session));
+        take();
+    }
+    session.flush(no_limits(session));
+    take();
+    return losses;
+}
+
+TEST_F(Cuda, SessionsAreNearTheReferences) {
+    const auto tokens = random_tokens(32 * 6 + 9, 5);
+    for (const char *dtype : {"f32", "bf16"}) {
+        const auto reference = load(tiny, "reference", dtype), device = load(tiny, "cuda", dtype);
+        for (const Values &values : cases) {
+            Session a(reference, options_of(values)), b(device, options_of(values)),
+                c(device, options_of(values));
+            const auto expected = life(a, tokens), ours = life(b, tokens);
+            EXPECT_LE(relative_error(ours, expected), dtype[0] == 'f' ? 2e-4 : 2e-2)
+                << values[0].second << " " << values.back().second << " " << dtype;
+            EXPECT_EQ(ours, life(c, tokens)) << values[0].second; // the same bits again
+        }
+    }
+}
+
+TEST_F(Cuda, SnapshotsMoveBothWays) {
+    const auto host = load(tiny, "reference", "f32"), device = load(tiny, "cuda", "f32");
+    const auto tokens = random_tokens(32 * 6, 6);
+    for (const Values &values : {cases[0], cases[4]}) {
+        const auto half = [&](const std::shared_ptr<const Model> &model,
+                              std::span<const std::byte> from) {
+            Session session(model, options_of(values));
+            if (from.empty())
+                session.feed(tokens);
+            else
+                session.load(from, "snapshot");
+            for (int i = 0; i < 3; ++i) {
+                session.score(no_limits(session));
+                session.learn(-1, no_limits(session));
+            }
+            return std::pair(session.save(), std::vector(session.losses().begin(),
+                                                         session.losses().end()));
+        };
+        const auto stay = half(host, half(host, {}).first);
+        EXPECT_LE(relative_error(half(host, half(device, {}).first).second, stay.second), 1e-4);
+        EXPECT_LE(relative_error(half(device, half(host, {}).first).second, stay.second), 1e-4);
+        // Restored on the device it goes on bit for bit.
+        Session whole(device, options_of(values));
+        whole.feed(tokens);
+        std::unique_ptr<Session> other;
+        for (int i = 0; i < 6; ++i) {
+            for (Session *s : {&whole, other.get()})
+                if (s) {
+                    s->score(no_limits(*s));
+                    s->learn(-1, no_limits(*s));
+                }
+            if (i == 2)
+                other = whole.fork();
+        }
+        EXPECT_TRUE(std::equal(whole.losses().begin(), whole.losses().end(),
+                               other->losses().begin()));
+    }
+}
+
+// LoRA-TTT on code-10m as PyTorch ran it; the adapter as in parity_test.cpp.
+TEST_F(Cuda, LoraTttMatchesPyTorch) {
+    const auto fixture = SafeTensors::open(PONDER_TEST_DATA "/lora_ttt_code10m.safetensors");
+    const std::vector<int32_t> tokens = ids(fixture, "input_ids");
+    for (const auto &[dtype, tolerance] : {std::pair("f32", 1e-3), {"bf16", 3e-2}}) {
+        const auto model = load(PONDER_MODEL_CODE10M, "cuda", dtype);
+        const TempDir dir;
+        const Options all = make_options({{"lora.layers", "all"}});
+        const auto lora = make_adapter(model->backbone().config(), all, "");
+        std::vector<float> fast(lora->fast_count(), 0.0f);
+        for (const FastTensor &t : lora->fast_tensors())
+            if (t.name.ends_with(".lora_a")) {
+                const auto a =
+                    tensor(fixture, "lora_a." + t.name.substr(0, t.name.size() - 7));
+                std::copy(a.begin(), a.end(), fast.begin() + std::ptrdiff_t(t.offset));
+            }
+        save_adapter(dir.path(), "lora", model->backbone().hash(), all, *lora, fast);
+        Session adapted(model, make_options({{"adapter", dir.path()}})),
+            frozen(model, make_options({{"policy", "skip"}}));
+        const std::vector<float> skip = tensor(fixture, "skip_loss"),
+                                 adapt = tensor(fixture, "adapted_loss");
+        for (size_t i = 0; i < 10; ++i) {
+            for (Session *session : {&adapted, &frozen}) {
+                session->feed(std::span(tokens).subspan(i * 512, 512));
+                session->adapt(no_limits(*session));
+            }
+            EXPECT_NEAR(frozen.records().back().loss_before, skip[i], tolerance) << dtype << i;
+            EXPECT_NEAR(adapted.records().back().loss_before, adapt[i], tolerance) << dtype << i;
+        }
+    }
+}
+
+std::vector<double> trained(const std::shared_ptr<const Model> &model, int32_t kind,
+                            const Values &values) {
+    const auto trainer = make_trainer(model, kind, options_of(values));
+    std::atomic<bool> cancel{false};
+    std::vector<double> log;
+    const size_t tokens = kind == PONDER_TRAIN_BACKBONE ? 33 : 32 * 4;
+    for (uint64_t i = 0; i < 4; ++i) {
+        std::vector<std::vector<int32_t>> streams;
+        std::vector<ponder_stream> given;
+        for (uint64_t s = 0; s < 3; ++s)
+            streams.push_back(random_tokens(tokens, i * 16 + s));
+        for (const auto &s : streams)
+            given.push_back({s.data(), s.size()});
+        const ponder_train_record r = trainer->step(given, CallGuard(cancel, nullptr));
+        log.push_back(r.loss);
+        log.push_back(r.gradient_norm);
+    }
+    return log;
+}
+
+TEST_F(Cuda, TrainersAreNearTheReferences) {
+    for (const char *dtype : {"f32", "bf16"}) {
+        const auto reference = load(tiny, "reference", dtype), device = load(tiny, "cuda", dtype);
+        const auto near = [&](int32_t kind, const Values &values) {
+            const auto expected = trained(reference, kind, values), ours = trained(device, kind, values);
+            EXPECT_LE(relative_error(ours, expected), dtype[0] == 'f' ? 1e-3 : 3e-2)
+                << values[0].second << " " << values.back().second << " " << dtype;
+            EXPECT_EQ(ours, trained(device, kind, values));
+        };
+        near(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}});
+        near(PONDER_TRAIN_ADAPTER, {{"adapter", "ttt-linear"}});
+        if (dtype[0] == 'f')
+            near(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}, {"train.higher", "1"}});
+        near(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.dropout", "0.1"}});
+        near(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.micro", "2"}});
+    }
+}
+
+TEST_F(Cuda, MemoryThatRunsOutIsAStatus) {
+    const auto device = load(tiny, "cuda", "f32");
+    Session session(device, options_of(cases[0]));
+    const auto losses = life(session, random_tokens(32 * 3, 7));
+    const uint64_t held = device->runtime().memory->in_use();
+    const auto tight = load(tiny, "cuda", "f32", held);
+    try {
+        std::vector<std::unique_ptr<Session>> many;
+        for (int i = 0; i < 64; ++i)
+            many.push_back(std::make_unique<Session>(tight, options_of(cases[0])));
+        ADD_FAILURE();
+    } catch (const Error &e) {
+        EXPECT_EQ(e.status(), PONDER_E_NO_MEMORY);
+    }
+    session.reset();
+    EXPECT_EQ(life(session, random_tokens(32 * 3, 7)), losses);
+}
+
+} // namespace
+} // namespace ponder::test
