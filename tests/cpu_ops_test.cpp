@@ -193,6 +193,31 @@ TEST_P(CpuOps, Linear) {
                    0);
 }
 
+// linear and gelu in one; no op of the reference, so this is written out.
+TEST_P(CpuOps, LinearGelu) {
+    if (on_host())
+        GTEST_SKIP() << "only programs on other devices ask for it";
+    for (const Length &n : lengths)
+        for (bool keeps : {false, true}) {
+            const Shape y = {n.s, n.t, 192};
+            const Tensor x = random(half, {n.s, n.t, 64}), w = random(half, {64, 192}).frozen(),
+                         b = random(f32, {192}).frozen();
+            std::vector<Tensor> ours;
+            std::string why;
+            ASSERT_EQ(PONDER_PLAN_OK,
+                      runner->try_run("linear_gelu", {x, w, b},
+                                      {{half, y}, keeps ? Out{half, y} : Out{}}, {0}, ours, why));
+            const Tensor z = oracle->run("linear",
+                                         {x.to(DType::f64), w.to(DType::f64), b.to(DType::f64),
+                                          none()},
+                                         {{DType::f64, y}}, {0})[0];
+            EXPECT_LE(relative_error(ours[0], oracle->run("gelu", {z}, {{DType::f64, y}})[0]),
+                      limit(half));
+            if (keeps)
+                EXPECT_LE(relative_error(ours[1], z), limit(half));
+        }
+}
+
 TEST_P(CpuOps, LoraLinear) {
     struct {
         int64_t k, n, r;

@@ -94,6 +94,7 @@ TEST(DeviceMemory, SessionsAreThoseOfTheHost) {
                     << values[0].second << " " << values.back().second << " " << dtype;
     }
     EXPECT_GT(offset::control.replays, 0u);
+    EXPECT_GT(offset::control.joined, 0u); // linear and gelu
 }
 
 TEST(DeviceMemory, SnapshotsMove) {

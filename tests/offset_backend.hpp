@@ -51,7 +51,7 @@ struct Device {
 // What tests may change and look at.
 struct Control {
     std::atomic<size_t> limit{SIZE_MAX}; // of device memory in use
-    std::atomic<size_t> replays{0}, downloads{0};
+    std::atomic<size_t> replays{0}, downloads{0}, joined{0};
     std::atomic<bool> broken{false};
 };
 inline Control control;
@@ -60,9 +60,58 @@ inline Device &device_of(ponder_device *device) { return *reinterpret_cast<Devic
 
 struct Kernel {
     Device *device;
-    void *inner;
-    size_t tensors, workspace;
+    std::function<void(void *const *host, void *workspace, uint32_t task)> run;
+    std::vector<void *> inner; // the reference's
+    size_t tensors;
 };
+
+inline size_t bytes_of(const ponder_tensor &t) {
+    size_t n = t.dtype == PONDER_DTYPE_BF16 ? 2 : t.dtype == PONDER_DTYPE_F64 ? 8 : 4;
+    for (int32_t i = 0; i < t.rank; ++i)
+        n *= size_t(t.dim[i]);
+    return n;
+}
+
+// linear_gelu, which the reference backend lacks, so that programs join linear and gelu here too.
+inline int32_t plan_linear_gelu(Device &d, const ponder_op_call &call, ponder_plan &out, char *why,
+                                size_t size) {
+    const ponder_tensor *t = call.tensor;
+    const ponder_tensor linear[] = {t[0], t[1], t[2], {}, t[3]}, gelu[] = {t[3], t[3]};
+    const void *const constants[] = {call.constant[0], call.constant[1], call.constant[2], nullptr};
+    ponder_op_call first = call, second = call;
+    first.op = "linear";
+    first.n_in = 4;
+    first.n_out = second.n_in = second.n_out = 1;
+    first.tensor = linear;
+    first.constant = constants;
+    second.op = "gelu";
+    second.n_attr = 0;
+    second.tensor = gelu;
+    ponder_plan a{}, b{};
+    a.struct_size = b.struct_size = sizeof(ponder_plan);
+    if (reference_backend()->plan(d.reference, &first, &a, why, size) != PONDER_PLAN_OK)
+        return PONDER_PLAN_FAILED;
+    if (reference_backend()->plan(d.reference, &second, &b, why, size) != PONDER_PLAN_OK) {
+        reference_backend()->drop(a.kernel);
+        return PONDER_PLAN_FAILED;
+    }
+    out.tasks = 1;
+    out.tiling = PONDER_TILE_WHOLE;
+    out.workspace = (bytes_of(t[3]) + 63) / 64 * 64; // for z where nobody wants it
+    out.kernel = new Kernel{&d,
+                            [=](void *const *host, void *workspace, uint32_t) {
+                                void *z = host[4] ? host[4] : workspace;
+                                void *const one[] = {host[0], host[1], host[2], nullptr, z};
+                                void *const two[] = {z, host[3]};
+                                for (uint32_t i = 0; i < a.tasks; ++i)
+                                    reference_backend()->run(a.kernel, one, workspace, i);
+                                for (uint32_t i = 0; i < b.tasks; ++i)
+                                    reference_backend()->run(b.kernel, two, workspace, i);
+                            },
+                            {a.kernel, b.kernel},
+                            5};
+    return PONDER_PLAN_OK;
+}
 
 inline const ponder_backend *backend() {
     static ponder_backend b = [] {
@@ -132,10 +181,20 @@ inline const ponder_backend *backend() {
         b.plan = [](ponder_device *device, const ponder_op_call *call, ponder_plan *out, char *why,
                     size_t size) -> int32_t {
             Device &d = device_of(device);
+            if (std::strcmp(call->op, "linear_gelu") == 0) {
+                ++control.joined;
+                return plan_linear_gelu(d, *call, *out, why, size);
+            }
             const int32_t answer = reference_backend()->plan(d.reference, call, out, why, size);
-            if (answer == PONDER_PLAN_OK)
-                out->kernel =
-                    new Kernel{&d, out->kernel, call->n_in + call->n_out, out->workspace};
+            if (answer == PONDER_PLAN_OK) {
+                void *inner = out->kernel;
+                out->kernel = new Kernel{&d,
+                                         [=](void *const *host, void *workspace, uint32_t task) {
+                                             reference_backend()->run(inner, host, workspace, task);
+                                         },
+                                         {inner},
+                                         call->n_in + call->n_out};
+            }
             return answer;
         };
         b.run = [](void *kernel, void *const *buffers, void *workspace, uint32_t task) {
@@ -143,14 +202,15 @@ inline const ponder_backend *backend() {
             std::vector<void *> host;
             for (size_t i = 0; i < k.tensors; ++i)
                 host.push_back(to_host(buffers[i]));
-            k.device->add([host, inner = k.inner, at = to_host(workspace), task] {
-                reference_backend()->run(inner, host.data(), at, task);
+            k.device->add([host, &k, at = to_host(workspace), task] {
+                k.run(host.data(), at, task);
             });
         };
         b.drop = [](void *kernel) {
             Kernel *k = static_cast<Kernel *>(kernel);
             k->device->drain();
-            reference_backend()->drop(k->inner);
+            for (void *inner : k->inner)
+                reference_backend()->drop(inner);
             delete k;
         };
         b.packed_bytes = [](ponder_device *) -> size_t { return 0; };

@@ -4,7 +4,7 @@
 
 #include "ponder/backend.h"
 
-#include <cublasLt.h>
+#include "blas.hpp"
 #include <cuda_runtime.h>
 
 #include <map>
@@ -33,6 +33,8 @@ struct ponder_device {
     int processors = 0; // multiprocessors
     int major = 0;      // compute capability
     bool tf32 = false;
+    unsigned *tickets = nullptr; // zeros; see ttt_scan.hpp
+    static constexpr int64_t most_tickets = 4096;
     void *staging = nullptr; // pinned, for small downloads
     std::map<const void *, ponder::cuda::Narrow> narrow;
     std::unique_ptr<ponder::cuda::Products> products;

@@ -17,7 +17,9 @@ ponder_device::~ponder_device() {
     for (const auto &[constant, copy] : narrow)
         cudaFreeAsync(copy.to, stream);
     if (blas)
-        cublasLtDestroy(blas);
+        ponder::cuda::blas().Destroy(blas);
+    if (tickets)
+        cudaFreeAsync(tickets, stream);
     if (staging)
         cudaFreeHost(staging);
     if (stream) {
@@ -162,8 +164,15 @@ ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
                              "memory pool");
     ok = ok && device->check(cudaMallocHost(&device->staging, ponder_device::staging_size),
                              "pinned memory");
-    if (ok && cublasLtCreate(&device->blas) != CUBLAS_STATUS_SUCCESS) {
-        device->fail("cublasLtCreate failed");
+    constexpr size_t ticket_bytes = ponder_device::most_tickets * sizeof(unsigned);
+    void *tickets = nullptr;
+    ok = ok && device->check(cudaMallocFromPoolAsync(&tickets, ticket_bytes, device->pool,
+                                                     device->stream),
+                             "memory");
+    device->tickets = static_cast<unsigned *>(tickets);
+    ok = ok && device->check(cudaMemsetAsync(tickets, 0, ticket_bytes, device->stream), "memory");
+    if (ok && (blas().problem || blas().Create(&device->blas) != CUBLAS_STATUS_SUCCESS)) {
+        device->fail(blas().problem ? blas().problem : "cublasLtCreate failed");
         ok = false;
     }
     if (!ok) {

@@ -15,9 +15,9 @@ cudaDataType_t type_of(int32_t dtype) {
 
 void set_batch(cublasLtMatrixLayout_t layout, int64_t count, int64_t stride) {
     const int32_t batch = int32_t(count);
-    cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
+    blas().MatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
                                      sizeof batch);
-    cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
+    blas().MatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
                                      sizeof stride);
 }
 
@@ -32,10 +32,10 @@ Product::Product(ponder_device *device, const ProductShape &shape) : shape_(shap
     const auto compute = s.operands == PONDER_DTYPE_F32 && device->tf32
                              ? CUBLAS_COMPUTE_32F_FAST_TF32
                              : CUBLAS_COMPUTE_32F;
-    if (cublasLtMatmulDescCreate(&operation_, compute, CUDA_R_32F) != CUBLAS_STATUS_SUCCESS)
+    if (blas().MatmulDescCreate(&operation_, compute, CUDA_R_32F) != CUBLAS_STATUS_SUCCESS)
         return;
     const auto set = [&](cublasLtMatmulDescAttributes_t which, const auto &value) {
-        cublasLtMatmulDescSetAttribute(operation_, which, &value, sizeof value);
+        blas().MatmulDescSetAttribute(operation_, which, &value, sizeof value);
     };
     const cublasOperation_t first = s.tb ? CUBLAS_OP_T : CUBLAS_OP_N,
                             second = s.ta ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -57,7 +57,7 @@ Product::Product(ponder_device *device, const ProductShape &shape) : shape_(shap
     }
     const auto layout = [&](cublasLtMatrixLayout_t &to, int32_t dtype, int64_t rows, int64_t columns,
                             int64_t ld, int64_t stride) {
-        cublasLtMatrixLayoutCreate(&to, type_of(dtype), uint64_t(columns), uint64_t(rows),
+        blas().MatrixLayoutCreate(&to, type_of(dtype), uint64_t(columns), uint64_t(rows),
                                    ld ? ld : columns);
         if (s.batch > 1)
             set_batch(to, s.batch, stride);
@@ -73,9 +73,9 @@ Product::Product(ponder_device *device, const ProductShape &shape) : shape_(shap
 Product::~Product() {
     for (cublasLtMatrixLayout_t layout : {a_, b_, c_})
         if (layout)
-            cublasLtMatrixLayoutDestroy(layout);
+            blas().MatrixLayoutDestroy(layout);
     if (operation_)
-        cublasLtMatmulDescDestroy(operation_);
+        blas().MatmulDescDestroy(operation_);
 }
 
 // The library's first choice. Timing its first few instead can be faster by some percent, but then
@@ -83,10 +83,10 @@ Product::~Product() {
 Product::Choice Product::choose(ponder_device *device, uint32_t alignment, bool tune) const {
     Choice choice;
     cublasLtMatmulPreference_t preference;
-    if (cublasLtMatmulPreferenceCreate(&preference) != CUBLAS_STATUS_SUCCESS)
+    if (blas().MatmulPreferenceCreate(&preference) != CUBLAS_STATUS_SUCCESS)
         return choice;
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, const auto &value) {
-        cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof value);
+        blas().MatmulPreferenceSetAttribute(preference, which, &value, sizeof value);
     };
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace_limit);
     for (const auto which :
@@ -96,9 +96,9 @@ Product::Choice Product::choose(ponder_device *device, uint32_t alignment, bool 
     constexpr int most = 8;
     cublasLtMatmulHeuristicResult_t results[most];
     int count = 0;
-    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+    const cublasStatus_t status = blas().MatmulAlgoGetHeuristic(
         device->blas, operation_, b_, a_, c_, c_, preference, tune ? most : 1, results, &count);
-    cublasLtMatmulPreferenceDestroy(preference);
+    blas().MatmulPreferenceDestroy(preference);
     if (status != CUBLAS_STATUS_SUCCESS || count == 0)
         return choice;
     choice = {results[0].algo, results[0].workspaceSize, true};
@@ -164,13 +164,13 @@ cublasStatus_t Product::queue(const Choice &choice, ponder_device *device, const
                               const void *b, void *c, const void *bias, const void *add,
                               std::byte *workspace, void *kept) const {
     if (shape_.keep)
-        cublasLtMatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
+        blas().MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
                                        &kept, sizeof kept);
     if (shape_.bias)
-        cublasLtMatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+        blas().MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
                                        sizeof bias);
     const float one = 1, beta = shape_.add ? 1 : 0;
-    return cublasLtMatmul(device->blas, operation_, &one, b, b_, a, a_, &beta,
+    return blas().Matmul(device->blas, operation_, &one, b, b_, a, a_, &beta,
                           shape_.add ? add : c, c_, c, c_, &choice.algorithm, workspace,
                           choice.workspace, device->stream);
 }
@@ -185,7 +185,7 @@ void Product::run(const Run &run, const void *a, const void *b, void *c, const v
     const cublasStatus_t status = queue(choice, run.device, a, b, c, bias, add,
                                         workspace ? workspace : run.workspace, kept);
     if (status != CUBLAS_STATUS_SUCCESS)
-        run.device->fail(std::string("cublasLtMatmul: ") + cublasLtGetStatusName(status));
+        run.device->fail(std::string("cublasLtMatmul: ") + blas().GetStatusName(status));
 }
 
 std::shared_ptr<const Product> Products::get(const ProductShape &shape) {
