@@ -204,17 +204,21 @@ TEST_P(CpuOps, LinearGelu) {
                          b = random(f32, {192}).frozen();
             std::vector<Tensor> ours;
             std::string why;
-            ASSERT_EQ(PONDER_PLAN_OK,
-                      runner->try_run("linear_gelu", {x, w, b},
-                                      {{half, y}, keeps ? Out{half, y} : Out{}}, {0}, ours, why));
+            const int32_t answer =
+                runner->try_run("linear_gelu", {x, w, b},
+                                {{half, y}, keeps ? Out{half, y} : Out{}}, {0}, ours, why);
+            if (answer == PONDER_PLAN_NONE)
+                GTEST_SKIP() << "the library has no such product";
+            ASSERT_EQ(PONDER_PLAN_OK, answer) << why;
             const Tensor z = oracle->run("linear",
                                          {x.to(DType::f64), w.to(DType::f64), b.to(DType::f64),
                                           none()},
                                          {{DType::f64, y}}, {0})[0];
             EXPECT_LE(relative_error(ours[0], oracle->run("gelu", {z}, {{DType::f64, y}})[0]),
                       limit(half));
-            if (keeps)
+            if (keeps) {
                 EXPECT_LE(relative_error(ours[1], z), limit(half));
+            }
         }
 }
 
