@@ -238,7 +238,7 @@ IS(offsetof(ponder_backend_host, allocate), 16);
 IS(offsetof(ponder_backend_host, release), 24);
 IS(offsetof(ponder_backend_host, log), 32);
 
-IS(sizeof(ponder_backend), 144);
+IS(sizeof(ponder_backend), 208);
 IS(offsetof(ponder_backend, struct_size), 0);
 IS(offsetof(ponder_backend, abi), 4);
 IS(offsetof(ponder_backend, name), 8);
@@ -259,6 +259,14 @@ IS(offsetof(ponder_backend, run), 112);
 IS(offsetof(ponder_backend, drop), 120);
 IS(offsetof(ponder_backend, packed_bytes), 128);
 IS(offsetof(ponder_backend, refresh), 136);
+IS(offsetof(ponder_backend, copy), 144);
+IS(offsetof(ponder_backend, clear), 152);
+IS(offsetof(ponder_backend, synchronize), 160);
+IS(offsetof(ponder_backend, problem), 168);
+IS(offsetof(ponder_backend, record), 176);
+IS(offsetof(ponder_backend, record_end), 184);
+IS(offsetof(ponder_backend, replay), 192);
+IS(offsetof(ponder_backend, drop_recording), 200);
 
 IS(PONDER_DTYPE_NONE, 0);
 IS(PONDER_DTYPE_F32, 1);
