@@ -11,23 +11,27 @@ constexpr int threads = 256;
 
 // f(i) for i < n, on all threads of the block; then everybody sees it.
 template <class F> __device__ inline void each(int64_t n, F f) {
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < n; i += threads)
         f(i);
     __syncthreads();
 }
 // f(row) for each row, on whole warps.
 template <class F> __device__ inline void rows(int64_t n, F f) {
+#pragma unroll 1
     for (int64_t i = threadIdx.x / 32; i < n; i += threads / 32)
         f(i);
     __syncthreads();
 }
 // f(j) for j < d on the lanes of a warp
 template <class F> __device__ inline void lanes(int64_t d, F f) {
+#pragma unroll 1
     for (int64_t j = threadIdx.x % 32; j < d; j += 32)
         f(j);
 }
 template <class F> __device__ inline float lane_sum(int64_t d, F f) {
     float sum = 0;
+#pragma unroll 1
     for (int64_t j = threadIdx.x % 32; j < d; j += 32)
         sum += f(j);
     return warp_sum(sum);
@@ -44,6 +48,7 @@ __device__ inline void affine(int64_t n, int64_t in, int64_t out, const float *x
     each(n * out, [&](int64_t i) {
         const int64_t row = i / out, c = i % out;
         float sum = b[c];
+#pragma unroll 1
         for (int64_t j = 0; j < in; ++j)
             sum += x[row * in + j] * w[j * out + c];
         z[i] = sum;
@@ -55,6 +60,7 @@ __device__ inline void times_transposed(int64_t n, int64_t in, int64_t out, cons
     each(n * in, [&](int64_t i) {
         const int64_t row = i / in, c = i % in;
         float sum = add ? z[i] : 0.0f;
+#pragma unroll 1
         for (int64_t j = 0; j < out; ++j)
             sum += x[row * out + j] * w[c * out + j];
         z[i] = sum;
@@ -150,6 +156,7 @@ __device__ inline void dual_form(int64_t n, int64_t in, int64_t out, const float
     each(n * out, [&](int64_t i) {
         const int64_t row = i / out, c = i % out;
         float sum = z[i];
+#pragma unroll 1
         for (int64_t j = 0; j <= row + causal_k; ++j)
             sum -= attend[row * n + j] * g[j * out + c];
         z[i] = sum;
@@ -163,12 +170,14 @@ __device__ inline void take_step(int64_t n, int64_t in, int64_t out, const float
     each(in * out, [&](int64_t i) {
         const int64_t row = i / out, c = i % out;
         float sum = w[i];
+#pragma unroll 1
         for (int64_t j = 0; j < n; ++j)
             sum -= eta(n - 1, j) * x[j * in + row] * g[j * out + c];
         w2[i] = sum;
     });
     each(out, [&](int64_t c) {
         float sum = b[c];
+#pragma unroll 1
         for (int64_t j = 0; j < n; ++j)
             sum -= eta(n - 1, j) * g[j * out + c];
         b2[c] = sum;

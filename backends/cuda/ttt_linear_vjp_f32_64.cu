@@ -1,3 +1,0 @@
-#include "ttt_linear_reverse.cuh"
-
-template struct ponder::cuda::LinearReverse<float, 64>;
