@@ -24,6 +24,7 @@ public:
     UpdateRuleOf(const Options &options, size_t count, std::shared_ptr<const Device> device,
                  LearnedRates<T> learned = {}, bool serial = false);
 
+    void run_alone() { serial_ = true; }
     size_t moments() const { return adam_ ? 2 : 0; } // vectors kept beside the weights
     // Everything is in the device's memory, and nothing here waits for it but numbers().
     // One step from `old` to `fresh`, which may be the same. `step` counts from 1 (bias

@@ -150,7 +150,8 @@ PassShape Session::shape(int64_t tokens, int64_t scored, bool inside) const {
 
 std::unique_ptr<Session> Session::fork() const {
     std::unique_ptr<Session> copy(new Session(model_, options_, adapted_, gate_));
-    copy->alone_ = alone_;
+    if (alone_)
+        copy->run_alone();
     copy->load(save(), "fork");
     return copy;
 }

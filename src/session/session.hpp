@@ -50,7 +50,11 @@ public:
     void use_gate(std::shared_ptr<const Gate> gate);
     // Passes run on the calling thread from now on, for callers that run many sessions at once;
     // forks do as well.
-    void run_alone() { alone_ = true; }
+    void run_alone() {
+        alone_ = true;
+        if (rule_)
+            rule_->run_alone();
+    }
     std::unique_ptr<Session> fork() const;
     void reset();
 
