@@ -54,17 +54,6 @@ size_t part_size(const TttLinearShape &s) {
 
 } // namespace
 
-// f32 with mini-batches of 64: the compiler takes four minutes for what nobody is known to train with.
-// The plain scan serves.
-template <> const char *LinearReverse<float, 64>::misses(const TttLinearShape &) {
-    return "the fused backward scan in f32 has mini-batches of 16";
-}
-template <>
-cudaError_t LinearReverse<float, 64>::run(const TttLinearShape &, const LinearParams &,
-                                          cudaStream_t) {
-    return cudaErrorNotSupported;
-}
-
 size_t ttt_linear_vjp_workspace(const TttLinearShape &shape, bool has_trace) {
     return part_size(shape) + last_rows_size(shape) + (has_trace ? 0 : ttt_linear_trace(shape));
 }
