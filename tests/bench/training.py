@@ -151,7 +151,7 @@ def main():
     os.makedirs(arguments.work, exist_ok=True)
     for name in filter(None, arguments.recipe.split(",")):
         train(arguments, name)
-    results = {"max_chunks": arguments.max_chunks, "threads": arguments.threads, "rows": {}}
+    results = {"max_chunks": arguments.max_chunks, "rows": {}}
     if os.path.exists(arguments.out):
         results = json.load(open(arguments.out))
     for name in arguments.row.split(","):
