@@ -20,9 +20,7 @@ bool types_fit(const Call &call, std::initializer_list<size_t> rows,
     return true;
 }
 
-TttType type_of(int32_t dtype) {
-    return dtype == PONDER_DTYPE_BF16 ? TttType::bf16 : TttType::f32;
-}
+TttType type_of(int32_t dtype) { return dtype == PONDER_DTYPE_BF16 ? TttType::bf16 : TttType::f32; }
 
 TttLinearShape linear_shape(const Call &call) {
     TttLinearShape shape{};
@@ -74,23 +72,22 @@ int32_t plan_ttt_linear(const Call &call) {
         shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_linear(call);
     return fused(call, ttt_linear_workspace(shape), [=](const Run &run) {
-                          TttLinearForward f{};
-                          f.q = run.at(0);
-                          f.k = run.at(1);
-                          f.v = run.at(2);
-                          f.lr = run.at(3);
-                          f.index = run.at<const float>(4);
-                          f.g = run.at<const float>(5);
-                          f.b = run.at<const float>(6);
-                          f.w1 = run.at<const float>(7);
-                          f.b1 = run.at<const float>(8);
-                          f.y = run.at(9);
-                          f.w1_out = run.at<float>(10);
-                          f.b1_out = run.at<float>(11);
-                          f.loss = run.at<float>(12);
-                          return ttt_linear(shape, f, run.workspace, run.device->tickets,
-                                            run.stream);
-                      });
+        TttLinearForward f{};
+        f.q = run.at(0);
+        f.k = run.at(1);
+        f.v = run.at(2);
+        f.lr = run.at(3);
+        f.index = run.at<const float>(4);
+        f.g = run.at<const float>(5);
+        f.b = run.at<const float>(6);
+        f.w1 = run.at<const float>(7);
+        f.b1 = run.at<const float>(8);
+        f.y = run.at(9);
+        f.w1_out = run.at<float>(10);
+        f.b1_out = run.at<float>(11);
+        f.loss = run.at<float>(12);
+        return ttt_linear(shape, f, run.workspace, run.device->tickets, run.stream);
+    });
 }
 
 int32_t plan_ttt_mlp(const Call &call) {
@@ -141,31 +138,31 @@ int32_t plan_ttt_linear_vjp(const Call &call) {
         !stays_aligned(shape.heads, shape.mini_batch))
         return plan_plain_ttt_linear_vjp(call);
     return fused(call, ttt_linear_vjp_workspace(shape, false), [=](const Run &run) {
-                          TttLinearBackward b{};
-                          b.q = run.at(0);
-                          b.k = run.at(1);
-                          b.v = run.at(2);
-                          b.lr = run.at(3);
-                          b.index = run.at<const float>(4);
-                          b.g = run.at<const float>(5);
-                          b.b = run.at<const float>(6);
-                          b.w1 = run.at<const float>(7);
-                          b.b1 = run.at<const float>(8);
-                          b.dy = run.at(9);
-                          b.dw1_out = run.at<const float>(10);
-                          b.db1_out = run.at<const float>(11);
-                          b.dloss = run.at<const float>(12);
-                          b.dq = run.at(out);
-                          b.dk = run.at(out + 1);
-                          b.dv = run.at(out + 2);
-                          b.dlr = run.at(out + 3);
-                          b.dindex = run.at<float>(out + 4);
-                          b.dg = run.at<float>(out + 5);
-                          b.db = run.at<float>(out + 6);
-                          b.dw1 = run.at<float>(out + 7);
-                          b.db1 = run.at<float>(out + 8);
-                          return ttt_linear_vjp(shape, b, run.workspace, run.stream);
-                      });
+        TttLinearBackward b{};
+        b.q = run.at(0);
+        b.k = run.at(1);
+        b.v = run.at(2);
+        b.lr = run.at(3);
+        b.index = run.at<const float>(4);
+        b.g = run.at<const float>(5);
+        b.b = run.at<const float>(6);
+        b.w1 = run.at<const float>(7);
+        b.b1 = run.at<const float>(8);
+        b.dy = run.at(9);
+        b.dw1_out = run.at<const float>(10);
+        b.db1_out = run.at<const float>(11);
+        b.dloss = run.at<const float>(12);
+        b.dq = run.at(out);
+        b.dk = run.at(out + 1);
+        b.dv = run.at(out + 2);
+        b.dlr = run.at(out + 3);
+        b.dindex = run.at<float>(out + 4);
+        b.dg = run.at<float>(out + 5);
+        b.db = run.at<float>(out + 6);
+        b.dw1 = run.at<float>(out + 7);
+        b.db1 = run.at<float>(out + 8);
+        return ttt_linear_vjp(shape, b, run.workspace, run.stream);
+    });
 }
 
 } // namespace ponder::cuda

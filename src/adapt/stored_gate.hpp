@@ -3,7 +3,8 @@
 //   "gate": { "version": 1, "form": "steps", "features": "planned", "hidden": 64,
 //             "value_unit": 0.03, "rule": 0.3 },
 //   "calibration": { "version": 1, "target": 0.5, "front": 0.7, "front_slope": 0.4, "scale": 1.5,
-//                    "scale_last": 0.5, "reference": 2.2, "offset": [0, 0, 0], "rates": [...], "thresholds": [...] }
+//                    "scale_last": 0.5, "reference": 2.2, "offset": [0, 0, 0],
+//                    "rates": [...], "thresholds": [...] }
 #pragma once
 
 #include "base/json.hpp"

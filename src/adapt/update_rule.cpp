@@ -39,11 +39,12 @@ template <class T> Step UpdateRuleOf<T>::record(Graph &g) const {
 
 template <class T>
 UpdateRuleOf<T>::UpdateRuleOf(const Options &options, size_t count,
-                              std::shared_ptr<const Device> device, LearnedRates<T> learned, bool serial)
-    : device_(device), adam_(options.text("inner.optimizer") == "adam"), lr_(options.number("inner.lr")),
-      beta1_(options.number("inner.beta1")), beta2_(options.number("inner.beta2")),
-      epsilon_(options.number("inner.epsilon")), clip_(options.number("inner.clip")),
-      count_(count), learned_(learned), serial_(serial) {
+                              std::shared_ptr<const Device> device, LearnedRates<T> learned,
+                              bool serial)
+    : device_(device), adam_(options.text("inner.optimizer") == "adam"),
+      lr_(options.number("inner.lr")), beta1_(options.number("inner.beta1")),
+      beta2_(options.number("inner.beta2")), epsilon_(options.number("inner.epsilon")),
+      clip_(options.number("inner.clip")), count_(count), learned_(learned), serial_(serial) {
     const DType type = sizeof(T) == 8 ? DType::f64 : DType::f32;
     const Shape flat{int64_t(count)};
     const auto program = [&](Graph g) {
@@ -69,8 +70,8 @@ UpdateRuleOf<T>::UpdateRuleOf(const Options &options, size_t count,
         const auto vector = [&](const char *name) { return g.external(name, g.wide, flat); };
         vjp_.in = record(g);
         vjp_.dw2 = vector("adjoint of new weights");
-        vjp_.to = {vector("dw"),    vector("dg"),    none, none, vector("drate"), vector("dkeep"),
-                   vector("dstart")};
+        vjp_.to = {vector("dw"),    vector("dg"),    none, none, vector("drate"),
+                   vector("dkeep"), vector("dstart")};
         if (adam_) {
             vjp_.dm2 = vector("adjoint of first moment");
             vjp_.dv2 = vector("adjoint of second moment");
@@ -94,22 +95,21 @@ UpdateRuleOf<T>::UpdateRuleOf(const Options &options, size_t count,
     norm_program_ = norm_program(norm_, false);
     {
         Graph g(type);
-        shrink_.from = g.external("from", g.wide, flat);
-        shrink_.to = g.external("to", g.wide, flat);
-        shrink_.scale = g.external("scale", g.wide, {1});
-        shrink_.difference = mul(g, sub(g, shrink_.to, shrink_.from), shrink_.scale);
-        shrink_.out = add(g, shrink_.from, shrink_.difference, g.wide);
+        rescale_.from = g.external("from", g.wide, flat);
+        rescale_.to = g.external("to", g.wide, flat);
+        rescale_.scale = g.external("scale", g.wide, {1});
+        rescale_.difference = mul(g, sub(g, rescale_.to, rescale_.from), rescale_.scale);
+        rescale_.out = add(g, rescale_.from, rescale_.difference, g.wide);
         for (const Call &call : g.calls())
             g.expose(call.out[0], "scaled difference");
-        shrink_program_ = program(std::move(g));
+        rescale_program_ = program(std::move(g));
     }
 }
 
 template <class T> std::array<T, 8> UpdateRuleOf<T>::hyperparameters(uint64_t step) const {
     const double correction1 = 1 - std::pow(beta1_, double(step));
     const double correction2 = 1 - std::pow(beta2_, double(step));
-    return {T(lr_),         T(beta1_),      T(beta2_), T(epsilon_),
-            T(correction1), T(correction2), T(clip_),  0};
+    return {T(lr_), T(beta1_), T(beta2_), T(epsilon_), T(correction1), T(correction2), T(clip_), 0};
 }
 
 template <class T>
@@ -188,19 +188,19 @@ template <class T> void UpdateRuleOf<T>::norm(const T *a, std::byte *workspace) 
 }
 
 template <class T>
-void UpdateRuleOf<T>::shrink(const T *from, T *to, double scale, T *scratch,
-                             std::byte *workspace) const {
+void UpdateRuleOf<T>::rescale(const T *from, T *to, double scale, T *scratch,
+                              std::byte *workspace) const {
     const T factor = T(scale);
     device_->upload(&scalars(workspace)->scale, &factor, sizeof factor);
-    const std::vector<Call> &calls = shrink_program_->graph().calls();
-    Program::Bindings at(shrink_program_->graph().values().size());
-    put(at, shrink_.from, from);
-    put(at, shrink_.to, to);
-    put(at, shrink_.scale, &scalars(workspace)->scale);
+    const std::vector<Call> &calls = rescale_program_->graph().calls();
+    Program::Bindings at(rescale_program_->graph().values().size());
+    put(at, rescale_.from, from);
+    put(at, rescale_.to, to);
+    put(at, rescale_.scale, &scalars(workspace)->scale);
     put(at, calls[0].out[0], to);
-    put(at, shrink_.difference, scratch);
-    put(at, shrink_.out, to);
-    run(*shrink_program_, at, workspace);
+    put(at, rescale_.difference, scratch);
+    put(at, rescale_.out, to);
+    run(*rescale_program_, at, workspace);
 }
 
 template <class T>
@@ -214,7 +214,7 @@ typename UpdateRuleOf<T>::Numbers UpdateRuleOf<T>::numbers(std::byte *workspace)
 template <class T> size_t UpdateRuleOf<T>::workspace_bytes() const {
     return sizeof(Scalars) +
            std::max({step_program_->workspace_bytes(), distance_program_->workspace_bytes(),
-                     norm_program_->workspace_bytes(), shrink_program_->workspace_bytes(),
+                     norm_program_->workspace_bytes(), rescale_program_->workspace_bytes(),
                      vjp_program_ ? vjp_program_->workspace_bytes() : 0});
 }
 

@@ -45,7 +45,7 @@ public:
     void distance(const T *a, const T *b, std::byte *workspace) const; // |a - b|
     void norm(const T *a, std::byte *workspace) const;
     // to = from + scale (to - from); may use `scratch`, as long as the two.
-    void shrink(const T *from, T *to, double scale, T *scratch, std::byte *workspace) const;
+    void rescale(const T *from, T *to, double scale, T *scratch, std::byte *workspace) const;
 
     // Of the last step() or norm(), before clipping, and of the last distance().
     struct Numbers {
@@ -92,9 +92,9 @@ private:
     } distance_{}, norm_{};
     struct {
         Id from, to, scale, difference, out;
-    } shrink_{};
+    } rescale_{};
     std::unique_ptr<const Program> step_program_, vjp_program_, distance_program_, norm_program_,
-        shrink_program_;
+        rescale_program_;
 };
 
 using UpdateRule = UpdateRuleOf<float>;

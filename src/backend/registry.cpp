@@ -68,7 +68,8 @@ void probe(Backend &backend) {
     const ponder_backend *d = backend.descriptor;
     constexpr size_t host_part = offsetof(ponder_backend, copy);
     if (d->struct_size < host_part ||
-        (!d->host_memory && d->struct_size < sizeof(ponder_backend)) || d->abi != PONDER_BACKEND_ABI) {
+        (!d->host_memory && d->struct_size < sizeof(ponder_backend)) ||
+        d->abi != PONDER_BACKEND_ABI) {
         backend.reason = "module ABI " + std::to_string(d->abi) + ", this library needs " +
                          std::to_string(PONDER_BACKEND_ABI);
         backend.descriptor = nullptr;
@@ -214,7 +215,7 @@ void Device::release(void *block, size_t size) const noexcept {
     memory_->refund(size);
 }
 
-void Device::upload(void *to, const void *from, size_t size) const {
+void Device::move(Move call, void *to, const void *from, size_t size) const {
     if (size == 0)
         return;
     if (on_host()) {
@@ -222,29 +223,19 @@ void Device::upload(void *to, const void *from, size_t size) const {
         return;
     }
     std::lock_guard lock(mutex_);
-    expect(backend_->upload(device_, to, from, size));
+    expect((backend_->*call)(device_, to, from, size));
+}
+
+void Device::upload(void *to, const void *from, size_t size) const {
+    move(&ponder_backend::upload, to, from, size);
 }
 
 void Device::download(void *to, const void *from, size_t size) const {
-    if (size == 0)
-        return;
-    if (on_host()) {
-        std::memmove(to, from, size);
-        return;
-    }
-    std::lock_guard lock(mutex_);
-    expect(backend_->download(device_, to, from, size));
+    move(&ponder_backend::download, to, from, size);
 }
 
 void Device::copy(void *to, const void *from, size_t size) const {
-    if (size == 0)
-        return;
-    if (on_host()) {
-        std::memmove(to, from, size);
-        return;
-    }
-    std::lock_guard lock(mutex_);
-    expect(backend_->copy(device_, to, from, size));
+    move(&ponder_backend::copy, to, from, size);
 }
 
 void Device::clear(void *block, size_t size) const {

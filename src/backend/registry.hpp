@@ -117,6 +117,8 @@ private:
         void *block;
         size_t size;
     };
+    using Move = int32_t (*ponder_backend::*)(ponder_device *, void *, const void *, size_t);
+    void move(Move call, void *to, const void *from, size_t size) const;
     void expect(int32_t result) const; // PONDER_E_BACKEND unless 0
     void *allocate_locked(size_t size) const;
     mutable std::mutex mutex_; // one call at a time where memory is not the host's

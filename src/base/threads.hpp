@@ -35,14 +35,19 @@ public:
             },
             &function);
     }
-    // For tasks that throw: all are run, then what the first of them threw is thrown.
+    // For tasks that throw: those that have not begun by then are left out, and what the first of
+    // them threw is thrown in the end.
     template <class F> void run_throwing(uint32_t tasks, F &&function) {
         std::vector<std::exception_ptr> problems(tasks);
+        std::atomic<bool> stop{false};
         run(tasks, [&](uint32_t i, uint32_t worker) {
+            if (stop.load(std::memory_order_relaxed))
+                return;
             try {
                 function(i, worker);
             } catch (...) {
                 problems[i] = std::current_exception();
+                stop.store(true, std::memory_order_relaxed);
             }
         });
         for (const std::exception_ptr &problem : problems)

@@ -5,6 +5,7 @@
 #include "base/error.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <iterator>
 
@@ -26,18 +27,18 @@ public:
                const CallGuard &guard)
         : model_(std::move(model)), options_(options), gate_(gate), guard_(guard) {}
 
-    // Streams are declared unless `declared` is false.
-    Run run(std::span<const ponder_stream> streams, const Calibration &calibration,
-            bool declared = true) {
+    Run run(std::span<const ponder_stream> streams, const Calibration &calibration) {
         auto gate = std::make_shared<Gate>(gate_);
         gate->calibration = calibration;
         gate->seal();
         std::vector<Stream> all(streams.size());
-        model_->runtime().threads->run_throwing(
-            uint32_t(streams.size()),
-            [&](uint32_t s, uint32_t) { all[s] = run_one(streams[s], gate, declared); });
-        done_ += streams.size();
-        guard_.progress(done_, std::max(done_, total_));
+        const auto report = [&](uint64_t done) { guard_.progress(done, std::max(done, total_)); };
+        model_->runtime().threads->run_throwing(uint32_t(streams.size()),
+                                                [&](uint32_t s, uint32_t) {
+                                                    all[s] = run_one(streams[s], gate);
+                                                    report(++done_);
+                                                });
+        report(done_); // with the host's pool no task may have run on this thread
 
         Run run;
         double predictions = 0;
@@ -72,8 +73,7 @@ private:
         double loss = 0, predictions = 0, steps = 0, share[4] = {};
         std::vector<std::vector<double>> outputs;
     };
-    Stream run_one(const ponder_stream &stream, const std::shared_ptr<const Gate> &gate,
-                   bool declared) {
+    Stream run_one(const ponder_stream &stream, const std::shared_ptr<const Gate> &gate) {
         Session session(model_, options_);
         session.run_alone();
         session.use_gate(gate);
@@ -81,8 +81,7 @@ private:
         if (chunks == 0)
             throw_error(PONDER_E_ARGUMENT, "a stream of %zu tokens has no chunk of %llu",
                         stream.count, static_cast<unsigned long long>(chunk));
-        if (declared)
-            session.expect(chunks);
+        session.expect(chunks);
         Stream all;
         for (uint64_t i = 0; i < chunks; ++i) {
             session.feed({stream.ids + i * chunk, size_t(chunk)});
@@ -103,7 +102,8 @@ private:
     const Options &options_;
     const Gate &gate_;
     const CallGuard &guard_;
-    uint64_t done_ = 0, total_ = 0;
+    std::atomic<uint64_t> done_{0}; // streams
+    uint64_t total_ = 0;
     std::vector<double> first_; // losses of the first run's streams, in order
 };
 
@@ -170,7 +170,7 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
     uint64_t tries = uint64_t(goal.rounds) + 1;
     if (goal.search)
         for (const Part &part : parts)
-            tries += part.values.size();
+            tries += part.values.size() - 1; // the present values are measured already
     calibrator.plan(tries * streams.size() + held.size());
 
     ponder_calibration report{};

@@ -30,7 +30,8 @@ void CallGuard::check() const {
 }
 
 void CallGuard::progress(uint64_t done, uint64_t total) const {
-    if (call_ && call_->progress && call_->progress(call_->user_data, done, total))
+    if (call_ && call_->progress && std::this_thread::get_id() == caller_ &&
+        call_->progress(call_->user_data, done, total))
         throw_error(PONDER_E_CANCELLED, "cancelled by the progress callback");
 }
 
@@ -489,8 +490,7 @@ void Session::learn(int32_t forced, const CallGuard &guard) {
             gradient_ready_ = true;
             record.flops += open_pass_->program->flops(learn_segment);
             rule_->norm(gradient_.data(), workspace_.data());
-            record.gradient_norm = signals_.gradient_norm =
-                rule_->numbers(workspace_.data()).norm;
+            record.gradient_norm = signals_.gradient_norm = rule_->numbers(workspace_.data()).norm;
         }
         record.steps_wanted = decide(forced, record);
         const uint64_t decided = now_ns();
@@ -557,8 +557,8 @@ void Session::learn_between(int32_t steps, ponder_record &record, const CallGuar
 void Session::apply_scale() {
     if (scale_ == 1)
         return;
-    rule_->shrink(current_.weights(), shadow_.weights(), scale_, gradient_.data(),
-                  workspace_.data());
+    rule_->rescale(current_.weights(), shadow_.weights(), scale_, gradient_.data(),
+                   workspace_.data());
 }
 
 void Session::learn_inside(ponder_record &record) {
@@ -645,8 +645,8 @@ std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat) {
         ensure_tape(unlimited);
         if (segment == learn_segment && open_pass_->recording.gradient.empty())
             break;
-        open_pass_->program->profile(segment, bindings(current_), arena_.data(),
-                                     workspace_.data(), times);
+        open_pass_->program->profile(segment, bindings(current_), arena_.data(), workspace_.data(),
+                                     times);
     }
     // The chunk's losses stay those of its own scoring.
     nll_ = nll;

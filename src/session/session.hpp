@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <deque>
+#include <thread>
 
 namespace ponder {
 
@@ -17,12 +18,14 @@ class CallGuard {
 public:
     CallGuard(std::atomic<bool> &cancel, const ponder_call *call);
     void check() const;                                 // PONDER_E_CANCELLED, PONDER_E_DEADLINE
-    void progress(uint64_t done, uint64_t total) const; // may cancel
+    // May cancel. Does nothing on other threads than the one that made the call.
+    void progress(uint64_t done, uint64_t total) const;
 
 private:
     std::atomic<bool> &cancel_;
     const ponder_call *call_;
     uint64_t deadline_ns_;
+    std::thread::id caller_ = std::this_thread::get_id();
 };
 
 uint64_t now_ns();

@@ -6,6 +6,7 @@
 #include "formats/safetensors.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numbers>
@@ -321,10 +322,13 @@ ponder_train_record GateTrainer::step(std::span<const ponder_stream> streams,
     for (size_t s = 0; s < streams.size(); ++s)
         randoms.emplace_back(random.next());
     std::vector<Measured> measured(streams.size());
+    std::atomic<uint64_t> done{0};
     model_->runtime().threads->run_throwing(uint32_t(streams.size()), [&](uint32_t s, uint32_t) {
         measured[s] = measure(streams[s], randoms[s], guard);
+        guard.progress(++done, streams.size());
     });
-    guard.progress(streams.size(), streams.size());
+    guard.progress(streams.size(),
+                   streams.size()); // with the host's pool no task may have run here
     Measured found;
     for (Measured &one : measured) {
         std::move(one.samples.begin(), one.samples.end(), std::back_inserter(found.samples));
