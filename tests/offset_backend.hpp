@@ -66,7 +66,7 @@ struct Kernel {
 };
 
 inline size_t bytes_of(const ponder_tensor &t) {
-    size_t n = t.dtype == PONDER_DTYPE_BF16 ? 2 : t.dtype == PONDER_DTYPE_F64 ? 8 : 4;
+    size_t n = size_of(DType(t.dtype));
     for (int32_t i = 0; i < t.rank; ++i)
         n *= size_t(t.dim[i]);
     return n;

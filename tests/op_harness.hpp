@@ -76,6 +76,8 @@ struct Tensor {
             return to_float(as<bf16>()[i]);
         case DType::i32:
             return as<int32_t>()[i];
+        case DType::i8:
+            return as<int8_t>()[i];
         default:
             throw std::logic_error("an absent tensor has no elements");
         }
@@ -94,6 +96,9 @@ struct Tensor {
         case DType::i32:
             as<int32_t>()[i] = int32_t(x);
             break;
+        case DType::i8:
+            as<int8_t>()[i] = int8_t(x);
+            break;
         default:
             throw std::logic_error("an absent tensor has no elements");
         }
@@ -106,7 +111,7 @@ struct Tensor {
     }
     // A deep copy of another type.
     Tensor to(DType other) const {
-        if (type == DType::none || type == DType::i32)
+        if (type == DType::none || type == DType::i32 || type == DType::i8)
             return *this;
         Tensor t(other, shape);
         t.constant = constant;
@@ -153,6 +158,33 @@ inline Tensor random_tensor(DType type, const Shape &shape, uint32_t seed, doubl
     for (int64_t i = 0; i < t.count(); ++i)
         t.set(i, scale * (double(random()) / 2147483648.0 - 1.0));
     return t;
+}
+
+// int8 weights and scales, one for each row or each column.
+struct ScaledTensor {
+    Tensor w, scales;
+    // What they stand for.
+    Tensor product(DType type) const {
+        Tensor t(type, w.shape);
+        t.constant = w.constant;
+        const bool of_rows = scales.shape[1] == 1;
+        for (int64_t i = 0; i < t.count(); ++i)
+            t.set(i, w.at(i) * scales.at(of_rows ? i / w.shape[1] : i % w.shape[1]));
+        return t;
+    }
+};
+inline ScaledTensor random_scaled(const Shape &shape, uint32_t seed, bool of_rows,
+                                  double scale = 1) {
+    std::mt19937 random(seed);
+    const Shape scales = of_rows ? Shape{shape[0], 1} : Shape{1, shape[1]};
+    ScaledTensor r{Tensor(DType::i8, shape), Tensor(DType::f32, scales)};
+    for (int64_t i = 0; i < r.w.count(); ++i)
+        r.w.set(i, double(int32_t(random() % 255) - 127));
+    for (int64_t i = 0; i < r.scales.count(); ++i)
+        r.scales.set(i, scale * (0.25 + double(random()) / 4294967296.0) / 127);
+    r.w = r.w.frozen();
+    r.scales = r.scales.frozen();
+    return r;
 }
 
 // Integers in [low, high).
@@ -280,8 +312,7 @@ public:
                 throw std::runtime_error("device memory");
         }
         for (uint32_t i = 0; i < plan.tasks; ++i)
-            backend_->run(plan.kernel, buffers.data(), scratch,
-                          reversed ? plan.tasks - 1 - i : i);
+            backend_->run(plan.kernel, buffers.data(), scratch, reversed ? plan.tasks - 1 - i : i);
         if (!backend_->host_memory) {
             if (backend_->synchronize(device_) != 0)
                 throw std::runtime_error(op + ": " + backend_->problem(device_));

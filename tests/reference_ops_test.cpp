@@ -949,6 +949,55 @@ TEST(Bf16, FollowsF64) {
                      {form, 0.25, 0, 1e-6, 0, 0});
 }
 
+// ---- int8 weights ----
+
+// An int8 matrix with scales does what their product does, for scales of rows and of columns.
+TEST(ScaledWeights, StandForTheirProduct) {
+    const Shape x = {2, 3, 5}, y = {2, 3, 4};
+    for (const bool of_rows : {false, true})
+        for (const DType type : {f32, f64}) {
+            SCOPED_TRACE(of_rows);
+            const double bound = type == f64 ? 1e-13 : 1e-5;
+            const auto same = [&](const std::string &op, std::vector<Tensor> in, size_t w,
+                                  const ScaledTensor &scaled, const std::vector<Out> &out,
+                                  const std::vector<double> &attr) {
+                SCOPED_TRACE(op);
+                in[w] = scaled.product(f64);
+                std::vector<Out> exact = out;
+                for (Out &o : exact)
+                    o.type = f64;
+                std::vector<Tensor> wide = in;
+                for (Tensor &t : wide)
+                    t = t.to(f64);
+                const auto expected = call(op, wide, exact, attr);
+                in[w] = scaled.w;
+                in.push_back(scaled.scales);
+                const auto ours = call(op, in, out, attr);
+                for (size_t i = 0; i < ours.size(); ++i)
+                    EXPECT_LE(relative_error(ours[i], expected[i]), bound) << i;
+            };
+            const auto r = [&](const Shape &shape, uint32_t seed) {
+                return random_tensor(type, shape, seed);
+            };
+            const ScaledTensor w = random_scaled({5, 4}, 1, of_rows);
+            const ScaledTensor table = random_scaled({11, 5}, 2, of_rows);
+            same("linear", {r(x, 1), none(), r({4}, 2), r(y, 3)}, 1, w, {{type, y}}, {0});
+            same("linear", {r(y, 1), none(), none(), none()}, 1, w, {{type, x}}, {1});
+            same("lora_linear",
+                 {r(x, 1), none(), r({4}, 2), r({2, 5, 2}, 3), r({2, 2, 4}, 4), r(y, 5)}, 1, w,
+                 {{type, y}, {type, {2, 3, 2}}}, {0.7});
+            same("lora_linear_vjp", {r(y, 1), none(), r({2, 5, 2}, 3), r({2, 2, 4}, 4)}, 1, w,
+                 {{type, x}, {type, {2, 3, 2}}}, {0.7});
+            Tensor target = random_ids({2, 3}, 4, 0, 11);
+            same("embedding", {target, none(), r({6, 5}, 1)}, 1, table, {{type, x}}, {2});
+            target.set(4, -1);
+            same("cross_entropy", {r(x, 1), none(), target}, 1, table,
+                 {{type, {2, 3}}, {type, {2, 3}}, {type, {2, 3, 11}}}, {});
+            same("cross_entropy_vjp", {r({2, 3, 11}, 1), none(), target, r({2, 3}, 2)}, 1, table,
+                 {{type, x}}, {});
+        }
+}
+
 // ---- The contract of a backend ----
 
 TEST(Contract, RefusesWhatItCannotDo) {
@@ -1000,6 +1049,28 @@ TEST(Contract, RefusesWhatItCannotDo) {
     EXPECT_TRUE(refused("gelu_derivative", {deep}, deep.shape, {4}));
     EXPECT_TRUE(refused("dropout", {deep, random_ids({2}, 1, 0, 9)}, deep.shape, {1, 0}));
     EXPECT_FALSE(refused("add", {four, deep}, deep.shape, {}));
+
+    // int8 weights come with scales that fit, other weights without, nothing else is int8.
+    const ScaledTensor q = random_scaled({3, 5}, 5, false),
+                       of_rows = random_scaled({3, 5}, 6, true);
+    const auto linear = [&](const Tensor &w_, const std::vector<Tensor> &scales) {
+        std::vector<Tensor> in = {x, w_, none(), none()};
+        in.insert(in.end(), scales.begin(), scales.end());
+        return refused("linear", in, {1, 2, 5}, {0});
+    };
+    EXPECT_FALSE(linear(q.w, {q.scales}));
+    EXPECT_FALSE(linear(q.w, {of_rows.scales}));
+    EXPECT_FALSE(linear(fits, {none()}));
+    EXPECT_TRUE(linear(q.w, {}));
+    EXPECT_TRUE(linear(q.w, {none()}));
+    EXPECT_TRUE(linear(fits, {q.scales}));
+    EXPECT_TRUE(linear(q.w, {q.scales.reshaped({5})}));
+    EXPECT_TRUE(linear(q.w, {q.scales.reshaped({5, 1})}));
+    EXPECT_TRUE(linear(q.w, {q.scales.to(DType::bf16)}));
+    EXPECT_TRUE(linear(q.w, {random_tensor(f32, {3, 5}, 7)}));
+    EXPECT_TRUE(refused("gelu", {q.w}, {3, 5}, {}));
+    EXPECT_TRUE(
+        refused("embedding", {random_ids({1, 2}, 1, 0, 3), fits, q.w, q.scales}, {1, 2, 5}, {0}));
 }
 
 } // namespace

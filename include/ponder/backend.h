@@ -38,7 +38,8 @@ enum ponder_dtype_code {
     PONDER_DTYPE_F32 = 1,
     PONDER_DTYPE_BF16 = 2,
     PONDER_DTYPE_F64 = 3, /* reference kernels only: finite differences */
-    PONDER_DTYPE_I32 = 4
+    PONDER_DTYPE_I32 = 4,
+    PONDER_DTYPE_I8 = 5 /* frozen weights that come with their scales */
 };
 
 /* A tensor's description, without data: dense, row-major, last dim fastest. */
@@ -118,7 +119,7 @@ typedef struct ponder_backend {
     int32_t (*probe)(char *why, size_t size);
     /* Instruction set or device in words, valid after probe. Static storage. */
     const char *(*isa)(void);
-    /* 1 if activations and weights of this dtype are supported here. */
+    /* 1 if activations and weights of this dtype are supported here; of I8: weights only. */
     int32_t (*supports)(int32_t dtype);
 
     /* NULL and a reason in why[size] on failure. Calls on one device may be

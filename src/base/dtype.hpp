@@ -15,6 +15,7 @@ enum class DType : int32_t {
     bf16 = PONDER_DTYPE_BF16,
     f64 = PONDER_DTYPE_F64,
     i32 = PONDER_DTYPE_I32,
+    i8 = PONDER_DTYPE_I8,
 };
 
 constexpr size_t size_of(DType type) {
@@ -26,6 +27,8 @@ constexpr size_t size_of(DType type) {
         return 2;
     case DType::f64:
         return 8;
+    case DType::i8:
+        return 1;
     default:
         return 0;
     }

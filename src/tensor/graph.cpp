@@ -16,9 +16,17 @@ Graph::Graph(DType act, Mode mode)
 Id Graph::weight(std::string name, DType type, Shape shape, const void *data, bool trained) {
     const auto [at, fresh] = weights_.try_emplace(name, Id(values_.size()));
     if (fresh)
-        values_.push_back({std::move(name), type, shape,
-                           trained ? Kind::parameter : Kind::constant, data, trained});
+        values_.push_back({std::move(name), type, shape, trained ? Kind::parameter : Kind::constant,
+                           data, trained});
     return at->second;
+}
+
+Id Graph::scaled_constant(std::string name, Shape shape, const void *data, Shape scales_shape,
+                          const void *scales) {
+    const Id by = constant(name + "_scale", DType::f32, scales_shape, scales);
+    const Id id = constant(std::move(name), DType::i8, shape, data);
+    values_[size_t(id)].scales = by;
+    return id;
 }
 
 Id Graph::literal(Shape shape, const std::vector<double> &values) {

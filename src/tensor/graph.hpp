@@ -56,6 +56,7 @@ struct Value {
     const void *data = nullptr; // constants and parameters; nullptr in a graph only for planning
     bool needs_gradient = false;
     bool owned = false; // a literal: its data lives with the graph
+    Id scales = none;   // of an int8 constant: what its elements are times
     size_t bytes() const { return size_t(shape.count()) * size_of(type); }
 };
 
@@ -88,6 +89,9 @@ public:
     Id constant(std::string name, DType type, Shape shape, const void *data) {
         return weight(std::move(name), type, shape, data, false);
     }
+    // An int8 constant and its scales, f32 [1,N] or [M,1]; the ops that take the one take both.
+    Id scaled_constant(std::string name, Shape shape, const void *data, Shape scales_shape,
+                       const void *scales);
     // A constant in `wide` that the graph owns.
     Id literal(Shape shape, const std::vector<double> &values);
     Id external(std::string name, DType type, Shape shape, bool needs_gradient = false);
@@ -114,9 +118,9 @@ private:
     std::vector<std::shared_ptr<const std::byte[]>> literals_;
 };
 
-// Records the backward pass of sum <value, gradient> over the seeds with respect to `wanted` (values
-// that need a gradient); returns their gradients in wide types. Calls that lead to no wanted value
-// are left out, so the pass ends at the lowest layer with fast weights.
+// Records the backward pass of sum <value, gradient> over the seeds with respect to `wanted`
+// (values that need a gradient); returns their gradients in wide types. Calls that lead to no
+// wanted value are left out, so the pass ends at the lowest layer with fast weights.
 struct Seed {
     Id value, gradient;
 };

@@ -7,33 +7,35 @@
 // f64 in tests). wide: f32, or f64 when act is f64. `?` may be absent. const: frozen.
 // Activations in `wide`: the residual stream, losses, statistics, every gradient of a
 // fast weight. Inputs are in order, outputs after the arrow, attributes in brackets.
+// A const marked 8 may be int8: then one more input stands at the end, its scales f32[1,N] or
+// f32[M,1], and the weight is the int8 matrix times the scales, broadcast.
 //
 // rows ops (PONDER_TILE_ROWS where a backend can):
-//   embedding         ids i32[S,T], table const[V,C], position const[P,C] -> y wide[S,T,C]
+//   embedding         ids i32[S,T], table const8[V,C], position const[P,C] -> y wide[S,T,C]
 //                     [first position]
 //   layer_norm        x[S,T,C], g[C], b[C] -> y[S,T,C], stats wide[S,T,2] (mean, 1/std) [eps]
 //   layer_norm_vjp    dy[S,T,C], x, g, stats, carry? wide[S,T,C] -> dx wide[S,T,C]
 //                     dx = carry + d layer_norm / dx ^T dy
-//   linear            x[S,T,K], w const[K,N] or const[N,K], b?[N], add? wide[S,T,N] -> y[S,T,N]
+//   linear            x[S,T,K], w const8[K,N] or const8[N,K], b?[N], add? wide[S,T,N] -> y[S,T,N]
 //                     [transposed: 1 = w is [N,K] and y = x w^T]      y = add + x w + b
 //   linear_gelu       x[S,T,K], w const[K,N], b?[N] -> y act[S,T,N], z? act[S,T,N]  [transposed]
 //                     z = x w + b, y = gelu(z). Never recorded: programs put it in the place of
 //                     linear and gelu on devices that have it
-//   lora_linear       x[S,T,K], w const[K,N], b?[N], a wide[S,K,R], bb wide[S,R,N],
+//   lora_linear       x[S,T,K], w const8[K,N], b?[N], a wide[S,K,R], bb wide[S,R,N],
 //                     add? wide[S,T,N] -> y[S,T,N], u act[S,T,R]
 //                     [scale]             u = x a,  y = add + x w + b + scale u bb
-//   lora_linear_vjp   dy[S,T,N], w const[K,N], a, bb -> dx[S,T,K], du act[S,T,R]
+//   lora_linear_vjp   dy[S,T,N], w const8[K,N], a, bb -> dx[S,T,K], du act[S,T,R]
 //                     [scale]             du = scale dy bb^T,  dx = dy w^T + du a^T
 //   gelu              x -> y              tanh form, Hendrycks & Gimpel 2016
 //   gelu_vjp          dy, x -> dx
 //   sigmoid           x -> y
 //   slice_rows        x[...,T,C] -> y[...,n,C] [first]
 //   slice_rows_vjp    dy[...,n,C] -> dx[...,T,C] [first]      zeros elsewhere
-//   cross_entropy     h[S,T,C], table const[V,C], target i32[S,T] -> nll wide[S,T],
+//   cross_entropy     h[S,T,C], table const8[V,C], target i32[S,T] -> nll wide[S,T],
 //                     entropy wide[S,T], p? act[S,T,V]
 //                     logits = h table^T in tiles; a target of -1 gives nll 0 (entropy is
 //                     still that of the row)
-//   cross_entropy_vjp p[S,T,V], table const[V,C], target, dnll wide[S,T] -> dh[S,T,C]
+//   cross_entropy_vjp p[S,T,V], table const8[V,C], target, dnll wide[S,T] -> dh[S,T,C]
 //                     dh = ((p - onehot) * dnll) table; rows with target -1 give 0
 // head ops (PONDER_TILE_ANY):
 //   attention         qkv[S,T,3C] -> o[S,T,C], lse wide[S,H,T]  [heads]
@@ -128,6 +130,9 @@ struct OpRule {
 };
 
 extern const OpRule linear_gelu_rule;
+
+// The inputs of a call that takes the weight w, with the scales of an int8 w at their end.
+std::vector<Id> with_scales(const Graph &, Id w, std::vector<Id> in);
 
 // What a vjp rule sees while the tape is read backwards.
 class Tape {

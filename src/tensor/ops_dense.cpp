@@ -101,7 +101,7 @@ void lora_linear_backward(Tape &tape, const Call &call) {
         tape.add(call.in[5], dy);
     const Id du = g.temporary(g.act, g.shape(u));
     const Id dx = g.temporary(g.value(x).type, g.shape(x));
-    g.add_call(lora_linear_vjp_rule, {dy, w, a, bb}, {dx, du}, call.attr);
+    g.add_call(lora_linear_vjp_rule, with_scales(g, w, {dy, w, a, bb}), {dx, du}, call.attr);
     if (tape.wants(x))
         tape.add(x, dx);
     if (tape.wants(a))
@@ -152,10 +152,16 @@ const OpRule dropout_rule{"dropout", true, no_flops, dropout_backward};
 
 const OpRule linear_gelu_rule{"linear_gelu", true, linear_flops, nullptr};
 
+std::vector<Id> with_scales(const Graph &g, Id w, std::vector<Id> in) {
+    if (g.value(w).scales != none)
+        in.push_back(g.value(w).scales);
+    return in;
+}
+
 Id embedding(Graph &g, Id ids, Id table, Id position, int64_t first) {
     const Shape &s = g.shape(ids);
     const Id y = g.temporary(g.wide, {s[0], s[1], g.shape(table)[1]});
-    g.add_call(embedding_rule, {ids, table, position}, {y}, {double(first)});
+    g.add_call(embedding_rule, with_scales(g, table, {ids, table, position}), {y}, {double(first)});
     return y;
 }
 
@@ -170,7 +176,7 @@ Id layer_norm(Graph &g, Id x, Id scale, Id shift, double eps, DType out) {
 
 Id linear(Graph &g, Id x, Id w, Id b, Id residual, bool transposed, DType out) {
     const Id y = g.temporary(out, g.shape(x).with_last(g.shape(w)[transposed ? 0 : 1]));
-    g.add_call(linear_rule, {x, w, b, residual}, {y}, {double(transposed)});
+    g.add_call(linear_rule, with_scales(g, w, {x, w, b, residual}), {y}, {double(transposed)});
     return y;
 }
 
@@ -180,7 +186,7 @@ Id lora_linear(Graph &g, Id x, Id w, Id b, Id a, Id bb, Id residual, double scal
     const Shape s = g.shape(x);
     const Id y = g.temporary(out, s.with_last(g.shape(w)[1]));
     const Id u = g.temporary(g.act, s.with_last(g.shape(a)[2]));
-    g.add_call(lora_linear_rule, {x, w, b, a, bb, residual}, {y, u}, {scale});
+    g.add_call(lora_linear_rule, with_scales(g, w, {x, w, b, a, bb, residual}), {y, u}, {scale});
     return y;
 }
 

@@ -56,7 +56,8 @@ void cross_entropy_backward(Tape &tape, const Call &call) {
     if (!tape.wants(h))
         return;
     const Id dh = g.temporary(g.value(h).type, g.shape(h));
-    g.add_call(cross_entropy_vjp_rule, {call.out[2], table, call.in[2], dnll}, {dh});
+    g.add_call(cross_entropy_vjp_rule,
+               with_scales(g, table, {call.out[2], table, call.in[2], dnll}), {dh});
     tape.add(h, dh);
 }
 
@@ -196,7 +197,8 @@ CrossEntropy cross_entropy(Graph &g, Id h, Id table, Id target, bool keep) {
     const Shape s = g.shape(h);
     const CrossEntropy r{g.temporary(g.wide, {s[0], s[1]}), g.temporary(g.wide, {s[0], s[1]})};
     const Id p = keep ? g.temporary(g.act, s.with_last(g.shape(table)[0])) : none;
-    g.add_call(cross_entropy_rule, {h, table, target}, {r.nll, r.entropy, p});
+    g.add_call(cross_entropy_rule, with_scales(g, table, {h, table, target}),
+               {r.nll, r.entropy, p});
     return r;
 }
 

@@ -202,7 +202,7 @@ void Program::fuse(std::vector<size_t> &segment_ends) {
     };
     for (size_t i = 0; i < graph_.calls().size(); ++i) {
         const Call first = graph_.calls()[i];
-        if (!is(first, "linear") || first.in[3] != none ||
+        if (!is(first, "linear") || first.in.size() > 4 || first.in[3] != none ||
             graph_.value(first.out[0]).kind != Kind::temporary)
             continue;
         const Id z = first.out[0];

@@ -10,7 +10,7 @@ constexpr int64_t row_tile = 32; // bounds the logits in memory
 
 template <class T> void cross_entropy(Args<T> &args) {
     const int64_t rows = args['S'] * args['T'], width = args['C'], vocabulary = args['V'];
-    const T *h = args.in(0), *table = args.in(1);
+    const T *h = args.in(0), *table = args.weight(1, 3);
     const int32_t *target = args.ids(2);
     T *nll = args.out(0), *entropy = args.out(1), *p = args.out(2);
     T *logits = args.scratch(row_tile * vocabulary);
@@ -57,7 +57,7 @@ void logit_gradient(int64_t first, int64_t n, int64_t vocabulary, const T *p, co
 
 template <class T> void cross_entropy_vjp(Args<T> &args) {
     const int64_t rows = args['S'] * args['T'], width = args['C'], vocabulary = args['V'];
-    const T *p = args.in(0), *table = args.in(1), *dnll = args.in(3);
+    const T *p = args.in(0), *table = args.weight(1, 4), *dnll = args.in(3);
     const int32_t *target = args.ids(2);
     T *dh = args.out(0), *dl = args.scratch(row_tile * vocabulary);
     std::fill_n(dh, rows * width, T(0));
@@ -84,12 +84,14 @@ template <class T> void cross_entropy_vjp_table(Args<T> &args) {
 } // namespace
 
 const Op cross_entropy_op = {
-    "cross_entropy", "h[S,T,C] table[V,C] target:i[S,T] -> nll:w[S,T] entropy:w[S,T] p?[S,T,V]", 0,
+    "cross_entropy",
+    "h[S,T,C] table:q[V,C] target:i[S,T] scales??:s[*] -> nll:w[S,T] entropy:w[S,T] p?[S,T,V]", 0,
     cross_entropy<float>, cross_entropy<double>};
 
 const Op cross_entropy_vjp_op = {"cross_entropy_vjp",
-                                 "p[S,T,V] table[V,C] target:i[S,T] dnll:w[S,T] -> dh[S,T,C]", 0,
-                                 cross_entropy_vjp<float>, cross_entropy_vjp<double>};
+                                 "p[S,T,V] table:q[V,C] target:i[S,T] dnll:w[S,T] scales??:s[*] -> "
+                                 "dh[S,T,C]",
+                                 0, cross_entropy_vjp<float>, cross_entropy_vjp<double>};
 
 const Op cross_entropy_vjp_table_op = {
     "cross_entropy_vjp_table", "p[S,T,V] h[S,T,C] target:i[S,T] dnll:w[S,T] -> dtable:w[V,C]", 0,

@@ -14,7 +14,7 @@ template <class T> void embedding(Args<T> &args) {
         args.load(2, (first + t) * width, width, position);
         for (int64_t s = 0; s < streams; ++s) {
             T *row = y + (s * tokens + t) * width;
-            args.load(1, ids[s * tokens + t] * width, width, row);
+            args.load_weight(1, 3, ids[s * tokens + t], 1, row);
             axpy(width, T(1), position, row);
         }
     }
@@ -43,7 +43,7 @@ const char *check(const Sizes &sizes, const double *attr) {
 } // namespace
 
 const Op embedding_op = {"embedding",
-                         "ids:i[S,T] table[V,C] position[P,C] -> y:w[S,T,C]",
+                         "ids:i[S,T] table:q[V,C] position[P,C] scales??:s[*] -> y:w[S,T,C]",
                          1,
                          embedding<float>,
                          embedding<double>,

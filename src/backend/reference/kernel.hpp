@@ -64,8 +64,38 @@ public:
                            static_cast<const bf16 *>(buffers_[i]) + first + n, to,
                            [](bf16 x) { return T(to_float(x)); });
             break;
+        case DType::i8:
+            std::transform(static_cast<const int8_t *>(buffers_[i]) + first,
+                           static_cast<const int8_t *>(buffers_[i]) + first + n, to,
+                           [](int8_t x) { return T(x); });
+            break;
         default:
             break;
+        }
+    }
+    // Input i, times its scales where they are given (int8 weights).
+    const T *weight(size_t i, size_t scales) {
+        if (!given(scales))
+            return in(i);
+        const int64_t m = call_.tensor[i].dim[0], n = call_.tensor[i].dim[1];
+        T *w = scratch(m * n);
+        load_weight(i, scales, 0, m, w);
+        return w;
+    }
+    // Rows [first, first + n) of the same.
+    void load_weight(size_t i, size_t scales, int64_t first, int64_t n, T *to) {
+        const int64_t width = call_.tensor[i].dim[1];
+        load(i, first * width, n * width, to);
+        if (!given(scales))
+            return;
+        const bool of_rows = call_.tensor[scales].dim[1] == 1;
+        const T *by = of_rows ? nullptr : in(scales);
+        for (int64_t r = 0; r < n; ++r, to += width) {
+            T row = 1;
+            if (of_rows)
+                load(scales, first + r, 1, &row);
+            for (int64_t j = 0; j < width; ++j)
+                to[j] *= of_rows ? row : by[j];
         }
     }
     // n zeros.
@@ -103,6 +133,7 @@ private:
         size_t tensor;
         T *values;
     };
+    bool given(size_t i) const { return i < call_.n_in && buffers_[i]; }
     static bool is_plain(const ponder_tensor &t) {
         return DType(t.dtype) == (std::is_same_v<T, double> ? DType::f64 : DType::f32);
     }

@@ -6,7 +6,7 @@ namespace {
 
 template <class T> void linear(Args<T> &args) {
     const int64_t rows = args['S'] * args['T'], depth = args['K'], width = args['N'];
-    const T *x = args.in(0), *w = args.in(1), *b = args.in(2), *add = args.in(3);
+    const T *x = args.in(0), *w = args.weight(1, 4), *b = args.in(2), *add = args.in(3);
     T *y = args.out(0);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t j = 0; j < width; ++j)
@@ -27,8 +27,11 @@ const char *check(const Sizes &sizes, const double *attr) {
 
 } // namespace
 
-const Op linear_op = {
-    "linear", "x[S,T,K] w[A,B] b?[N] add?:w[S,T,N] -> y[S,T,N]", 1, linear<float>, linear<double>,
-    check};
+const Op linear_op = {"linear",
+                      "x[S,T,K] w:q[A,B] b?[N] add?:w[S,T,N] scales??:s[*] -> y[S,T,N]",
+                      1,
+                      linear<float>,
+                      linear<double>,
+                      check};
 
 } // namespace ponder::reference

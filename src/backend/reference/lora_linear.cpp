@@ -10,7 +10,8 @@ template <class T> void lora_linear(Args<T> &args) {
     const int64_t streams = args['S'], tokens = args['T'], depth = args['K'], width = args['N'];
     const int64_t rank = args['R'], rows = streams * tokens;
     const T scale = T(args.attr(0));
-    const T *x = args.in(0), *w = args.in(1), *b = args.in(2), *a = args.in(3), *bb = args.in(4);
+    const T *x = args.in(0), *w = args.weight(1, 6), *b = args.in(2), *a = args.in(3),
+            *bb = args.in(4);
     const T *add = args.in(5);
     T *y = args.out(0), *u = args.out(1);
     for (int64_t r = 0; r < rows; ++r)
@@ -33,7 +34,7 @@ template <class T> void lora_linear_vjp(Args<T> &args) {
     const int64_t streams = args['S'], tokens = args['T'], depth = args['K'], width = args['N'];
     const int64_t rank = args['R'], rows = streams * tokens;
     const T scale = T(args.attr(0));
-    const T *dy = args.in(0), *w = args.in(1), *a = args.in(2), *bb = args.in(3);
+    const T *dy = args.in(0), *w = args.weight(1, 4), *a = args.in(2), *bb = args.in(3);
     T *dx = args.out(0), *du = args.out(1);
     std::fill_n(dx, rows * depth, T(0));
     std::fill_n(du, rows * rank, T(0));
@@ -51,11 +52,13 @@ template <class T> void lora_linear_vjp(Args<T> &args) {
 
 const Op lora_linear_op = {
     "lora_linear",
-    "x[S,T,K] w[K,N] b?[N] a:w[S,K,R] bb:w[S,R,N] add?:w[S,T,N] -> y[S,T,N] u[S,T,R]", 1,
-    lora_linear<float>, lora_linear<double>};
+    "x[S,T,K] w:q[K,N] b?[N] a:w[S,K,R] bb:w[S,R,N] add?:w[S,T,N] scales??:s[*] -> y[S,T,N] "
+    "u[S,T,R]",
+    1, lora_linear<float>, lora_linear<double>};
 
 const Op lora_linear_vjp_op = {"lora_linear_vjp",
-                               "dy[S,T,N] w[K,N] a:w[S,K,R] bb:w[S,R,N] -> dx[S,T,K] du[S,T,R]", 1,
-                               lora_linear_vjp<float>, lora_linear_vjp<double>};
+                               "dy[S,T,N] w:q[K,N] a:w[S,K,R] bb:w[S,R,N] scales??:s[*] -> "
+                               "dx[S,T,K] du[S,T,R]",
+                               1, lora_linear_vjp<float>, lora_linear_vjp<double>};
 
 } // namespace ponder::reference

@@ -2,9 +2,10 @@
 //
 // A signature is written as in src/tensor/ops.hpp: "x[S,T,C] g[C] add?:w[S,T,C] -> y[S,T,C]".
 // `?` may be absent, `??` even left out at the end of the inputs; after a colon i means i32, w wide
-// (f32 or f64); the rest is any float type. A letter stands for one size in the whole call, "3C"
-// for three times it; [...] is any shape, of the same number of elements wherever it occurs; [*] is
-// any shape at all, left to check_shapes.
+// (f32 or f64), q any float type or i8, s the scales of that i8, [1,N] or [M,1] for
+// q[M,N] and absent without one; the rest is any float type. A letter stands for one size in the
+// whole call, "3C" for three times it; [...] is any shape, of the same number of elements wherever
+// it occurs; [*] is any shape at all, left to check_shapes.
 #pragma once
 
 #include "ponder/backend.h"

@@ -93,7 +93,7 @@ std::string_view take(std::string_view &text, char end) {
 struct Expected {
     std::string_view name, shape;
     bool optional = false, omissible = false;
-    char kind = 0; // i, w or 0
+    char kind = 0; // i, w, q, s or 0
 };
 
 Expected parse(std::string_view token) {
@@ -119,7 +119,9 @@ bool dtype_fits(char kind, DType type) {
     case DType::f64:
         return kind != 'i';
     case DType::bf16:
-        return kind == 0;
+        return kind == 0 || kind == 'q';
+    case DType::i8:
+        return kind == 'q';
     default:
         return false;
     }
@@ -158,6 +160,13 @@ bool shape_fits(std::string_view shape, const ponder_tensor &t, Sizes &sizes) {
     return axis == t.rank;
 }
 
+// One scale for each column, or each row, of an int8 matrix.
+bool scales_fit(const ponder_tensor &scales, const ponder_tensor &w) {
+    return w.rank == 2 && scales.rank == 2 &&
+           ((scales.dim[0] == 1 && scales.dim[1] == w.dim[1]) ||
+            (scales.dim[1] == 1 && scales.dim[0] == w.dim[0]));
+}
+
 // nullptr with a message in why[size] when the call is not one of `op`.
 bool check(const Op &op, const ponder_op_call &call, Sizes &sizes, char *why, size_t size) {
     std::string_view outputs = op.signature;
@@ -165,6 +174,7 @@ bool check(const Op &op, const ponder_op_call &call, Sizes &sizes, char *why, si
     outputs.remove_prefix(inputs.size() + 3);
     sizes['1'] = 1; // a number alone in a shape
 
+    const ponder_tensor *stored = nullptr, *scales = nullptr;
     uint32_t index = 0;
     for (auto [side, n] : {std::pair(inputs, call.n_in), std::pair(outputs, call.n_out)}) {
         const uint32_t first = index;
@@ -185,6 +195,10 @@ bool check(const Op &op, const ponder_op_call &call, Sizes &sizes, char *why, si
                               op.name, index, int(e.name.size()), e.name.data(), op.signature);
                 return false;
             }
+            if (DType(t.dtype) == DType::i8)
+                stored = &t;
+            if (e.kind == 's' && !absent)
+                scales = &t;
             ++index;
         }
         if (index - first != n) {
@@ -196,6 +210,11 @@ bool check(const Op &op, const ponder_op_call &call, Sizes &sizes, char *why, si
     if (call.n_attr > op.n_attr || call.n_attr + op.n_attr_optional < op.n_attr) {
         std::snprintf(why, size, "%s: %u attributes instead of %u", op.name, call.n_attr,
                       op.n_attr);
+        return false;
+    }
+    if (bool(stored) != bool(scales) || (stored && !scales_fit(*scales, *stored))) {
+        std::snprintf(why, size, "%s: int8 weights and their scales do not go together for %s",
+                      op.name, op.signature);
         return false;
     }
     double attr[max_attrs] = {};
@@ -254,7 +273,8 @@ void run(void *kernel, void *const *buffers, void *, uint32_t) {
 }
 
 int32_t supports(int32_t dtype) {
-    return dtype == PONDER_DTYPE_F32 || dtype == PONDER_DTYPE_BF16 || dtype == PONDER_DTYPE_F64;
+    return dtype == PONDER_DTYPE_F32 || dtype == PONDER_DTYPE_BF16 || dtype == PONDER_DTYPE_F64 ||
+           dtype == PONDER_DTYPE_I8;
 }
 
 // The device has no state; it only needs an address.
