@@ -248,6 +248,110 @@ TEST_P(CpuOps, LoraLinear) {
                 }
 }
 
+// The same ops with int8 weights: few rows and many, scales of columns and of rows.
+TEST_P(CpuOps, ScaledWeights) {
+    if (!module()->supports(PONDER_DTYPE_I8))
+        GTEST_SKIP() << "weights are made floats for this device";
+    struct {
+        int64_t k, n, r;
+    } sizes[] = {{1, 1, 1}, {9, 7, 1}, {64, 192, 16}, {101, 33, 3}, {260, 96, 16}};
+    std::vector<Length> few(std::begin(lengths), std::end(lengths));
+    for (int64_t rows : {2, 3, 5, 7, 11, 16, 17})
+        few.push_back({1, rows});
+    for (const Length &n : few)
+        for (DType act : {f32, half})
+            for (const auto &z : sizes)
+                for (bool full : {false, true}) {
+                    const std::string what =
+                        shape_name(act, n.s, n.t) + " K=" + std::to_string(z.k);
+                    const Shape x = {n.s, n.t, z.k}, y = {n.s, n.t, z.n}, u = {n.s, n.t, z.r};
+                    for (bool transposed : {false, true})
+                        for (bool of_rows : {false, true}) {
+                            const ScaledTensor w = random_scaled(
+                                transposed ? Shape{z.n, z.k} : Shape{z.k, z.n}, seed++, of_rows);
+                            check(
+                                {"linear",
+                                 {random(act, x), w.w, full ? random(f32, {z.n}).frozen() : none(),
+                                  full ? random(f32, y) : none(), w.scales},
+                                 {{full ? f32 : act, y}},
+                                 {double(transposed)}},
+                                limit(act), what);
+                        }
+                    const ScaledTensor w = random_scaled({z.k, z.n}, seed++, false);
+                    const Tensor a = random(f32, {n.s, z.k, z.r}),
+                                 bb = random(f32, {n.s, z.r, z.n});
+                    check({"lora_linear",
+                           {random(act, x), w.w, full ? random(f32, {z.n}).frozen() : none(), a, bb,
+                            full ? random(f32, y) : none(), w.scales},
+                           {{full ? f32 : act, y}, {act, u}},
+                           {0.7}},
+                          limit(act), what);
+                    check({"lora_linear_vjp",
+                           {random(full ? f32 : act, y), w.w, a, bb, w.scales},
+                           {{act, x}, {act, u}},
+                           {0.7}},
+                          limit(act, true), what);
+                }
+    for (const Length &n : few)
+        for (DType act : {f32, half})
+            for (int64_t v : {3, 520, 1500}) {
+                const int64_t c = v == 520 ? 64 : 33;
+                const std::string what = shape_name(act, n.s, n.t) + " V=" + std::to_string(v);
+                const ScaledTensor table = random_scaled({v, c}, seed++, true);
+                const Tensor target = random_ids({n.s, n.t}, seed++, -1, int32_t(v));
+                const Shape row = {n.s, n.t};
+                const Case forward = {
+                    "cross_entropy",
+                    {random(act, {n.s, n.t, c}, 2), table.w, target, table.scales},
+                    {{f32, row}, {f32, row}, {act, {n.s, n.t, v}}},
+                    {}};
+                check(forward, limit(act), what);
+                const Tensor p = runner->run("cross_entropy", forward.in, forward.out)[2];
+                check({"cross_entropy_vjp",
+                       {p, table.w, target, random(f32, row), table.scales},
+                       {{act, {n.s, n.t, c}}},
+                       {}},
+                      limit(act, true), what);
+                check({"embedding",
+                       {random_ids({n.s, n.t}, seed++, 0, int32_t(v)), table.w,
+                        random(act, {n.t + 3, c}).frozen(), table.scales},
+                       {{f32, {n.s, n.t, c}}},
+                       {3}},
+                      1e-6, what);
+            }
+    const ScaledTensor w = random_scaled({33, 40}, seed++, false);
+    for (DType act : {f32, half})
+        for (int64_t rows : {9, 70})
+            check_rows({"linear",
+                        {random(act, {1, rows, 33}), w.w, none(), none(), w.scales},
+                        {{act, {1, rows, 40}}},
+                        {0}},
+                       0);
+}
+
+// A row's result is the same to the bit, however many rows come with it.
+TEST_P(CpuOps, ScaledWeightsFewRowsAsMany) {
+    if (!module()->supports(PONDER_DTYPE_I8))
+        GTEST_SKIP() << "weights are made floats for this device";
+    const ScaledTensor w = random_scaled({129, 70}, seed++, false);
+    for (DType act : {f32, half}) {
+        const Tensor x = random(act, {1, 40, 129});
+        const auto linear = [&](int64_t rows) {
+            Tensor part(act, {1, rows, 129});
+            for (int64_t i = 0; i < part.count(); ++i)
+                part.set(i, x.at(i));
+            return runner->run("linear", {part, w.w, none(), none(), w.scales},
+                               {{f32, {1, rows, 70}}}, {0})[0];
+        };
+        const Tensor many = linear(40);
+        for (int64_t rows : {1, 2, 3, 8, 16}) {
+            const Tensor few = linear(rows);
+            EXPECT_EQ(0, std::memcmp(few.block->data(), many.block->data(), few.block->size()))
+                << rows;
+        }
+    }
+}
+
 TEST_P(CpuOps, Elementwise) {
     for (const Length &n : lengths)
         for (DType act : {f32, half})

@@ -4,6 +4,7 @@
 // reduced at once, the sums being rescaled when a row's top rises. Where p is wanted, e goes to p
 // relative to the top of its time, and a second sweep over the tile makes up for the difference.
 // cross_entropy_vjp: dh = dnll (p table - table[target]), 0 for rows without target.
+// An int8 table has a scale for each row: of a column of the logits, of a column of p in the vjp.
 #include "gemm.hpp"
 #include "ops.hpp"
 
@@ -17,9 +18,10 @@ constexpr int64_t kDepth = 512; // units of V at a time in the vjp
 
 struct CrossEntropy : Kernel {
     int64_t row_count, width, vocabulary;
-    const uint32_t *table;
+    Weight table;
     bool half_;
     int32_t h, p, dh, stored_table;
+    uint32_t out; // place of the first output
 };
 
 // The running sums of a tile's rows.
@@ -64,11 +66,12 @@ void forward(const Kernel *kernel, void *const *buffers, void *workspace, uint32
     const Span s = span(task, kTile, k.row_count);
     const int64_t m = s.end - s.begin;
     const int32_t *target = static_cast<const int32_t *>(buffers[2]) + s.begin;
-    const View p = View::of(buffers[5], k.p);
+    const View p = View::of(buffers[k.out + 2], k.p);
     Carver carver{static_cast<char *>(workspace)};
     uint32_t *a = carver.take<uint32_t>(a_rows_units(depth));
     float *logits = carver.take<float>(size_t(kTile * kRow));
     float *tops = carver.take<float>(size_t(tiles(v, kColumns) * kTile)); // of e in p, per block
+    uint32_t *wide = carver.take<uint32_t>(0);
     Sums sums;
     for (int64_t i = 0; i < m; ++i)
         sums.top[i] = -3e38f, sums.z[i] = sums.weighted[i] = sums.target[i] = 0;
@@ -76,12 +79,14 @@ void forward(const Kernel *kernel, void *const *buffers, void *workspace, uint32
     Product product_;
     product_.half = k.half_;
     product_.y = View::of(logits, kF32), product_.y_row = kRow;
-    product_.part[0] = packed_part(a, k.table, depth);
+    product_.wide = wide;
     left_operand(product_.part[0], a, View::of(buffers[0], k.h).at(s.begin * k.width), k.width, m,
                  k.width, k.half_);
     for (int64_t c = 0; c < v; c += kColumns) {
         const int64_t n = smaller(v - c, kColumns);
-        product_.part[0].b = k.table + c * depth;
+        k.table.use(product_, c, 0);
+        if (k.table.bytes)
+            product_.scales = View::of(buffers[k.out - 1], kF32).at(c);
         product(product_, m, n);
         for (int64_t i = 0; i < m; ++i) {
             if (target[i] >= c && target[i] < c + n)
@@ -91,8 +96,8 @@ void forward(const Kernel *kernel, void *const *buffers, void *workspace, uint32
             tops[c / kColumns * kTile + i] = sums.top[i];
         }
     }
-    float *nll = static_cast<float *>(buffers[3]) + s.begin;
-    float *entropy = static_cast<float *>(buffers[4]) + s.begin;
+    float *nll = static_cast<float *>(buffers[k.out]) + s.begin;
+    float *entropy = static_cast<float *>(buffers[k.out + 1]) + s.begin;
     for (int64_t i = 0; i < m; ++i) {
         const float log_z = ::logf(sums.z[i]);
         nll[i] = target[i] < 0 ? 0 : log_z - (sums.target[i] - sums.top[i]);
@@ -114,32 +119,39 @@ void backward(const Kernel *kernel, void *const *buffers, void *workspace, uint3
     const CrossEntropy &k = *static_cast<const CrossEntropy *>(kernel);
     const int64_t v = k.vocabulary, c = k.width, step = k.half_ ? 2 * kDepth : kDepth;
     const Span s = span(task, kTile, k.row_count);
-    const int64_t m = s.end - s.begin, depth = units(v, k.half_);
+    const int64_t m = s.end - s.begin;
+    const bool bytes = k.table.bytes != nullptr;
+    const View scales = {bytes ? static_cast<char *>(buffers[k.out - 1]) : nullptr, false};
     Carver carver{static_cast<char *>(workspace)};
     uint32_t *a = carver.take<uint32_t>(a_rows_units(kDepth));
     float *sums = carver.take<float>(size_t(kTile * c));
+    uint32_t *wide = carver.take<uint32_t>(0);
     Product p;
     p.half = k.half_;
     p.y = View::of(sums, kF32), p.y_row = c;
     for (int64_t j = 0; j < v; j += step) {
-        const int64_t n = smaller(v - j, step), first = units(j, k.half_);
-        p.part[0] = packed_part(a, k.table + first * kPanel, units(n, k.half_));
-        p.part[0].b_panel = kPanel * depth;
-        left_operand(p.part[0], a, View::of(buffers[0], k.p).at(s.begin * v + j), v, m, n, k.half_);
+        const int64_t n = smaller(v - j, step);
+        const View from = View::of(buffers[0], k.p).at(s.begin * v + j);
+        k.table.use(p, 0, units(j, k.half_));
+        p.part[0].k = units(n, k.half_);
+        p.wide = wide;
+        left_operand(p.part[0], a, from, v, m, n, k.half_, bytes ? scales.at(j) : scales);
         product(p, m, c);
         p.accumulate = true;
     }
     const View table = View::of(buffers[1], k.stored_table);
+    const int8_t *stored = static_cast<const int8_t *>(buffers[1]);
     const int32_t *target = static_cast<const int32_t *>(buffers[2]) + s.begin;
     const float *dnll = static_cast<const float *>(buffers[3]) + s.begin;
     for (int64_t i = 0; i < m; ++i) {
         const bool learn = target[i] >= 0 && target[i] < v;
-        const View row = table.at(learn ? target[i] * c : 0);
-        const View dh = View::of(buffers[4], k.dh).at((s.begin + i) * c);
-        const vf d = set(dnll[i]);
+        const int64_t row = learn ? target[i] * c : 0;
+        const View dh = View::of(buffers[k.out], k.dh).at((s.begin + i) * c);
+        const vf d = set(dnll[i]), scale = set(bytes && learn ? scales.one(target[i]) : 1);
         each_vector(
             c, PONDER_EACH(j, n) {
-                const vf g = (p.y.get(i * c + j, n) - row.get(j, n)) * d;
+                const vf t = bytes ? load(stored + row + j, n) * scale : table.get(row + j, n);
+                const vf g = (p.y.get(i * c + j, n) - t) * d;
                 dh.put(j, learn ? g : set(0), n);
             });
     }
@@ -148,41 +160,43 @@ void backward(const Kernel *kernel, void *const *buffers, void *workspace, uint3
 } // namespace
 
 int32_t plan_cross_entropy(const Call &c) {
-    const void *table = c.op->constant[1];
-    if (!table || !floats(in(c, 0)) || !floats(in(c, 1)) || in(c, 2).dtype != kI32 ||
-        out(c, 0).dtype != kF32 || out(c, 1).dtype != kF32 || !floats_or_none(out(c, 2)))
+    if (!c.op->constant[1] || !floats(in(c, 0)) || !is_weight(in(c, 1)) || in(c, 2).dtype != kI32 ||
+        out(c, 0).dtype != kF32 || out(c, 1).dtype != kF32 || !floats_or_none(out(c, 2)) ||
+        (scaled(c, 1) && !scales_columns(c, in(c, 1).dim[0], true)))
         return PONDER_PLAN_NONE;
     CrossEntropy *k = new_kernel<CrossEntropy>(forward);
     if (!k)
         return PONDER_PLAN_FAILED;
     k->row_count = rows(in(c, 0)), k->width = last(in(c, 0)), k->vocabulary = in(c, 1).dim[0];
-    k->half_ = in(c, 1).dtype == kBF16;
+    k->half_ = is_half(c, 1, in(c, 0), out(c, 2)), k->out = c.op->n_in;
     k->h = in(c, 0).dtype, k->p = out(c, 2).dtype;
-    k->table = pack_weight(c, table, in(c, 1).dtype, k->width, k->vocabulary, true);
+    k->table = pack_weight(c, 1, k->width, k->vocabulary, true, k->half_);
     if (!k->table)
         return forget(k);
     return planned_rows(c, k, k->row_count,
                         padded(4 * a_rows_units(units(k->width, k->half_))) +
                             padded(4 * kTile * kRow) +
-                            padded(size_t(4 * tiles(k->vocabulary, kColumns) * kTile)));
+                            padded(size_t(4 * tiles(k->vocabulary, kColumns) * kTile)) +
+                            4 * wide_units(c, 1, k->row_count, k->table.depth));
 }
 
 int32_t plan_cross_entropy_vjp(const Call &c) {
-    const void *table = c.op->constant[1];
-    if (!table || !floats(in(c, 0)) || !floats(in(c, 1)) || in(c, 2).dtype != kI32 ||
-        in(c, 3).dtype != kF32 || !floats(out(c, 0)))
+    if (!c.op->constant[1] || !floats(in(c, 0)) || !is_weight(in(c, 1)) || in(c, 2).dtype != kI32 ||
+        in(c, 3).dtype != kF32 || !floats(out(c, 0)) ||
+        (scaled(c, 1) && !scales_columns(c, in(c, 1).dim[0], true)))
         return PONDER_PLAN_NONE;
     CrossEntropy *k = new_kernel<CrossEntropy>(backward);
     if (!k)
         return PONDER_PLAN_FAILED;
     k->row_count = rows(in(c, 0)), k->width = last(out(c, 0)), k->vocabulary = in(c, 1).dim[0];
-    k->half_ = in(c, 1).dtype == kBF16;
+    k->half_ = is_half(c, 1, in(c, 0), out(c, 0)), k->out = c.op->n_in;
     k->p = in(c, 0).dtype, k->dh = out(c, 0).dtype, k->stored_table = in(c, 1).dtype;
-    k->table = pack_weight(c, table, in(c, 1).dtype, k->vocabulary, k->width, false);
+    k->table = pack_weight(c, 1, k->vocabulary, k->width, false, k->half_);
     if (!k->table)
         return forget(k);
     return planned_rows(c, k, k->row_count,
-                        padded(4 * a_rows_units(kDepth)) + padded(size_t(4 * kTile * k->width)));
+                        padded(4 * a_rows_units(kDepth)) + padded(size_t(4 * kTile * k->width)) +
+                            4 * wide_units(c, 1, k->row_count, kDepth));
 }
 
 } // namespace ponder::cpu::PONDER_ISA

@@ -89,12 +89,63 @@ PONDER_INLINE void multiply(vf (&sum)[M][N], const Part &part, const uint32_t *a
     }
 }
 
+// The same with rows of a packed and B a panel of int8, widened in registers.
+template <int M, int N, bool Half>
+PONDER_INLINE void multiply_bytes(vf (&sum)[M][N], int64_t depth, const uint32_t *a,
+                                  const int8_t *b) {
+    for (int64_t k0 = 0; k0 < depth; k0 += kChunk, a += kChunkUnits) {
+        const int64_t kn = smaller(depth - k0, kChunk);
+        const uint32_t *ak = a;
+        for (int64_t k = 0; k < kn; ++k, ++ak, b += Half ? 2 * kPanel : kPanel) {
+            vf even[N], odd[N];
+#pragma GCC unroll 2
+            for (int j = 0; j < N; ++j) {
+                even[j] = load(b + j * W);
+                if (Half)
+                    odd[j] = load(b + kPanel + j * W);
+            }
+#if defined(__AVX512BF16__)
+            if constexpr (Half) {
+                __m512bh bv[N];
+#pragma GCC unroll 2
+                for (int j = 0; j < N; ++j)
+                    bv[j] = (__m512bh)join_exact(even[j], odd[j]);
+#pragma GCC unroll 16
+                for (int i = 0; i < M; ++i) {
+                    const __m512bh av = (__m512bh)_mm512_set1_epi32(int(ak[i * kStride]));
+#pragma GCC unroll 2
+                    for (int j = 0; j < N; ++j)
+                        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], av, bv[j]);
+                }
+                continue;
+            }
+#endif
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) {
+                const uint32_t u = ak[i * kStride];
+                const vf lo = set(as_float(Half ? u << 16 : u));
+#pragma GCC unroll 2
+                for (int j = 0; j < N; ++j)
+                    sum[i][j] = fma(lo, even[j], sum[i][j]);
+                if (Half) {
+                    const vf hi = set(as_float(u & 0xffff0000u));
+#pragma GCC unroll 2
+                    for (int j = 0; j < N; ++j)
+                        sum[i][j] = fma(hi, odd[j], sum[i][j]);
+                }
+            }
+        }
+    }
+}
+
 // y = alpha sum + bias + add (+ y) for rows [r, r + m) and `width` columns; sum(i) is row i's.
 // What the call does without is decided once for all rows.
 template <bool Plain, bool Narrow, class Sum>
 PONDER_INLINE void finish_rows(const Product &p, Sum sum, int64_t r, int64_t m, int64_t column,
                                int width) {
-    const vf alpha = set(p.alpha);
+    vf alpha = set(p.alpha);
+    if (p.scales.data)
+        alpha = width == W ? p.scales.get(column) : p.scales.get(column, width);
     vf bias = set(0);
     if (p.bias.data)
         bias = width == W ? p.bias.get(column) : p.bias.get(column, width);
@@ -159,6 +210,21 @@ __attribute__((noinline)) void block(const Product &p, int64_t r, int64_t m, int
 #pragma GCC unroll 2
     for (int j = 0; j < N; ++j)
         finish(p, InRegisters<M, N>{sum, j}, r, m, c + j * W, widths[j]);
+}
+
+// The same of one panel, part 0 being int8.
+template <int M, bool Half>
+__attribute__((noinline)) void bytes_block(const Product &p, int64_t r, int64_t m, int64_t n) {
+    vf sum[M][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+        sum[i][0] = sum[i][1] = set(0);
+    multiply_bytes<M, 2, Half>(sum, p.part[0].k, p.part[0].a + r * kStride, p.bytes);
+    if (p.parts > 1)
+        multiply<M, 2, Half, false>(sum, p.part[1], p.part[1].a + r * kStride, p.part[1].b);
+    finish(p, InRegisters<M, 2>{sum, 0}, r, m, 0, int(smaller(n, W)));
+    if (n > W)
+        finish(p, InRegisters<M, 2>{sum, 1}, r, m, W, int(n - W));
 }
 
 template <int M, bool Half, bool Columns>
@@ -289,9 +355,63 @@ template <bool Half, bool Columns> void tile(const Product &p, int64_t m, int64_
     }
 }
 
+template <bool Half> void few_rows(const Product &p, int64_t m, int64_t n) {
+    for (int64_t r = 0; r < m;) {
+        const int64_t rest = m - r;
+        if (rest > 4)
+            bytes_block<8, Half>(p, r, smaller(rest, 8), n), r += 8;
+        else if (rest > 2)
+            bytes_block<4, Half>(p, r, rest, n), r += 4;
+        else if (rest > 1)
+            bytes_block<2, Half>(p, r, rest, n), r += 2;
+        else
+            bytes_block<1, Half>(p, r, rest, n), r += 1;
+    }
+}
+
+void widen_panel(uint32_t *to, const int8_t *b, int64_t depth, bool half_) {
+    float *wide = reinterpret_cast<float *>(to);
+    if (half_)
+        for (int64_t k = 0; k < depth; ++k, wide += kPanel, b += 2 * kPanel)
+            for (int j = 0; j < kPanel; j += W)
+                store(wide + j, join_exact(load(b + j), load(b + kPanel + j)));
+    else
+        for (int64_t k = 0; k < depth; ++k, wide += kPanel, b += kPanel)
+            for (int j = 0; j < kPanel; j += W)
+                store(wide + j, load(b + j));
+}
+
+// One panel after the other.
+void product_of_bytes(const Product &p, int64_t m, int64_t n) {
+    Product q = p;
+    for (int64_t c = 0; c < n; c += kPanel) {
+        const int64_t cn = smaller(n - c, kPanel);
+        if (m <= kFewRows) {
+            p.half ? few_rows<true>(q, m, cn) : few_rows<false>(q, m, cn);
+        } else {
+            Product w = q;
+            w.bytes = nullptr;
+            widen_panel(p.wide, q.bytes, p.part[0].k, p.half);
+            w.part[0].b = p.wide;
+            product(w, m, cn);
+        }
+        q.bytes += p.part[0].b_panel;
+        q.part[1].b += p.part[1].b_panel;
+        if (p.scales.data)
+            q.scales = q.scales.at(kPanel);
+        if (p.bias.data)
+            q.bias = q.bias.at(kPanel);
+        if (p.add)
+            q.add += kPanel;
+        q.y = q.y.at(kPanel);
+    }
+}
+
 } // namespace
 
 void product(const Product &p, int64_t m, int64_t n) {
+    if (p.bytes)
+        return product_of_bytes(p, m, n);
 #if defined(__AMX_BF16__)
     if (p.half && !p.columns)
         return amx_tile(p, m, n);

@@ -7,7 +7,8 @@
 namespace ponder::cpu::PONDER_ISA {
 
 constexpr int64_t kTile = PONDER_ROW_TILE;
-constexpr int32_t kF32 = PONDER_DTYPE_F32, kBF16 = PONDER_DTYPE_BF16, kI32 = PONDER_DTYPE_I32;
+constexpr int32_t kF32 = PONDER_DTYPE_F32, kBF16 = PONDER_DTYPE_BF16, kI32 = PONDER_DTYPE_I32,
+                  kI8 = PONDER_DTYPE_I8;
 
 PONDER_INLINE const ponder_tensor &in(const Call &c, uint32_t i) { return c.op->tensor[i]; }
 PONDER_INLINE const ponder_tensor &out(const Call &c, uint32_t i) {
@@ -20,6 +21,9 @@ PONDER_INLINE bool given(const ponder_tensor &t) { return t.dtype != PONDER_DTYP
 PONDER_INLINE bool floats(const ponder_tensor &t) { return t.dtype == kF32 || t.dtype == kBF16; }
 PONDER_INLINE bool f32_or_none(const ponder_tensor &t) { return !given(t) || t.dtype == kF32; }
 PONDER_INLINE bool floats_or_none(const ponder_tensor &t) { return !given(t) || floats(t); }
+// A frozen weight, int8 only with scales, which are the last input then.
+PONDER_INLINE bool is_weight(const ponder_tensor &t) { return floats(t) || t.dtype == kI8; }
+PONDER_INLINE bool scaled(const Call &c, uint32_t w) { return in(c, w).dtype == kI8; }
 PONDER_INLINE int64_t last(const ponder_tensor &t) { return t.rank ? t.dim[t.rank - 1] : 1; }
 PONDER_INLINE int64_t count(const ponder_tensor &t) {
     int64_t n = 1;

@@ -1,5 +1,6 @@
 // linear: y = add + x w + b, or x w^T. A task is one tile of rows times all of w, packed once per
-// device; bias, add and the conversion of y happen while the sums are in registers.
+// device; bias, add and the conversion of y happen while the sums are in registers. Few rows and an
+// int8 w: a task is some columns, so that every thread reads its share of w.
 #include "gemm.hpp"
 #include "ops.hpp"
 
@@ -8,44 +9,72 @@ namespace {
 
 struct Linear : Kernel {
     int64_t row_count, k, n;
-    const uint32_t *w;
-    bool half_;
+    int64_t columns; // of a task
+    Weight w;
+    bool half_, scales_columns;
     int32_t x, b, y;
+    uint32_t out; // place of y
 };
 
-void run(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t task) {
-    const Linear &l = *static_cast<const Linear *>(kernel);
-    const Span s = span(task, kTile, l.row_count);
-    uint32_t *a = static_cast<uint32_t *>(workspace);
+// y[rows, columns]; only the columns or only the rows are a part of all.
+void block(const Linear &l, void *const *buffers, void *workspace, Span r, Span c) {
+    const int64_t m = r.end - r.begin, at = r.begin * l.n + c.begin;
+    const View scales = {l.w.bytes ? static_cast<char *>(buffers[l.out - 1]) : nullptr, false};
+    Carver work{static_cast<char *>(workspace)};
+    uint32_t *a = work.take<uint32_t>(a_rows_units(l.w.depth));
     Product p;
     p.half = l.half_;
-    p.part[0] = packed_part(a, l.w, units(l.k, l.half_));
-    left_operand(p.part[0], a, View::of(buffers[0], l.x).at(s.begin * l.k), l.k, s.end - s.begin,
-                 l.k, l.half_);
-    p.bias = View::of(buffers[2], l.b);
+    p.wide = work.take<uint32_t>(0);
+    l.w.use(p, c.begin, 0);
+    left_operand(p.part[0], a, View::of(buffers[0], l.x).at(r.begin * l.k), l.k, m, l.k, l.half_,
+                 l.scales_columns ? View{nullptr, false} : scales);
+    if (l.scales_columns)
+        p.scales = scales.at(c.begin);
+    if (buffers[2])
+        p.bias = View::of(buffers[2], l.b).at(c.begin);
     if (buffers[3])
-        p.add = static_cast<const float *>(buffers[3]) + s.begin * l.n, p.add_row = l.n;
-    p.y = View::of(buffers[4], l.y).at(s.begin * l.n), p.y_row = l.n;
-    product(p, s.end - s.begin, l.n);
+        p.add = static_cast<const float *>(buffers[3]) + at, p.add_row = l.n;
+    p.y = View::of(buffers[l.out], l.y).at(at), p.y_row = l.n;
+    product(p, m, c.end - c.begin);
 }
+
+void rows_task(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t task) {
+    const Linear &l = *static_cast<const Linear *>(kernel);
+    block(l, buffers, workspace, span(task, kTile, l.row_count), {0, l.n});
+}
+
+void columns_task(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t task) {
+    const Linear &l = *static_cast<const Linear *>(kernel);
+    block(l, buffers, workspace, {0, l.row_count}, span(task, l.columns, l.n));
+}
+
+constexpr int64_t kColumnTasks = 16; // at most
 
 } // namespace
 
 int32_t plan_linear(const Call &c) {
-    const void *w = c.op->constant[1];
-    if (!w || !floats(in(c, 0)) || !floats(in(c, 1)) || !floats_or_none(in(c, 2)) ||
-        !f32_or_none(in(c, 3)) || !floats(out(c, 0)))
+    if (!c.op->constant[1] || !floats(in(c, 0)) || !is_weight(in(c, 1)) ||
+        !floats_or_none(in(c, 2)) || !f32_or_none(in(c, 3)) || !floats(out(c, 0)))
         return PONDER_PLAN_NONE;
-    Linear *l = new_kernel<Linear>(run);
+    Linear *l = new_kernel<Linear>(rows_task);
     if (!l)
         return PONDER_PLAN_FAILED;
+    const bool transposed = attr(c, 0) != 0;
     l->row_count = rows(in(c, 0)), l->k = last(in(c, 0)), l->n = last(out(c, 0));
-    l->half_ = in(c, 1).dtype == kBF16;
+    l->half_ = is_half(c, 1, in(c, 0), out(c, 0));
     l->x = in(c, 0).dtype, l->b = in(c, 2).dtype, l->y = out(c, 0).dtype;
-    l->w = pack_weight(c, w, in(c, 1).dtype, l->k, l->n, attr(c, 0) != 0);
+    l->scales_columns = scaled(c, 1) && scales_columns(c, l->n, transposed);
+    l->out = c.op->n_in;
+    l->w = pack_weight(c, 1, l->k, l->n, transposed, l->half_);
     if (!l->w)
         return forget(l);
-    return planned_rows(c, l, l->row_count, 4 * a_rows_units(units(l->k, l->half_)));
+    const size_t work =
+        padded(4 * a_rows_units(l->w.depth)) + 4 * wide_units(c, 1, l->row_count, l->w.depth);
+    if (!l->w.bytes || l->row_count > kFewRows)
+        return planned_rows(c, l, l->row_count, work);
+    l->run = columns_task;
+    l->columns = tiles(tiles(l->n, kPanel), kColumnTasks) * kPanel;
+    return planned(c, l, tiles(l->n, l->columns), PONDER_TILE_ANY, work);
 }
 
 } // namespace ponder::cpu::PONDER_ISA

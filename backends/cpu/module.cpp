@@ -42,7 +42,9 @@ const char *isa() {
     return best ? best->name : "none";
 }
 
-int32_t supports(int32_t dtype) { return dtype == PONDER_DTYPE_F32 || dtype == PONDER_DTYPE_BF16; }
+int32_t supports(int32_t dtype) {
+    return dtype == PONDER_DTYPE_F32 || dtype == PONDER_DTYPE_BF16 || dtype == PONDER_DTYPE_I8;
+}
 
 ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
     const Isa *best = best_isa();

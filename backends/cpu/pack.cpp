@@ -125,7 +125,7 @@ PONDER_INLINE void copy_chunk(uint32_t *to, const char *from) {
 
 } // namespace
 
-void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_) {
+void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_, View factor) {
     const int64_t chunk = half_ ? 2 * kChunk : kChunk;
     for (int64_t i = 0; i < m; ++i)
         for (int64_t k0 = 0; k0 < k; k0 += chunk) {
@@ -136,7 +136,11 @@ void pack_a(uint32_t *to, View x, int64_t step, int64_t m, int64_t k, bool half_
                 for (int64_t u = kn / 2; u < units(kn, true); ++u)
                     row[u] = 0;
             const View packed = {reinterpret_cast<char *>(row), half_};
-            if (half_ && from.narrow && kn == chunk)
+            if (factor.data) {
+                const View by = factor.at(k0);
+                each_vector(
+                    kn, PONDER_EACH(e, n) { packed.put(e, from.get(e, n) * by.get(e, n), n); });
+            } else if (half_ && from.narrow && kn == chunk)
                 copy_chunk(row, from.data);
             else if (half_ && from.narrow)
                 memcpy(row, from.data, size_t(kn) * 2);
@@ -200,23 +204,49 @@ struct WeightContext {
     bool transposed;
 };
 
-void pack_weight_now(void *to, const void *context) {
+void pack_units(void *to, const void *context) {
     const WeightContext &c = *static_cast<const WeightContext *>(context);
     pack_b(static_cast<uint32_t *>(to), c.w, c.transposed ? 1 : c.n, c.transposed ? c.k : 1, c.k,
            c.n, c.w.narrow);
 }
 
+void pack_bytes(void *to, const void *context) {
+    const WeightContext &c = *static_cast<const WeightContext *>(context);
+    const int64_t rows = byte_rows(c.k);
+    char *panel = static_cast<char *>(to);
+    for (int64_t j = 0; j < c.n; j += kPanel, panel += rows * kPanel) {
+        const int64_t n = smaller(c.n - j, kPanel);
+        memset(panel, 0, size_t(rows * kPanel));
+        if (!c.transposed) {
+            for (int64_t k = 0; k < c.k; ++k)
+                memcpy(panel + k * kPanel, c.w.data + k * c.n + j, size_t(n));
+            continue;
+        }
+        // Blocks of k, so that a column's bytes are in cache for the next one.
+        for (int64_t k0 = 0; k0 < c.k; k0 += 2 * kChunk)
+            for (int64_t i = 0; i < n; ++i) {
+                const char *from = c.w.data + (j + i) * c.k;
+                for (int64_t k = k0; k < smaller(k0 + 2 * kChunk, c.k); ++k)
+                    panel[k * kPanel + i] = from[k];
+            }
+    }
+}
+
 } // namespace
 
-const uint32_t *pack_weight(const Call &c, const void *w, int32_t dtype, int64_t k, int64_t n,
-                            bool transposed) {
-    const bool half_ = dtype == kBF16;
-    const WeightContext context = {View::of(const_cast<void *>(w), dtype), k, n, transposed};
+Weight pack_weight(const Call &c, uint32_t i, int64_t k, int64_t n, bool transposed, bool half_) {
+    void *w = const_cast<void *>(c.op->constant[i]);
+    const bool bytes = scaled(c, i);
+    const WeightContext context = {View::of(w, in(c, i).dtype), k, n, transposed};
     const uint64_t layout =
-        uint64_t(k) << 34 | uint64_t(n) << 2 | uint64_t(half_) << 1 | transposed;
-    return static_cast<const uint32_t *>(packed_weight(c.device, w, layout,
-                                                       4 * b_units(units(k, half_), n),
-                                                       pack_weight_now, &context, sizeof context));
+        uint64_t(k) << 34 | uint64_t(n) << 2 | uint64_t(half_ && !bytes) << 1 | transposed;
+    const int64_t depth = units(k, half_);
+    const void *packed =
+        packed_weight(c.device, w, layout, bytes ? b_bytes(k, n) : 4 * b_units(depth, n),
+                      bytes ? pack_bytes : pack_units, &context, sizeof context);
+    if (bytes)
+        return {nullptr, static_cast<const int8_t *>(packed), depth, kPanel * byte_rows(k)};
+    return {static_cast<const uint32_t *>(packed), nullptr, depth, kPanel * depth};
 }
 
 } // namespace ponder::cpu::PONDER_ISA

@@ -72,6 +72,18 @@ PONDER_INLINE void store(half *p, vf x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), narrow(x));
 }
 PONDER_INLINE void store(half *p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x)); }
+PONDER_INLINE vf load(const int8_t *p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
+PONDER_INLINE vf load(const int8_t *p, int n) {
+    if (__builtin_constant_p(n) && n == W)
+        return load(p);
+    int8_t t[W] = {};
+    for (int i = 0; i < n && i < W; ++i)
+        t[i] = p[i];
+    return load(t);
+}
 // Two bf16 in each 32 bits: lo in the low half.
 PONDER_INLINE vf interleave(vf lo, vf hi) {
     const vi l = _mm512_cvtepu16_epi32(narrow(lo)), h = _mm512_cvtepu16_epi32(narrow(hi));
@@ -155,6 +167,18 @@ PONDER_INLINE void store(half *p, vf x, int n) {
     store(t, x);
     for (int i = 0; i < n && i < W; ++i)
         p[i] = t[i];
+}
+PONDER_INLINE vf load(const int8_t *p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+}
+PONDER_INLINE vf load(const int8_t *p, int n) {
+    if (__builtin_constant_p(n) && n == W)
+        return load(p);
+    int8_t t[W] = {};
+    for (int i = 0; i < n && i < W; ++i)
+        t[i] = p[i];
+    return load(t);
 }
 // Two bf16 in each 32 bits: lo in the low half.
 PONDER_INLINE vf interleave(vf lo, vf hi) {
