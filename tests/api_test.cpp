@@ -616,6 +616,79 @@ TEST(ApiBackends, AreListedWithReasons) {
     EXPECT_STATUS(PONDER_E_NOT_FOUND, ponder_runtime_create(&runtime, &options, e), "backend_path");
 }
 
+TEST(ApiModel, Int8Weights) {
+    ponder_runtime *runtime = make_runtime();
+    TempDir dir;
+    const std::string out = dir.file("int8");
+    EXPECT_STATUS(PONDER_E_ARGUMENT,
+                  ponder_model_convert(nullptr, tiny, out.c_str(), "int8", nullptr, e), "runtime");
+    EXPECT_STATUS(PONDER_E_ARGUMENT,
+                  ponder_model_convert(runtime, nullptr, out.c_str(), "int8", nullptr, e), "path");
+    EXPECT_STATUS(PONDER_E_ARGUMENT,
+                  ponder_model_convert(runtime, tiny, nullptr, "int8", nullptr, e), "out");
+    EXPECT_STATUS(PONDER_E_ARGUMENT,
+                  ponder_model_convert(runtime, tiny, out.c_str(), nullptr, nullptr, e), "weights");
+    EXPECT_STATUS(PONDER_E_ARGUMENT,
+                  ponder_model_convert(runtime, tiny, out.c_str(), "int4", nullptr, e), "int4");
+    ponder_call cancelling{};
+    cancelling.struct_size = sizeof cancelling;
+    cancelling.progress = [](void *, uint64_t, uint64_t) -> int32_t { return 1; };
+    EXPECT_STATUS(PONDER_E_CANCELLED,
+                  ponder_model_convert(runtime, tiny, out.c_str(), "int8", &cancelling, e), "");
+    EXPECT_FALSE(std::filesystem::exists(out));
+    EXPECT_STATUS(PONDER_OK, ponder_model_convert(runtime, tiny, out.c_str(), "int8", nullptr, e),
+                  "");
+    EXPECT_STATUS(PONDER_E_STATE,
+                  ponder_model_convert(runtime, tiny, out.c_str(), "int8", nullptr, e), "weights");
+
+    ponder_model_options options{};
+    options.struct_size = sizeof options;
+    const auto loaded = [&](const char *folder, const char *weights) {
+        options.weights = weights;
+        ponder_model *model = nullptr;
+        EXPECT_STATUS(PONDER_OK, ponder_model_load(&model, runtime, folder, &options, nullptr, e),
+                      "");
+        ponder_model_info info{};
+        info.struct_size = sizeof info;
+        EXPECT_EQ(PONDER_OK, ponder_model_get(model, &info, nullptr));
+        std::string text = info.weights;
+        for (const char *part : {info.dtype, info.hash})
+            text.append(1, ' ').append(part);
+        ponder_model_release(model);
+        return text;
+    };
+    const std::string plain = loaded(tiny, nullptr), int8 = loaded(tiny, "int8");
+    EXPECT_EQ(plain.substr(0, 10), "float f32 ");
+    EXPECT_EQ(int8.substr(0, 9), "int8 f32 ");
+    EXPECT_EQ(plain.substr(10), int8.substr(9)); // the hash
+    EXPECT_EQ(loaded(tiny, "auto"), plain);
+    EXPECT_EQ(loaded(out.c_str(), "auto"), int8);
+    EXPECT_EQ(loaded(out.c_str(), nullptr), int8);
+    EXPECT_EQ(loaded(out.c_str(), "float"), plain);
+    ponder_model *none = nullptr;
+    options.weights = "int2";
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_model_load(&none, runtime, tiny, &options, nullptr, e),
+                  "int2");
+
+    // A caller from before there was a choice.
+    options.struct_size = offsetof(ponder_model_options, weights);
+    EXPECT_STATUS(PONDER_OK, ponder_model_load(&none, runtime, tiny, &options, nullptr, e), "");
+    ponder_model_release(none);
+
+    ponder_options *o = make_options();
+    ponder_memory_plan wide{}, narrow{};
+    wide.struct_size = narrow.struct_size = sizeof wide;
+    options.struct_size = sizeof options;
+    options.weights = "float";
+    EXPECT_STATUS(PONDER_OK, ponder_plan_memory(runtime, out.c_str(), &options, o, &wide, e), "");
+    options.weights = "auto";
+    EXPECT_STATUS(PONDER_OK, ponder_plan_memory(runtime, out.c_str(), &options, o, &narrow, e), "");
+    EXPECT_LT(narrow.weights * 2, wide.weights);
+    EXPECT_LE(narrow.packed_weights * 2, wide.packed_weights);
+    ponder_options_destroy(o);
+    ponder_runtime_destroy(runtime);
+}
+
 TEST(ApiModel, TokenizesAnyBytes) {
     ponder_runtime *runtime = make_runtime();
     ponder_model *model = make_model(runtime, PONDER_MODEL_CODE10M);

@@ -277,6 +277,8 @@ TEST_P(CpuOps, ScaledWeights) {
                                  {double(transposed)}},
                                 limit(act), what);
                         }
+                    if (z.k == 1 && act == half)
+                        continue; // a sum of two products may cancel: few bits are left in bf16
                     const ScaledTensor w = random_scaled({z.k, z.n}, seed++, false);
                     const Tensor a = random(f32, {n.s, z.k, z.r}),
                                  bb = random(f32, {n.s, z.r, z.n});

@@ -14,13 +14,15 @@ namespace {
 
 const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny"; // 2 layers, width 64, vocabulary 320
 
-std::shared_ptr<const Model> load(const char *backend, const char *dtype, uint64_t limit = 0) {
+std::shared_ptr<const Model> load(const char *backend, const char *dtype, uint64_t limit = 0,
+                                  const char *weights = "auto") {
     auto runtime = std::make_shared<Runtime>();
     runtime->memory = std::make_shared<Memory>(limit, nullptr, nullptr, nullptr);
     runtime->threads = std::make_shared<Threads>(3);
     runtime->backends = {{reference_backend(), "reference", "", ""},
                          {offset::backend(), "offset", "", ""}};
-    return std::make_shared<Model>(runtime, tiny, backend, dtype, [](uint64_t, uint64_t) {});
+    return std::make_shared<Model>(
+        runtime, tiny, backend, dtype, [](uint64_t, uint64_t) {}, weights);
 }
 
 std::vector<int32_t> random_tokens(size_t count, uint64_t seed) {
@@ -93,6 +95,11 @@ TEST(DeviceMemory, SessionsAreThoseOfTheHost) {
                 EXPECT_EQ(life(host, values, restore), life(device, values, restore))
                     << values[0].second << " " << values.back().second << " " << dtype;
     }
+    const auto host = load("reference", "bf16", 0, "int8"),
+               device = load("offset", "bf16", 0, "int8");
+    ASSERT_EQ(device->backbone().storage(), Storage::int8);
+    for (const Values &values : cases)
+        EXPECT_EQ(life(host, values, true), life(device, values, true)) << values[0].second;
     EXPECT_GT(offset::control.replays, 0u);
     EXPECT_GT(offset::control.joined, 0u); // linear and gelu
 }

@@ -1,5 +1,7 @@
 // Malformed, contradictory and malicious model files: a status and a message that names the file
 // and the field, never a crash, a hang or an allocation of a size that only the file claims.
+#include "backbone/convert.hpp"
+#include "backbone/gpt2.hpp"
 #include "base/file.hpp"
 #include "base/json.hpp"
 #include "expect_error.hpp"
@@ -8,6 +10,7 @@
 #include "formats/tokenizer.hpp"
 #include "temp_dir.hpp"
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <sys/stat.h>
@@ -362,6 +365,95 @@ TEST(HostileGpt2Folder, WeightsAgainstConfig) {
     expect_error(PONDER_E_FORMAT, {folder.path(), "ln_f.bias"}, load);
     folder.write("model.safetensors", replaced(weights, "\"F32\"", "\"I32\""));
     expect_error(PONDER_E_UNSUPPORTED, {folder.path(), "I32"}, load);
+}
+
+// A folder with int8 weights is converted, then one thing in it changed.
+TEST(HostileGpt2Folder, Int8Weights) {
+    const auto memory = std::make_shared<Memory>(0, nullptr, nullptr, nullptr);
+    const auto no_progress = [](uint64_t, uint64_t) {};
+    TempDir folder, plain;
+    convert_to_int8(tiny, folder.path(), memory, no_progress);
+    const std::string config = read_file(folder.file("config.json"), 10000);
+    const std::string weights = read_file(folder.file("model.safetensors"), 1 << 20);
+    const auto load = [&] {
+        Gpt2(Gpt2Folder(folder.path()), DType::f32, memory, no_progress, Storage::int8);
+    };
+    const auto load_plain = [&] {
+        Gpt2(Gpt2Folder(folder.path()), DType::bf16, memory, no_progress, Storage::plain);
+    };
+    EXPECT_NO_THROW(load());
+    EXPECT_NO_THROW(load_plain());
+    const size_t source = config.find("\"source\": \"") + 11;
+    const Hostile configs[] = {
+        {replaced(config, "ponder-int8", "gptq"), "quantization_config", PONDER_E_UNSUPPORTED},
+        {replaced(config, "\"quant_method\"", "\"method\""), "quantization_config",
+         PONDER_E_UNSUPPORTED},
+        {replaced(config, "\"quant_method\": \"ponder-int8\"", "\"quant_method\": 8"),
+         "quantization_config", PONDER_E_UNSUPPORTED},
+        {replaced(config, "\"source\"", "\"origin\""), "source"},
+        {replaced(config, "\"content\": \"", "\"content\": \"0"), "content"},
+        {std::string(config).replace(source, 1, "G"), "source"},
+        {replaced(config, "\"quantization_config\"", "\"rope_scaling\""), "rope_scaling",
+         PONDER_E_UNSUPPORTED},
+        // Without that member the weights are of no float type.
+        {replaced(config, "\"quantization_config\"", "\"something\""), "I8", PONDER_E_UNSUPPORTED},
+        {replaced(config, "\"quantization_config\": {", "\"quantization_config\": [], \"x\": {"),
+         "quantization_config", PONDER_E_UNSUPPORTED},
+    };
+    for (const Hostile &item : configs) {
+        SCOPED_TRACE(item.named);
+        folder.write("config.json", item.content);
+        expect_error(item.status, {folder.path(), item.named}, load);
+        expect_error(item.status, {folder.path(), item.named}, load_plain);
+    }
+    folder.write("config.json", config);
+
+    // The header's text, of the same length.
+    const std::string scale = R"("transformer.h.1.mlp.c_fc.weight_scale":{"dtype":"F32","shape":)";
+    const Hostile headers[] = {
+        {replaced(weights, "h.1.mlp.c_fc.weight_scale", "h.1.mlp.c_fc.weight_skale"),
+         "h.1.mlp.c_fc.weight_scale"},
+        {replaced(weights, scale + "[1, 256]", scale + "[256, 1]"), "h.1.mlp.c_fc.weight_scale"},
+        {replaced(weights, scale + "[1, 256]", scale + "[2, 128]"), "h.1.mlp.c_fc.weight_scale"},
+        {replaced(weights, scale, replaced(scale, "F32", "I32")), "I32", PONDER_E_UNSUPPORTED},
+        {replaced(weights, R"(c_fc.weight":{"dtype":"I8",)", R"(c_fc.weight":{"dtype":"U8",)"),
+         "U8", PONDER_E_UNSUPPORTED},
+        {weights.substr(0, weights.size() - 1), "model.safetensors"},
+    };
+    for (const Hostile &item : headers) {
+        SCOPED_TRACE(item.named);
+        folder.write("model.safetensors", item.content);
+        expect_error(item.status, {folder.path(), item.named}, load);
+        expect_error(item.status, {folder.path(), item.named}, load_plain);
+    }
+
+    // The data: scales that are no scales, and weights that are not those of config.json.
+    folder.write("model.safetensors", weights);
+    const SafeTensors file = SafeTensors::open(folder.file("model.safetensors"));
+    const auto with = [&](const std::string &name, const void *value, size_t size) {
+        std::string changed = weights;
+        changed.replace(size_t(file.find("transformer." + name)->begin), size,
+                        static_cast<const char *>(value), size);
+        folder.write("model.safetensors", changed);
+    };
+    for (const float value : {0.0f, -1.0f, 1e-38f, -0.0f, NAN, INFINITY, -INFINITY}) {
+        SCOPED_TRACE(value);
+        with("wte.weight_scale", &value, sizeof value);
+        expect_error(PONDER_E_FORMAT, {"wte.weight_scale", "element 0"}, load);
+        expect_error(PONDER_E_FORMAT, {"wte.weight_scale", "element 0"}, load_plain);
+    }
+    const float one = 1;
+    for (const char *name : {"wte.weight_scale", "h.1.attn.c_proj.weight", "ln_f.bias"}) {
+        SCOPED_TRACE(name);
+        with(name, &one, std::string(name).ends_with("weight") ? 1 : 4);
+        expect_error(PONDER_E_FORMAT, {folder.path(), "config.json"}, load);
+        expect_error(PONDER_E_FORMAT, {folder.path(), "config.json"}, load_plain);
+    }
+    // A plain folder that says it is int8, and one with scales that nobody asked for.
+    plain.write("config.json", config);
+    plain.write("model.safetensors", read_file(tiny + "model.safetensors", 1 << 20));
+    expect_error(PONDER_E_UNSUPPORTED, {"wte.weight", "I8"},
+                 [&] { Gpt2Folder loaded(plain.path()); });
 }
 
 TEST(HostileGpt2Folder, NamesTwice) {

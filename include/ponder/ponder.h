@@ -194,6 +194,10 @@ typedef struct ponder_model_options {
                             available is PONDER_E_NOT_FOUND, never a fallback */
     const char *dtype;   /* "f32" (NULL) or "bf16": storage of frozen weights and activations.
                             Not supported by the backend: PONDER_E_UNSUPPORTED */
+    const char *weights; /* linears, embedding and head: "float" in the dtype; "int8" with an f32
+                            scale for each output channel, PONDER_E_UNSUPPORTED if the backend has
+                            no kernels for that; "auto" (NULL) as the folder has them, int8 in the
+                            dtype where the backend cannot take it */
 } ponder_model_options;
 
 /* Loads a Hugging Face folder (config.json; model.safetensors or shards with
@@ -214,14 +218,24 @@ typedef struct ponder_model_info {
     const char *architecture; /* "gpt2" */
     const char *dtype;        /* as loaded: "f32", "bf16" */
     const char *backend, *isa;
-    const char *hash;         /* hex, of config and weights; snapshots and adapters carry it */
+    const char *hash;         /* hex, of config and weights; snapshots and adapters carry it.
+                                 int8 weights have the hash of those they were made from */
     int32_t has_tokenizer;
     int32_t end_of_text;      /* id of <|endoftext|>, -1 if there is none */
+    const char *weights;      /* as loaded: "float" (in the dtype), "int8" */
 } ponder_model_info;
 
 /* Strings live as long as the model. */
 PONDER_API ponder_status ponder_model_get(const ponder_model *model, ponder_model_info *out,
                                           ponder_error *error);
+
+/* Writes a copy of a model folder with other storage, with the tokenizer and the adapter in it.
+ * weights: "int8", a quarter or half of the size; any adapter of the source fits. `out` is made if
+ * its parent exists; PONDER_E_STATE if it holds weights or the source is int8 already. Files are
+ * replaced atomically, the weights last. */
+PONDER_API ponder_status ponder_model_convert(ponder_runtime *runtime, const char *path,
+                                              const char *out, const char *weights,
+                                              const ponder_call *call, ponder_error *error);
 
 /* Token ids of any bytes. `count` receives how many there are; with capacity below that,
  * nothing is written and the result is PONDER_E_BUFFER (ids may be NULL with capacity 0).

@@ -304,6 +304,10 @@ void adapter_from_peft(const Gpt2Config &config, const std::string &model_hash,
 void merge_adapter(const std::string &model, const std::string &adapter, const std::string &out) {
     const LoraPairs pairs = read_stored(adapter);
     const Gpt2Folder folder(model);
+    if (folder.int8())
+        throw_error(PONDER_E_UNSUPPORTED,
+                    "%s: has int8 weights; merge into the plain model, then convert",
+                    model.c_str());
     const auto no_progress = [](uint64_t, uint64_t) {};
     const auto memory = std::make_shared<Memory>(0, nullptr, nullptr, nullptr);
     const std::string hash = Gpt2(folder, DType::bf16, memory, no_progress).hash();

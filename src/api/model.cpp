@@ -1,6 +1,7 @@
 // Models: loading, facts, tokens, memory plans.
 #include "api/handles.hpp"
 
+#include "backbone/convert.hpp"
 #include "session/plan.hpp"
 
 using namespace ponder;
@@ -9,12 +10,13 @@ using namespace ponder::api;
 namespace {
 
 struct ModelChoice {
-    std::string backend, dtype;
+    std::string backend, dtype, weights;
 };
 
 ModelChoice choice_of(const ponder_model_options *options) {
     const ponder_model_options o = read_struct(options, "options");
-    return {o.backend ? o.backend : "auto", o.dtype ? o.dtype : "f32"};
+    return {o.backend ? o.backend : "auto", o.dtype ? o.dtype : "f32",
+            o.weights ? o.weights : "auto"};
 }
 
 const Tokenizer &tokenizer_of(const ponder_model &model) {
@@ -37,11 +39,12 @@ ponder_status ponder_model_load(ponder_model **out, ponder_runtime *runtime, con
         std::atomic<bool> cancel{false};
         const CallGuard bounds(cancel, &limits);
         auto handle = std::make_unique<ponder_model>();
-        handle->model = std::make_shared<Model>(rt, path, choice.backend, choice.dtype,
-                                                [&](uint64_t done, uint64_t total) {
-                                                    bounds.check();
-                                                    bounds.progress(done, total);
-                                                });
+        const auto progress = [&](uint64_t done, uint64_t total) {
+            bounds.check();
+            bounds.progress(done, total);
+        };
+        handle->model = std::make_shared<Model>(rt, path, choice.backend, choice.dtype, progress,
+                                                choice.weights);
         *out = handle.release();
     });
 }
@@ -75,6 +78,7 @@ ponder_status ponder_model_get(const ponder_model *model, ponder_model_info *out
         info.isa = m.device()->backend().isa();
         info.hash = m.backbone().hash().c_str();
         info.has_tokenizer = m.tokenizer() != nullptr;
+        info.weights = m.backbone().storage() == Storage::int8 ? "int8" : "float";
         info.end_of_text = m.tokenizer() ? m.tokenizer()->end_of_text() : -1;
         write_struct(out, info);
     });
@@ -127,6 +131,25 @@ ponder_status ponder_plan_memory(ponder_runtime *runtime, const char *path,
         const ModelChoice choice = choice_of(model_options);
         const Options defaults;
         const Options &o = options ? check(options, "options").options : defaults;
-        write_struct(out, plan_memory(rt, path, choice.backend, choice.dtype, o));
+        write_struct(out, plan_memory(rt, path, choice.backend, choice.dtype, choice.weights, o));
+    });
+}
+
+ponder_status ponder_model_convert(ponder_runtime *runtime, const char *path, const char *out,
+                                   const char *weights, const ponder_call *call,
+                                   ponder_error *error) {
+    return guard(error, [&] {
+        const Runtime &rt = *check(runtime, "runtime").runtime;
+        const std::string from = &require(path, "path"), to = &require(out, "out");
+        const std::string kind = &require(weights, "weights");
+        if (kind != "int8")
+            throw_error(PONDER_E_ARGUMENT, "weights '%.40s' is not int8", kind.c_str());
+        const ponder_call limits = read_struct(call, "call");
+        std::atomic<bool> cancel{false};
+        const CallGuard bounds(cancel, &limits);
+        convert_to_int8(from, to, rt.memory, [&](uint64_t done, uint64_t total) {
+            bounds.check();
+            bounds.progress(done, total);
+        });
     });
 }

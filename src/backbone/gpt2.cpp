@@ -1,7 +1,9 @@
 #include "backbone/gpt2.hpp"
 
 #include "adapt/adapter.hpp"
+#include "base/error.hpp"
 #include "base/hash.hpp"
+#include "formats/int8_weights.hpp"
 #include "tensor/ops.hpp"
 
 #include <algorithm>
@@ -41,13 +43,19 @@ LinearPlace linear_place(const Gpt2Config &c, int64_t layer, Module module) {
 void Gpt2::layout() {
     const Gpt2Config &c = config_;
     const DType vector = type_ == DType::f64 ? DType::f64 : DType::f32;
-    const auto add = [&](const std::string &name, Shape shape) {
-        const DType type = shape.rank == 2 ? type_ : vector;
+    const auto put = [&](const std::string &name, Shape shape, DType type) {
         const Place place{shape, type, size_t(bytes_)};
         order_.emplace_back(name, place);
         places_[name] = place;
-        parameters_ += uint64_t(shape.count());
         bytes_ += (uint64_t(shape.count()) * size_of(type) + 63) / 64 * 64;
+    };
+    const auto add = [&](const std::string &name, Shape shape) {
+        parameters_ += uint64_t(shape.count());
+        if (storage_ == Storage::plain || !is_int8_weight(name))
+            return put(name, shape, shape.rank == 2 ? type_ : vector);
+        put(name, shape, DType::i8);
+        put(int8_scales_name(name),
+            int8_scales_rows(name) ? Shape{shape[0], 1} : Shape{1, shape[1]}, DType::f32);
     };
     const auto add_norm = [&](const std::string &name) {
         add(name + ".weight", {c.width});
@@ -91,31 +99,112 @@ void hash_weights(Hash &hash, const Shape &shape, DType type, const void *data) 
     }
 }
 
-} // namespace
-
-Gpt2::Gpt2(const Gpt2Config &config, DType type) : config_(config), type_(type) { layout(); }
-
-Gpt2::Gpt2(const Gpt2Folder &folder, DType type, std::shared_ptr<Memory> memory,
-           const std::function<void(uint64_t, uint64_t)> &progress)
-    : Gpt2(folder.config(), type) {
-    data_ = Buffer(std::move(memory), bytes_);
+Hash config_hash(const Gpt2Config &c) {
     Hash hash;
-    for (int64_t number : {config_.layers, config_.width, config_.heads, config_.inner,
-                           config_.context, config_.vocabulary, int64_t(config_.tied)})
+    for (int64_t number :
+         {c.layers, c.width, c.heads, c.inner, c.context, c.vocabulary, int64_t(c.tied)})
         hash.add_number(uint64_t(number));
-    uint64_t done = 0;
-    for (const auto &[name, place] : order_) {
-        std::byte *out = data_.data() + place.offset;
-        folder.read(name, place.type, out);
-        const uint64_t size = uint64_t(place.shape.count()) * size_of(place.type);
-        hash.add(name);
-        hash_weights(hash, place.shape, place.type, out);
-        progress(done += size, bytes_);
-    }
-    hash_ = hash.hex();
+    return hash;
 }
 
-Gpt2::Gpt2(const Gpt2 &other, std::shared_ptr<Memory> memory) : Gpt2(other.config_, other.type_) {
+} // namespace
+
+Gpt2::Gpt2(const Gpt2Config &config, DType type, Storage storage)
+    : config_(config), type_(type), storage_(storage) {
+    layout();
+}
+
+Gpt2::Gpt2(const Gpt2Folder &folder, DType type, std::shared_ptr<Memory> memory,
+           const std::function<void(uint64_t, uint64_t)> &progress, Storage storage)
+    : Gpt2(folder.config(), type, storage) {
+    data_ = Buffer(memory, bytes_);
+    if (folder.int8() && storage == Storage::plain) {
+        from_int8(Gpt2(folder, type, std::move(memory), progress, Storage::int8));
+        return;
+    }
+    Hash hash = config_hash(config_);
+    uint64_t done = 0;
+    for (const auto &[name, place] : order_) {
+        read(folder, name, hash);
+        progress(done += uint64_t(place.shape.count()) * size_of(place.type), bytes_);
+    }
+    if (!folder.int8()) {
+        hash_ = hash.hex();
+        return;
+    }
+    if (content_hash() != folder.int8()->content)
+        throw_error(PONDER_E_FORMAT, "%s: the int8 weights are not those that config.json names",
+                    folder.path().c_str());
+    hash_ = folder.int8()->source;
+}
+
+// One tensor; `hash` takes it as the folder has it.
+void Gpt2::read(const Gpt2Folder &folder, const std::string &name, Hash &hash) {
+    const Place &place = places_.at(name);
+    if (place.type != DType::i8) {
+        if (storage_ == Storage::int8 && name.ends_with("_scale"))
+            return; // came with its weight
+        folder.read(name, place.type, at(name));
+        hash.add(name);
+        return hash_weights(hash, place.shape, place.type, at(name));
+    }
+    int8_t *q = reinterpret_cast<int8_t *>(at(name));
+    float *scales = reinterpret_cast<float *>(at(int8_scales_name(name)));
+    if (folder.int8())
+        return folder.read_int8(name, q, scales);
+    hash.add(name);
+    int64_t hashed = 0; // rows; those of columns with scales are read twice
+    const auto rows = [&](int64_t first, int64_t count, float *to) {
+        folder.read_rows(name, first, count, to);
+        if (first != hashed)
+            return;
+        hash_weights(hash, {count, place.shape[1]}, DType::f32, to);
+        hashed += count;
+    };
+    to_int8(place.shape[0], place.shape[1], int8_scales_rows(name), rows, q, scales);
+}
+
+void Gpt2::from_int8(const Gpt2 &stored) {
+    hash_ = stored.hash_;
+    for (const auto &[name, place] : order_) {
+        const Place &from = stored.places_.at(name);
+        if (from.type != DType::i8) {
+            std::memcpy(at(name), stored.at(name),
+                        size_t(place.shape.count()) * size_of(place.type));
+            continue;
+        }
+        const int8_t *q = reinterpret_cast<const int8_t *>(stored.at(name));
+        const float *scales = reinterpret_cast<const float *>(stored.at(int8_scales_name(name)));
+        const bool of_rows = int8_scales_rows(name);
+        const int64_t width = place.shape[1];
+        for (int64_t i = 0; i < place.shape.count(); ++i) {
+            const float w = q[i] * scales[of_rows ? i / width : i % width];
+            if (place.type == DType::bf16)
+                reinterpret_cast<bf16 *>(at(name))[i] = to_bf16(w);
+            else if (place.type == DType::f64)
+                reinterpret_cast<double *>(at(name))[i] = w;
+            else
+                reinterpret_cast<float *>(at(name))[i] = w;
+        }
+    }
+}
+
+std::string Gpt2::content_hash() const {
+    Hash hash = config_hash(config_);
+    for (const auto &[name, place] : order_) {
+        hash.add(name);
+        if (place.type == DType::i8)
+            hash.add(at(name), size_t(place.shape.count()));
+        else if (name.ends_with("_scale"))
+            hash.add(at(name), size_t(place.shape.count()) * sizeof(float));
+        else
+            hash_weights(hash, place.shape, place.type, at(name));
+    }
+    return hash.hex();
+}
+
+Gpt2::Gpt2(const Gpt2 &other, std::shared_ptr<Memory> memory)
+    : Gpt2(other.config_, other.type_, other.storage_) {
     data_ = Buffer(std::move(memory), bytes_);
     std::memcpy(data_.data(), other.data_.data(), bytes_);
     hash_ = other.hash_;
@@ -129,21 +218,29 @@ std::vector<Gpt2::Weight> Gpt2::weights() {
 }
 
 uint64_t Gpt2::packed_estimate(bool backward, int64_t lowest_adapted) const {
+    const uint64_t element = storage_ == Storage::int8 ? 1 : size_of(type_);
     uint64_t bytes = 0;
     for (int64_t layer = 0; layer < config_.layers; ++layer)
         for (int m = 0; m < modules_per_layer; ++m) {
             const LinearPlace p = linear_place(config_, layer, Module(m));
             const bool twice = backward && layer >= lowest_adapted;
-            bytes += uint64_t(p.in * p.out) * size_of(type_) * (twice ? 2 : 1);
+            bytes += uint64_t(p.in * p.out) * element * (twice ? 2 : 1);
         }
-    const uint64_t head = uint64_t(config_.vocabulary * config_.width) * size_of(type_);
+    const uint64_t head = uint64_t(config_.vocabulary * config_.width) * element;
     return bytes + head * (backward ? 2 : 1);
 }
 
 Id Gpt2::weight(Graph &graph, const std::string &name) const {
     const Place &place = places_.at(name);
-    const void *data = data_.data() ? data_.data() + place.offset : nullptr;
-    return graph.weight(name, place.type, place.shape, data, graph.mode.train_backbone);
+    const auto address = [&](const Place &p) -> const void * {
+        return data_.data() ? data_.data() + p.offset : nullptr;
+    };
+    if (place.type == DType::i8) {
+        const Place &scales = places_.at(int8_scales_name(name));
+        return graph.scaled_constant(name, place.shape, address(place), scales.shape,
+                                     address(scales));
+    }
+    return graph.weight(name, place.type, place.shape, address(place), graph.mode.train_backbone);
 }
 
 Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DType out) const {

@@ -26,24 +26,35 @@ struct LinearPlace {
 };
 LinearPlace linear_place(const Gpt2Config &config, int64_t layer, Module module);
 
-// Frozen weights in one block: matrices in the model's type, vectors in f32 (f64 in tests).
+// How matrices are kept: in the type of activations, or as int8 (formats/int8_weights.hpp).
+enum class Storage { plain, int8 };
+
+// Frozen weights in one block: matrices in the model's type or as int8, vectors in f32 (f64 in
+// tests).
 class Gpt2 {
 public:
     // Without memory nothing is allocated: constants have no data, for planning.
-    Gpt2(const Gpt2Config &config, DType type);
+    Gpt2(const Gpt2Config &config, DType type, Storage storage = Storage::plain);
+    // From any folder with any storage.
     Gpt2(const Gpt2Folder &folder, DType type, std::shared_ptr<Memory> memory,
-         const std::function<void(uint64_t done, uint64_t total)> &progress);
+         const std::function<void(uint64_t done, uint64_t total)> &progress,
+         Storage storage = Storage::plain);
 
     // A copy with memory of its own.
     Gpt2(const Gpt2 &other, std::shared_ptr<Memory> memory);
 
     const Gpt2Config &config() const { return config_; }
-    DType type() const { return type_; }
+    DType type() const { return type_; } // of activations
+    Storage storage() const { return storage_; }
     uint64_t bytes() const { return bytes_; }
     uint64_t parameters() const { return parameters_; }
-    const std::string &hash() const { return hash_; } // of config and weights
+    // Of config and weights; of int8 weights, of those that they were made from, so that what fits
+    // the one model fits the other.
+    const std::string &hash() const { return hash_; }
+    std::string content_hash() const; // of int8 weights as they are stored
 
-    // What is stored, in its order. Only an owner that is not shared may write.
+    // What is stored, in its order, with the scales of int8 weights after them. Only an owner that
+    // is not shared may write.
     struct Weight {
         std::string name;
         Shape shape;
@@ -68,10 +79,17 @@ private:
         size_t offset;
     };
     void layout();
+    void read(const Gpt2Folder &folder, const std::string &name, class Hash &hash);
+    void from_int8(const Gpt2 &stored);
+    std::byte *at(const std::string &name) { return data_.data() + places_.at(name).offset; }
+    const std::byte *at(const std::string &name) const {
+        return data_.data() + places_.at(name).offset;
+    }
     Id weight(Graph &graph, const std::string &name) const;
 
     Gpt2Config config_;
     DType type_;
+    Storage storage_;
     std::vector<std::pair<std::string, Place>> order_;
     std::map<std::string, Place> places_;
     uint64_t bytes_ = 0, parameters_ = 0;

@@ -2,6 +2,7 @@
 
 #include "base/error.hpp"
 #include "base/json.hpp"
+#include "formats/int8_weights.hpp"
 
 #include <algorithm>
 #include <initializer_list>
@@ -88,6 +89,7 @@ public:
                     value ? value->offset : 0);
     }
 
+    const std::string &path() const { return path_; }
     const json::Value *present(const char *name) const {
         const json::Value *value = root_.find(name);
         return value && value->type != json::Type::null ? value : nullptr;
@@ -97,6 +99,29 @@ private:
     std::string path_;
     json::Value root_;
 };
+
+constexpr const char *int8_method = "ponder-int8";
+
+bool is_hash(const json::Value *value) {
+    return value && value->type == json::Type::string && value->string.size() == 32 &&
+           value->string.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
+std::optional<Int8Origin> read_int8_origin(const ConfigReader &file) {
+    const json::Value *value = file.present("quantization_config");
+    if (!value)
+        return std::nullopt;
+    const json::Value *method = value->find("quant_method");
+    file.require("quantization_config", value->type == json::Type::object && method &&
+                                            method->type == json::Type::string &&
+                                            method->string == int8_method);
+    const json::Value *source = value->find("source"), *content = value->find("content");
+    if (!is_hash(source) || !is_hash(content))
+        throw_error(PONDER_E_FORMAT,
+                    "%s: quantization_config (at offset %zu): source or content is no hash",
+                    file.path().c_str(), value->offset);
+    return Int8Origin{source->string, content->string};
+}
 
 struct NamePlace {
     std::string tensor; // as stored
@@ -191,8 +216,8 @@ Gpt2Config read_gpt2_config(const std::string &folder) {
     for (const char *variant : {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
                                 "add_cross_attention", "is_encoder_decoder"})
         file.require(variant, !file.boolean(variant, false));
-    for (const char *variant : {"quantization_config", "rope_scaling"})
-        file.require(variant, !file.present(variant));
+    file.require("rope_scaling", !file.present("rope_scaling"));
+    read_int8_origin(file);
 
     Gpt2Config config;
     config.layers = file.integer({"n_layer", "num_hidden_layers"}, 1, 1024, 12);
@@ -209,6 +234,25 @@ Gpt2Config read_gpt2_config(const std::string &folder) {
                     folder.c_str(), static_cast<long long>(config.width),
                     static_cast<long long>(config.heads));
     return config;
+}
+
+std::string int8_config(const std::string &folder, const Int8Origin &origin) {
+    const std::string path = folder + "/config.json";
+    json::Value root = json::parse(read_file(path, config_bytes_limit), path);
+    std::erase_if(root.members, [](const auto &m) { return m.first == "quantization_config"; });
+    const auto text = [](const std::string &string) {
+        json::Value value;
+        value.type = json::Type::string;
+        value.string = string;
+        return value;
+    };
+    json::Value entry;
+    entry.type = json::Type::object;
+    entry.members = {{"quant_method", text(int8_method)},
+                     {"source", text(origin.source)},
+                     {"content", text(origin.content)}};
+    root.members.emplace_back("quantization_config", std::move(entry));
+    return json::text(root) + "\n";
 }
 
 std::vector<std::pair<std::string, std::vector<int64_t>>> gpt2_tensors(const Gpt2Config &config) {
@@ -239,7 +283,9 @@ std::vector<std::pair<std::string, std::vector<int64_t>>> gpt2_tensors(const Gpt
 }
 
 Gpt2Folder::Gpt2Folder(const std::string &path)
-    : path_(path), config_(read_gpt2_config(path)), expected_(gpt2_tensors(config_)) {
+    : path_(path), config_(read_gpt2_config(path)),
+      int8_(read_int8_origin(ConfigReader(path + "/config.json"))),
+      expected_(gpt2_tensors(config_)) {
     std::string single = path + "/model.safetensors";
     std::string index = path + "/model.safetensors.index.json";
     if (file_exists(single))
@@ -262,7 +308,8 @@ Gpt2Folder::Gpt2Folder(const std::string &path)
                             json::shown(entry->second.tensor).c_str());
         }
 
-    for (const auto &[name, shape] : expected_) {
+    const auto claim = [&](const std::string &name, const std::vector<int64_t> &shape,
+                           std::initializer_list<std::string_view> types, const char *needed) {
         auto entry = stored.find(name);
         if (entry == stored.end())
             throw_error(PONDER_E_FORMAT, "%s: tensor \"%s\" of config.json is missing",
@@ -273,13 +320,20 @@ Gpt2Folder::Gpt2Folder(const std::string &path)
             throw_error(PONDER_E_FORMAT, "%s: tensor \"%s\" has shape %s, config.json needs %s",
                         shard.name().c_str(), name.c_str(), shape_text(info->shape).c_str(),
                         shape_text(shape).c_str());
-        if (info->dtype != "F32" && info->dtype != "BF16" && info->dtype != "F16" &&
-            info->dtype != "F64")
-            throw_error(PONDER_E_UNSUPPORTED, "%s: tensor \"%s\" has dtype %s, no float type",
-                        shard.name().c_str(), name.c_str(), info->dtype.c_str());
+        if (std::find(types.begin(), types.end(), info->dtype) == types.end())
+            throw_error(PONDER_E_UNSUPPORTED, "%s: tensor \"%s\" has dtype %s, %s",
+                        shard.name().c_str(), name.c_str(), info->dtype.c_str(), needed);
         place_.emplace(name, std::pair(entry->second.shard, entry->second.tensor));
         stored.erase(entry);
-    }
+    };
+    for (const auto &[name, shape] : expected_)
+        if (int8_ && is_int8_weight(name)) {
+            claim(name, shape, {"I8"}, "config.json needs I8");
+            claim(int8_scales_name(name), int8_scales_shape(name, shape), {"F32"},
+                  "scales are F32");
+        } else {
+            claim(name, shape, {"F32", "BF16", "F16", "F64"}, "no float type");
+        }
     // What is left may be another head or a mask; a leftover of the blocks themselves means that
     // config.json describes a different model.
     for (const auto &[name, place] : stored)
@@ -288,14 +342,40 @@ Gpt2Folder::Gpt2Folder(const std::string &path)
                         shards_[place.shard].name().c_str(), json::shown(name).c_str());
 }
 
-void Gpt2Folder::read(const std::string &tensor, DType type, void *out) const {
+const TensorInfo &Gpt2Folder::stored(const std::string &tensor, const SafeTensors *&file) const {
     auto place = place_.find(tensor);
     if (place == place_.end())
         throw_error(PONDER_E_INTERNAL, "%s: no tensor %s", path_.c_str(),
                     json::shown(tensor).c_str());
-    const auto &[shard, stored_name] = place->second;
-    const TensorInfo *info = shards_[shard].find(stored_name);
-    shards_[shard].read(stored_name, info->shape, type, out);
+    file = &shards_[place->second.first];
+    return *file->find(place->second.second);
+}
+
+void Gpt2Folder::read(const std::string &tensor, DType type, void *out) const {
+    const SafeTensors *file;
+    const TensorInfo &info = stored(tensor, file);
+    file->read(info.name, info.shape, type, out);
+}
+
+void Gpt2Folder::read_rows(const std::string &tensor, int64_t first, int64_t count,
+                           float *out) const {
+    const SafeTensors *file;
+    const TensorInfo &info = stored(tensor, file);
+    const uint64_t width = uint64_t(info.shape[1]);
+    file->read_part(info.name, info.shape, DType::f32, uint64_t(first) * width,
+                    uint64_t(count) * width, out);
+}
+
+void Gpt2Folder::read_int8(const std::string &tensor, int8_t *q, float *scales) const {
+    read(tensor, DType::i8, q);
+    read(int8_scales_name(tensor), DType::f32, scales);
+    const SafeTensors *file;
+    const TensorInfo &info = stored(int8_scales_name(tensor), file);
+    for (uint64_t i = 0; i < info.count(); ++i)
+        if (!(scales[i] >= int8_smallest_scale))
+            throw_error(PONDER_E_FORMAT, "%s: tensor %s: element %llu is below %g",
+                        file->name().c_str(), json::shown(info.name).c_str(),
+                        static_cast<unsigned long long>(i), double(int8_smallest_scale));
 }
 
 DType Gpt2Folder::stored_type(const std::string &tensor) const {

@@ -50,6 +50,8 @@ const char *stored_name(DType type) {
         return "F64";
     case DType::i32:
         return "I32";
+    case DType::i8:
+        return "I8";
     default:
         return "U8";
     }
@@ -304,6 +306,12 @@ bool convert(const std::string &dtype, DType type, uint64_t count, void *out, co
         else
             return false;
         return true;
+    case DType::i8:
+        if (dtype != "I8")
+            return false;
+        blocks(0, size_t(count), static_cast<int8_t *>(out));
+        done = count;
+        return true;
     default:
         return false;
     }
@@ -403,6 +411,12 @@ const TensorInfo *SafeTensors::find(const std::string &tensor) const {
 void SafeTensors::read(const std::string &tensor, const std::vector<int64_t> &shape, DType type,
                        void *out) const {
     const TensorInfo *info = find(tensor);
+    read_part(tensor, shape, type, 0, info ? info->count() : 0, out);
+}
+
+void SafeTensors::read_part(const std::string &tensor, const std::vector<int64_t> &shape,
+                            DType type, uint64_t begin, uint64_t count, void *out) const {
+    const TensorInfo *info = find(tensor);
     if (!info)
         throw_error(PONDER_E_FORMAT, "%s: tensor %s is missing", name_.c_str(),
                     json::shown(tensor).c_str());
@@ -410,9 +424,12 @@ void SafeTensors::read(const std::string &tensor, const std::vector<int64_t> &sh
         throw_error(PONDER_E_FORMAT, "%s: tensor %s has shape %s, expected %s", name_.c_str(),
                     json::shown(tensor).c_str(), shape_text(info->shape).c_str(),
                     shape_text(shape).c_str());
-    uint64_t count = info->count(), done = 0;
+    if (begin > info->count() || count > info->count() - begin)
+        throw_error(PONDER_E_INTERNAL, "%s: tensor %s: a part outside it", name_.c_str(),
+                    json::shown(tensor).c_str());
+    uint64_t done = 0;
     auto blocks = [&](uint64_t first, size_t part, auto *to) {
-        copy(info->begin + first * sizeof *to, to, part * sizeof *to);
+        copy(info->begin + (begin + first) * sizeof *to, to, part * sizeof *to);
     };
     if (!convert(info->dtype, type, count, out, blocks, done))
         throw_error(PONDER_E_FORMAT, "%s: tensor %s is stored as %s, needed as %s", name_.c_str(),
@@ -421,8 +438,9 @@ void SafeTensors::read(const std::string &tensor, const std::vector<int64_t> &sh
         throw_error(PONDER_E_FORMAT,
                     "%s: tensor %s: element %llu (at offset %llu) is not finite or out of "
                     "the range of %s",
-                    name_.c_str(), json::shown(tensor).c_str(), ULL(done),
-                    ULL(info->begin + done * stored_size(info->dtype)), stored_name(type));
+                    name_.c_str(), json::shown(tensor).c_str(), ULL(begin + done),
+                    ULL(info->begin + (begin + done) * stored_size(info->dtype)),
+                    stored_name(type));
 }
 
 std::vector<std::byte> SafeTensors::raw(const std::string &tensor) const {

@@ -35,12 +35,15 @@ public:
     const std::map<std::string, TensorInfo> &tensors() const { return tensors_; }
     const std::map<std::string, std::string> &metadata() const { return metadata_; }
     const TensorInfo *find(const std::string &tensor) const;
-    // Reads and converts to `type` (f32, f64, bf16, i32 from I32); F16, BF16, F32, F64 convert
-    // among each other, I64 to i32. `shape` is what the caller needs: PONDER_E_FORMAT naming file
-    // and tensor when it differs or the tensor is missing, and naming the element that is NaN,
-    // infinite, or out of the range of `type`. Needs a small buffer besides `out`.
+    // Reads and converts to `type` (f32, f64, bf16, i32 from I32, i8 from I8); F16, BF16, F32, F64
+    // convert among each other, I64 to i32. `shape` is what the caller needs: PONDER_E_FORMAT
+    // naming file and tensor when it differs or the tensor is missing, and naming the element that
+    // is NaN, infinite, or out of the range of `type`. Needs a small buffer besides `out`.
     void read(const std::string &tensor, const std::vector<int64_t> &shape, DType type,
               void *out) const;
+    // The same for elements [first, first + count) of the tensor, row by row.
+    void read_part(const std::string &tensor, const std::vector<int64_t> &shape, DType type,
+                   uint64_t first, uint64_t count, void *out) const;
     // The bytes as stored, any dtype.
     std::vector<std::byte> raw(const std::string &tensor) const;
 
@@ -59,8 +62,8 @@ private:
 class SafeTensorsWriter {
 public:
     std::map<std::string, std::string> metadata;
-    // dtype f32, f64, bf16, i32, or U8 as raw bytes (DType::none). Names are unique, not empty and
-    // without control characters, else PONDER_E_INTERNAL.
+    // dtype f32, f64, bf16, i32, i8, or U8 as raw bytes (DType::none). Names are unique, not empty
+    // and without control characters, else PONDER_E_INTERNAL.
     void add(const std::string &name, DType type, const std::vector<int64_t> &shape,
              const void *data);
     uint64_t size() const;

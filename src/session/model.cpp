@@ -33,14 +33,31 @@ void require_dtype(const Backend &backend, DType type) {
                     backend.name.c_str(), type == DType::bf16 ? "bf16" : "f32");
 }
 
+Storage choose_storage(const Backend &backend, const Gpt2Folder &folder,
+                       const std::string &weights) {
+    const bool has_int8 = backend.descriptor->supports(PONDER_DTYPE_I8) != 0;
+    if (weights == "auto")
+        return folder.int8() && has_int8 ? Storage::int8 : Storage::plain;
+    if (weights == "float")
+        return Storage::plain;
+    if (weights != "int8")
+        throw_error(PONDER_E_ARGUMENT, "weights '%.40s' is none of auto, int8, float",
+                    weights.c_str());
+    if (!has_int8)
+        throw_error(PONDER_E_UNSUPPORTED, "backend '%s' has no int8 weights", backend.name.c_str());
+    return Storage::int8;
+}
+
 Model::Model(std::shared_ptr<const Runtime> runtime, const std::string &folder,
              const std::string &backend_name, const std::string &dtype,
-             const std::function<void(uint64_t, uint64_t)> &progress)
+             const std::function<void(uint64_t, uint64_t)> &progress, const std::string &weights)
     : runtime_(std::move(runtime)) {
     const Backend &backend = runtime_->backend(backend_name);
     const DType type = parse_dtype(dtype);
     require_dtype(backend, type);
-    backbone_ = std::make_unique<Gpt2>(Gpt2Folder(folder), type, runtime_->memory, progress);
+    const Gpt2Folder source(folder);
+    backbone_ = std::make_unique<Gpt2>(source, type, runtime_->memory, progress,
+                                       choose_storage(backend, source, weights));
     tokenizer_ = Tokenizer::load(folder);
     device_ = std::make_shared<Device>(backend, runtime_->memory, runtime_->threads, runtime_->log);
 }

@@ -37,7 +37,8 @@ class Model {
 public:
     Model(std::shared_ptr<const Runtime> runtime, const std::string &folder,
           const std::string &backend, const std::string &dtype,
-          const std::function<void(uint64_t done, uint64_t total)> &progress);
+          const std::function<void(uint64_t done, uint64_t total)> &progress,
+          const std::string &weights = "auto");
 
     const Runtime &runtime() const { return *runtime_; }
     const Gpt2 &backbone() const { return *backbone_; }

@@ -29,12 +29,14 @@ constexpr uint64_t workspace_of_device = uint64_t(192) << 20;
 
 ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder,
                                const std::string &backend_name, const std::string &dtype,
-                               const Options &session) {
+                               const std::string &weights, const Options &session) {
     const Options options = with_stored_options(session);
     const Backend &backend = runtime.backend(backend_name);
     const DType type = parse_dtype(dtype);
     require_dtype(backend, type);
-    const Gpt2 model(Gpt2Folder(folder).config(), type); // no memory: shapes only
+    const Gpt2Folder source(folder);
+    const Gpt2 model(source.config(), type,
+                     choose_storage(backend, source, weights)); // no memory: shapes only
     const Gpt2Config &config = model.config();
     const bool never = never_learns(options.text("policy"));
     const auto adapter = make_adapter(config, effective_options(options, never), "");

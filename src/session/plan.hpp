@@ -8,6 +8,6 @@ namespace ponder {
 
 ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder,
                                const std::string &backend, const std::string &dtype,
-                               const Options &options);
+                               const std::string &weights, const Options &options);
 
 } // namespace ponder

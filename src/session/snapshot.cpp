@@ -43,7 +43,10 @@ void expect_metadata(const SafeTensors &file, const char *key, const std::string
                     at == file.metadata().end() ? "missing" : at->second.c_str(), wanted.c_str());
 }
 
-const char *dtype_text(DType type) { return type == DType::bf16 ? "bf16" : "f32"; }
+std::string dtype_text(const Gpt2 &model) {
+    const std::string type = model.type() == DType::bf16 ? "bf16" : "f32";
+    return model.storage() == Storage::int8 ? type + ", int8 weights" : type;
+}
 
 // Counts and signals, in this order.
 enum Field {
@@ -104,7 +107,7 @@ std::vector<std::byte> Session::save() const {
     writer.metadata = {{"format", format},
                        {"version", version},
                        {"model", model_->backbone().hash()},
-                       {"dtype", dtype_text(model_->backbone().type())},
+                       {"dtype", dtype_text(model_->backbone())},
                        {"options", options_.hash()},
                        {"gate", gate_ ? gate_->hash : ""}};
     const auto add = [&](const char *name, DType type, const auto &values) {
@@ -136,7 +139,7 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
     expect_metadata(file, "format", format);
     expect_metadata(file, "version", version);
     expect_metadata(file, "model", model_->backbone().hash());
-    expect_metadata(file, "dtype", dtype_text(model_->backbone().type()));
+    expect_metadata(file, "dtype", dtype_text(model_->backbone()));
     expect_metadata(file, "options", options_.hash());
     expect_metadata(file, "gate", gate_ ? gate_->hash : "");
 

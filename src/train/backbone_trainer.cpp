@@ -13,6 +13,9 @@ BackboneTrainer::BackboneTrainer(std::shared_ptr<const Model> model, const Optio
                                        model_->runtime().memory, model_->runtime().threads,
                                        model_->runtime().log)),
       working_(model_->backbone(), model_->runtime().memory) {
+    if (working_.storage() == Storage::int8)
+        throw_error(PONDER_E_UNSUPPORTED,
+                    "int8 weights cannot be trained; load the model with weights 'float'");
     size_t matrices = 0, offset = 0;
     for (const bool matrix : {true, false}) {
         for (const Gpt2::Weight &w : working_.weights()) {

@@ -51,13 +51,14 @@ IS(offsetof(ponder_call, timeout_ns), 8);
 IS(offsetof(ponder_call, user_data), 16);
 IS(offsetof(ponder_call, progress), 24);
 
-IS(sizeof(ponder_model_options), 24);
+IS(sizeof(ponder_model_options), 32);
 IS(offsetof(ponder_model_options, struct_size), 0);
 IS(offsetof(ponder_model_options, reserved), 4);
 IS(offsetof(ponder_model_options, backend), 8);
 IS(offsetof(ponder_model_options, dtype), 16);
+IS(offsetof(ponder_model_options, weights), 24);
 
-IS(sizeof(ponder_model_info), 88);
+IS(sizeof(ponder_model_info), 96);
 IS(offsetof(ponder_model_info, struct_size), 0);
 IS(offsetof(ponder_model_info, layers), 4);
 IS(offsetof(ponder_model_info, width), 8);
@@ -73,6 +74,7 @@ IS(offsetof(ponder_model_info, isa), 64);
 IS(offsetof(ponder_model_info, hash), 72);
 IS(offsetof(ponder_model_info, has_tokenizer), 80);
 IS(offsetof(ponder_model_info, end_of_text), 84);
+IS(offsetof(ponder_model_info, weights), 88);
 
 IS(sizeof(ponder_memory_plan), 88);
 IS(offsetof(ponder_memory_plan, struct_size), 0);

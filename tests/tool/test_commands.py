@@ -23,6 +23,32 @@ class OtherCommands(Case):
         out = self.succeeds("info", "--plan-only").stdout.decode()
         self.assertIn("Memory plan", out)
 
+    def test_convert(self):
+        model, small = self.object_of("info", "--plan-only")["path"], self.path("small")
+        found = self.object_of("convert", model, small, "--weights", "int8")
+        self.assertLess(found["bytes_after"], 0.53 * found["bytes_before"])
+        plain = self.object_of("info", "--dtype", "bf16")
+        for arguments in [["--model", small], ["--weights", "int8"]]:
+            info = self.object_of("info", "--dtype", "bf16", *arguments)
+            self.assertEqual(info["model"]["weights"], "int8")
+            self.assertEqual(info["model"]["hash"], plain["model"]["hash"])
+            for part in ["weights", "packed_weights"]:
+                self.assertLess(info["memory_plan"][part], 0.56 * plain["memory_plan"][part])
+        self.assertIn(b"bf16, int8 weights",
+                      self.succeeds("info", "--model", small, "--dtype", "bf16").stdout)
+        # The adapter came along, and reading learns with it as before.
+        ran = [self.object_of("run", harness.__file__, "--chunk", "64", "--policy", "always",
+                              *arguments)
+               for arguments in [[], ["--model", small, "--adapter", small + "/adapter"]]]
+        self.assertEqual(ran[1]["weights"], "int8")
+        self.assertAlmostEqual(ran[0]["adapted"]["loss"], ran[1]["adapted"]["loss"], delta=0.05)
+        self.fails(1, "convert", model, small, "--weights", "int8")
+        self.fails(3, "convert", self.path("none"), self.path("b"), "--weights", "int8")
+        for arguments in [["convert", model, self.path("b")], ["convert", model],
+                          ["convert", model, self.path("b"), "--weights", "int4"],
+                          ["info", "--weights", "int4"]]:
+            self.fails(2, *arguments)
+
     def test_backends(self):
         found = self.object_of("backends")
         reference = [b for b in found["backends"] if b["name"] == "reference"]
@@ -56,7 +82,7 @@ class OtherCommands(Case):
 
     def test_help_teaches(self):
         out = self.succeeds("--help").stdout.decode()
-        for part in ["run", "eval", "train", "report", "adapter", "info", "backends", "bench",
+        for part in ["run", "eval", "train", "report", "adapter", "convert", "info", "backends", "bench",
                      "Exit status", "130"]:
             self.assertIn(part, out)
         out = self.succeeds("run", "--help").stdout.decode()

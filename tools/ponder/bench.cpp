@@ -186,7 +186,9 @@ void print_json(const BenchResult &b, const ponder_model_info &model, const std:
     JsonWriter json;
     json.object().member("schema_version", 1).member("command", "bench");
     json.member("method", method).member("backend", model.backend).member("isa", model.isa);
-    json.member("dtype", model.dtype).member("threads", settings.threads);
+    json.member("dtype", model.dtype)
+        .member("weights", model.weights)
+        .member("threads", settings.threads);
     json.member("complete", b.complete).member("chunk", uint64_t(b.chunk));
     json.member("chunks", settings.bench_chunks).member("repeats", b.repeats);
     timing_json(json, "skip", b, b.skip);
@@ -206,7 +208,7 @@ void print_json(const BenchResult &b, const ponder_model_info &model, const std:
 
 void print_table(const BenchResult &b, const ponder_model_info &model, const std::string &method) {
     std::printf("%s on %s (%s), %s: chunks of %zu tokens, median of %u repeats\n\n", method.c_str(),
-                model.backend, model.isa, model.dtype, b.chunk, b.repeats);
+                model.backend, model.isa, types_text(model).c_str(), b.chunk, b.repeats);
     Table table("lrrrrr");
     table.row({"", "tokens/s", "ms/chunk", "GFLOP/s", "of products", "overhead"});
     for (const auto &[name, t] : {std::pair("SKIP", b.skip), std::pair("update", b.update)})

@@ -87,6 +87,15 @@ const char *const adapter_help =
     "take the A and B that the adapter starts from; what it learned about its updates stays\n"
     "behind.";
 
+const char *const convert_help =
+    "Writes a copy of a model folder whose linears, embedding and head are int8 with a scale\n"
+    "for each output channel. Every command takes it as --model; adapters of the original fit,\n"
+    "and the one that lies in its folder is copied too.\n";
+const char *const convert_examples = "Examples:\n"
+                                     "  ponder convert gpt2 gpt2-int8 --weights int8\n"
+                                     "  ponder run src --model gpt2-int8 --dtype bf16\n"
+                                 "  ponder info --dtype bf16 --weights int8   made at load\n";
+
 const char *const adapter_examples = "Examples:\n"
                                      "  ponder adapter export-peft run1 run1-peft\n"
                                      "  ponder adapter import-peft some-peft run3 --model gpt2\n"
@@ -217,9 +226,12 @@ void add_model(CLI::App &app, Settings &s) {
         ->type_name("DIR");
     app.add_option("--backend", s.backend, "auto, or a name from `ponder backends`")
         ->type_name("NAME");
-    app.add_option("--dtype", s.dtype, "of frozen weights: f32 or bf16")
+    app.add_option("--dtype", s.dtype, "of activations and float weights: f32 or bf16")
         ->check(unnamed(CLI::IsMember({"f32", "bf16"})))
         ->type_name("TYPE");
+    app.add_option("--weights", s.weights, "int8, float (in the dtype), or auto: as in the folder")
+        ->check(unnamed(CLI::IsMember({"auto", "int8", "float"})))
+        ->type_name("KIND");
 }
 
 // Flags for the table's short names; the dotted ones are reached with --set.
@@ -337,7 +349,7 @@ void add_calibrate(CLI::App &app, Settings &s, Raw &raw, const std::string &hype
 }
 
 struct Subcommands {
-    CLI::App *run, *eval, *train, *calibrate, *report, *adapter, *info, *backends, *bench;
+    CLI::App *run, *eval, *train, *calibrate, *report, *adapter, *convert, *info, *backends, *bench;
 };
 
 Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
@@ -386,6 +398,18 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
     adapter->add_flag("-q,--quiet", s.quiet, "no notes");
     adapter->footer("\n" + std::string(adapter_examples) + "\n" + exit_codes);
 
+    CLI::App *convert = app.add_subcommand("convert", "copy a model with int8 weights");
+    convert->add_option("FROM-TO", s.paths, "the model's folder, the folder to write")
+        ->required()
+        ->expected(2)
+        ->type_name("");
+    convert->add_option("--weights", s.weights, "of the copy: int8")
+        ->required()
+        ->check(unnamed(CLI::IsMember({"int8"})))
+        ->type_name("KIND");
+    add_output(*convert, s);
+    convert->footer("\n" + std::string(convert_examples) + "\n" + exit_codes);
+
     CLI::App *info = app.add_subcommand("info", "model, adapter and memory plan");
     add_output(*info, s);
     info->add_flag("--plan-only", raw.no_load, "load nothing: the plan from the files' headers");
@@ -403,7 +427,7 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
         ->check(unnamed(CLI::Range(1, 1000)))
         ->type_name("N");
     bench->footer("\n" + hyper + "\n" + exit_codes);
-    return {run, eval, train, calibrate, report, adapter, info, backends, bench};
+    return {run, eval, train, calibrate, report, adapter, convert, info, backends, bench};
 }
 
 // The list of subcommands has one line each; their own help says more.
@@ -412,7 +436,8 @@ void print_help(CLI::App &app, const Subcommands &all) {
     for (const auto &[command, text] :
          {std::pair(all.run, run_help), std::pair(all.eval, eval_help),
           std::pair(all.train, train_help), std::pair(all.calibrate, calibrate_help),
-          std::pair(all.report, report_help), std::pair(all.adapter, adapter_help)})
+          std::pair(all.report, report_help), std::pair(all.adapter, adapter_help),
+          std::pair(all.convert, convert_help)})
         if (!chosen.empty() && chosen.front() == command)
             command->description(std::string(text) + "\n");
     std::fputs(app.help().c_str(), stdout);
@@ -430,32 +455,32 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     app.footer(std::string("\n") + main_examples + "\n" + exit_codes);
     app.get_formatter()->column_width(help_column);
     const auto all = add_subcommands(app, s, raw, option_help(table));
-    for (CLI::App *sub : {all.run, all.eval, all.train, all.calibrate, all.adapter, all.info,
-                          all.backends, all.bench}) {
-        if (sub != all.backends)
+    for (CLI::App *sub : {all.run, all.eval, all.train, all.calibrate, all.adapter, all.convert,
+                          all.info, all.backends, all.bench}) {
+        if (sub != all.backends && sub != all.convert)
             add_model(*sub, s);
         add_machine(*sub, s, raw);
-        if (sub != all.backends && sub != all.adapter)
+        if (sub != all.backends && sub != all.adapter && sub != all.convert)
             add_hyperparameters(*sub, raw, table);
     }
 
     if (argc > 1 && argv[1][0] != '-' && argv[1][0] != '\0' &&
         app.get_subcommands([&](CLI::App *sub) { return sub->get_name() == argv[1]; }).empty())
         throw Failure(exit_usage, "'" + std::string(argv[1]) + "' is no command; there are " +
-                                      "run, eval, train, calibrate, report, adapter, info, "
-                                      "backends, bench (see ponder --help)");
+                                      "run, eval, train, calibrate, report, adapter, convert, "
+                                      "info, backends, bench (see ponder --help)");
     const std::map<const CLI::App *, Command> commands{
-        {all.run, Command::run},       {all.eval, Command::eval},
-        {all.train, Command::train},   {all.calibrate, Command::calibrate},
-        {all.report, Command::report}, {all.adapter, Command::adapter},
-        {all.info, Command::info},     {all.backends, Command::backends},
-        {all.bench, Command::bench}};
+        {all.run, Command::run},           {all.eval, Command::eval},
+        {all.train, Command::train},       {all.calibrate, Command::calibrate},
+        {all.report, Command::report},     {all.adapter, Command::adapter},
+        {all.convert, Command::convert},   {all.info, Command::info},
+        {all.backends, Command::backends}, {all.bench, Command::bench}};
     try {
         app.parse(argc, argv);
         const CLI::App *chosen = app.get_subcommands().front();
         s.command = commands.at(chosen);
         if (s.command != Command::backends && s.command != Command::report &&
-            s.command != Command::adapter)
+            s.command != Command::adapter && s.command != Command::convert)
             take_hyperparameters(s, raw, *chosen);
     } catch (const CLI::CallForHelp &) {
         print_help(app, all);

@@ -11,6 +11,7 @@ int train_command(const Settings &settings);
 int calibrate_command(const Settings &settings);
 int report_command(const Settings &settings);
 int adapter_command(const Settings &settings);
+int convert_command(const Settings &settings);
 int info_command(const Settings &settings);
 int backends_command(const Settings &settings);
 int bench_command(const Settings &settings);

@@ -98,7 +98,10 @@ void print_json(const Evaluation &e, const ponder_model_info &model, const ponde
     JsonWriter json;
     json.object().member("schema_version", 1).member("command", "eval");
     json.member("method", method_text(options)).member("backend", model.backend);
-    json.member("isa", model.isa).member("dtype", model.dtype).member("model", model.hash);
+    json.member("isa", model.isa)
+        .member("dtype", model.dtype)
+        .member("weights", model.weights)
+        .member("model", model.hash);
     json.member("stream", settings.stream).member("causal", t.causal);
     json.member("complete", e.complete);
     json.member("chunks", t.chunks).member("predictions", t.predictions);
@@ -133,7 +136,8 @@ void print_table(const Evaluation &e, const ponder_model_info &model,
     const Totals &t = e.totals;
     Table table("lr");
     table.row({"method", method_text(options)});
-    table.row({"backend", format("%s (%s), %s", model.backend, model.isa, model.dtype)});
+    table.row(
+        {"backend", format("%s (%s), %s", model.backend, model.isa, types_text(model).c_str())});
     table.row({"loss", format("%.4f nats/token%s", t.chunk_loss(),
                               t.causal ? "" : "  (not causal: analysis)")});
     table.row({"chunks", with_commas(t.chunks)});

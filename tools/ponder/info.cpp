@@ -56,7 +56,7 @@ void print_model(const ponder_model_info &m) {
     table.row({"vocabulary",
                with_commas(uint64_t(m.vocabulary)) + (m.has_tokenizer ? "" : ", no tokenizer")});
     table.row({"context", with_commas(uint64_t(m.context)) + " tokens"});
-    table.row({"runs on", format("%s (%s), %s", m.backend, m.isa, m.dtype)});
+    table.row({"runs on", format("%s (%s), %s", m.backend, m.isa, types_text(m).c_str())});
     table.row({"hash", m.hash});
     std::printf("\nModel\n%s", table.text().c_str());
 }
@@ -78,7 +78,10 @@ void model_json(JsonWriter &json, const ponder_model_info &m) {
     json.member("layers", m.layers).member("width", m.width).member("heads", m.heads);
     json.member("inner_width", m.inner_width).member("vocabulary", m.vocabulary);
     json.member("context", m.context).member("parameters", m.parameters);
-    json.member("dtype", m.dtype).member("backend", m.backend).member("isa", m.isa);
+    json.member("dtype", m.dtype)
+        .member("weights", m.weights)
+        .member("backend", m.backend)
+        .member("isa", m.isa);
     json.member("hash", m.hash).member("has_tokenizer", m.has_tokenizer != 0);
     json.member("end_of_text", m.end_of_text).end();
 }

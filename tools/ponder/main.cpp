@@ -29,6 +29,8 @@ int run(int argc, char **argv) {
         return report_command(*settings);
     case Command::adapter:
         return adapter_command(*settings);
+    case Command::convert:
+        return convert_command(*settings);
     case Command::info:
         return info_command(*settings);
     case Command::backends:

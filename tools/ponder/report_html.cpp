@@ -2,6 +2,7 @@
 #include "html_charts.hpp"
 #include "html_page.hpp"
 #include "run_result.hpp"
+#include "setup.hpp"
 #include "text.hpp"
 
 #include <algorithm>
@@ -244,7 +245,7 @@ std::string html_report(const RunResult &run, const ponder_model *model) {
                    html_escape(valid_utf8(run.method)).c_str(), with_commas(run.files).c_str(),
                    with_commas(run.adapted.tokens).c_str(), (unsigned long long)run.chunk_tokens,
                    with_commas(run.context_tokens).c_str(), html_escape(run.model.backend).c_str(),
-                   html_escape(run.model.isa).c_str(), html_escape(run.model.dtype).c_str(),
+                   html_escape(run.model.isa).c_str(), html_escape(types_text(run.model)).c_str(),
                    run.adapted.causal ? "" : " &middot; <b>not causal (analysis)</b>");
     if (run.interrupted)
         html += "<p><b>Interrupted: the part that was done.</b></p>\n";

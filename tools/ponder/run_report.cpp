@@ -135,8 +135,9 @@ void print_run_table(const RunResult &run) {
     std::printf("%s: %s, %s in %s of %llu\n", run.method.c_str(), plural(run.files, "file").c_str(),
                 plural(a.tokens, "token").c_str(), plural(a.chunks, "chunk").c_str(),
                 (unsigned long long)run.chunk_tokens);
-    std::printf("%s (%s), %s, context %s%s\n\n", run.model.backend, run.model.isa, run.model.dtype,
-                with_commas(run.context_tokens).c_str(), a.causal ? "" : ", NOT CAUSAL (analysis)");
+    std::printf("%s (%s), %s, context %s%s\n\n", run.model.backend, run.model.isa,
+                types_text(run.model).c_str(), with_commas(run.context_tokens).c_str(),
+                a.causal ? "" : ", NOT CAUSAL (analysis)");
     if (run.chunks.empty())
         return;
     print_summary(run);
@@ -194,7 +195,9 @@ void print_run_json(const RunResult &run, const ponder_options *options) {
     JsonWriter json;
     json.object().member("schema_version", 1).member("command", "run");
     json.member("method", run.method).member("backend", run.model.backend);
-    json.member("isa", run.model.isa).member("dtype", run.model.dtype);
+    json.member("isa", run.model.isa)
+        .member("dtype", run.model.dtype)
+        .member("weights", run.model.weights);
     json.member("model", run.model.hash).member("causal", a.causal);
     json.member("complete", !run.interrupted);
     json.member("files", run.files).member("files_left_out", run.files_left_out);

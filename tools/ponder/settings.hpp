@@ -8,7 +8,7 @@
 
 namespace tool {
 
-enum class Command { run, eval, train, calibrate, report, adapter, info, backends, bench };
+enum class Command { run, eval, train, calibrate, report, adapter, convert, info, backends, bench };
 
 enum class TrainKind { adapter, gate, backbone };
 
@@ -36,6 +36,7 @@ struct Settings {
     std::string model; // folder; empty = the one that comes with the tool
     std::string backend = "auto";
     std::string dtype = "f32";
+    std::string weights = "auto";                             // convert: int8
     std::string backend_path;                                 // empty = the library's places
     uint32_t threads = 0;                                     // 0 = cores this process may use
     uint64_t memory_limit = 0;                                // bytes, 0 = none

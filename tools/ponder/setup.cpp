@@ -35,9 +35,9 @@ void warn_if_slow(const ponder_runtime *runtime, const ponder_model_info &model,
     note(settings.quiet, "running on the slow reference kernels (" + why + ")");
 }
 
-int32_t stop_when_interrupted(void *, uint64_t, uint64_t) { return interrupted(); }
-
 } // namespace
+
+int32_t stop_when_interrupted(void *, uint64_t, uint64_t) { return interrupted(); }
 
 bool given(const Settings &settings, const std::string &name) {
     for (const auto &option : settings.options)
@@ -157,6 +157,7 @@ ponder_model_options model_options(const Settings &settings) {
     auto options = sized<ponder_model_options>();
     options.backend = settings.backend.c_str();
     options.dtype = settings.dtype.c_str();
+    options.weights = settings.weights.c_str();
     return options;
 }
 
@@ -176,6 +177,11 @@ Session make_session(const ponder_model *model, const ponder_options *options) {
     ponder_session *session = nullptr;
     call(ponder_session_create, &session, model, options);
     return Session(session);
+}
+
+std::string types_text(const ponder_model_info &model) {
+    const std::string weights = model.weights;
+    return model.dtype + std::string(weights == "int8" ? ", int8 weights" : "");
 }
 
 std::string method_text(const ponder_options *options) {

@@ -28,9 +28,15 @@ Options make_options(const Settings &settings);
 // Throws Failure(exit_backend) when --backend or --dtype is not there: never a fallback.
 void require_backend(const ponder_runtime *runtime, const Settings &settings);
 
+// Progress of a long call that ends with an interrupt.
+int32_t stop_when_interrupted(void *, uint64_t, uint64_t);
+
 Model load_model(ponder_runtime *runtime, const std::string &folder, const Settings &settings);
 ponder_model_options model_options(const Settings &settings);
 Session make_session(const ponder_model *model, const ponder_options *options);
+
+// "bf16", "bf16, int8 weights"
+std::string types_text(const ponder_model_info &model);
 
 // "lora always, 2 steps"
 std::string method_text(const ponder_options *options);
