@@ -1,9 +1,11 @@
 // Times the CPU module's kernels and a whole SKIP and UPDATE pass made of them; prints JSON.
 //
-//     cpu_ops_bench [module.so] [--ops] [--pass] [--large] [--filter NAME]
+//     cpu_ops_bench [module.so] [--ops] [--pass] [--decode] [--large] [--filter NAME]
 //
 // ops:  each op at the shapes of code-10m and of GPT-2 124M, f32 and bf16, on 1 and 2 threads.
 // pass: the op sequence of a 512-token chunk, row ops chained per tile as the executor does.
+// decode: every product with the weights of a model, for few rows and for a chunk, weights as
+//       activations and as int8, beside the rate at which the same memory is read.
 // Tasks are handed out by a counter to threads that spin between calls; times are the best of
 // several runs, since other work may share the machine: on 1 thread its CPU time, on 2 wall clock,
 // which needs two idle cores to mean anything.
@@ -64,6 +66,8 @@ struct Tensor {
                 reinterpret_cast<float *>(p)[i] = x;
             else if (type == DType::bf16)
                 reinterpret_cast<bf16 *>(p)[i] = to_bf16(x);
+            else if (type == DType::i8)
+                reinterpret_cast<int8_t *>(p)[i] = int8_t(random() % 255 - 127);
             else
                 reinterpret_cast<int32_t *>(p)[i] = int32_t(random() % 1000);
         }
@@ -205,7 +209,9 @@ double best_time(const std::vector<Step> &steps, int threads, double budget) {
     return best;
 }
 
-const char *name_of(DType type) { return type == DType::bf16 ? "bf16" : "f32"; }
+const char *name_of(DType type) {
+    return type == DType::bf16 ? "bf16" : type == DType::i8 ? "int8" : "f32";
+}
 
 struct Model {
     const char *name;
@@ -508,8 +514,87 @@ void bench_pass(const Model &m, DType act, bool learn) {
     }
 }
 
+// Seconds to read `bytes` that no cache holds, on n threads.
+double read_time(size_t bytes, int n) {
+    const Tensor block(DType::i32, {int64_t(bytes / 4)});
+    const int32_t *data = reinterpret_cast<const int32_t *>(block.data.get());
+    double best = 1e9;
+    for (int repeat = 0; repeat < 10; ++repeat) {
+        std::atomic<int64_t> total{0};
+        const auto start = Clock::now();
+        std::vector<std::thread> threads;
+        const size_t share = bytes / 4 / size_t(n);
+        for (int i = 0; i < n; ++i)
+            threads.emplace_back([&, from = data + size_t(i) * share] {
+                int64_t sum = 0;
+                for (size_t at = 0; at < share; at += 1024) {
+                    int32_t part[16] = {};
+                    for (size_t j = 0; j < 1024; j += 16)
+                        for (size_t l = 0; l < 16; ++l)
+                            part[l] += from[at + j + l];
+                    for (int32_t x : part)
+                        sum += x;
+                }
+                total += sum;
+            });
+        for (std::thread &t : threads)
+            t.join();
+        best = std::min(best, seconds_since(start));
+    }
+    return best;
+}
+
+void bench_decode(const Model &m, DType act) {
+    const size_t block = size_t(256) << 20;
+    std::printf("{\"read_gb_s_1\": %.1f, \"read_gb_s_2\": %.1f}\n",
+                double(block) / read_time(block, 1) * 1e-9,
+                double(block) / read_time(block, 2) * 1e-9);
+    for (const DType type : {act, DType::i8}) {
+        std::vector<std::pair<Tensor, Tensor>> weights; // and scales
+        double bytes = 0;
+        const auto add = [&](int64_t k, int64_t n, bool transposed) {
+            const Tensor w = Tensor(type, transposed ? Shape{n, k} : Shape{k, n}, 0.05).frozen();
+            const Tensor scales(DType::f32, transposed ? Shape{n, 1} : Shape{1, n}, 0.001);
+            weights.emplace_back(w, scales.frozen());
+            bytes += double(w.bytes());
+        };
+        for (int64_t layer = 0; layer < m.layers; ++layer) {
+            add(m.c, 3 * m.c, false);
+            add(m.c, m.c, false);
+            add(m.c, 4 * m.c, false);
+            add(4 * m.c, m.c, false);
+        }
+        add(m.c, m.v, true);
+        for (const int64_t rows : {int64_t(1), int64_t(4), int64_t(16), m.t}) {
+            std::vector<Step> steps;
+            double flops = 0;
+            for (const auto &[w, scales] : weights) {
+                const bool head = &w == &weights.back().first;
+                if (head && rows == m.t)
+                    continue; // of the last position only
+                const int64_t k = w.shape[head], n = w.shape[!head];
+                std::vector<Tensor> in = {Tensor(act, {1, rows, k}), w, {}, {}};
+                if (type == DType::i8)
+                    in.push_back(scales);
+                steps.push_back(make("linear", in, {Tensor(head ? DType::f32 : act, {1, rows, n})},
+                                     {double(head)}, 2 * double(rows) * double(k) * double(n)));
+                flops += steps.back().flops;
+            }
+            const double t1 = best_time(steps, 1, 1), t2 = best_time(steps, 2, 1.5);
+            std::printf("{\"model\": \"%s\", \"rows\": %d, \"act\": \"%s\", \"weights\": \"%s\", "
+                        "\"weight_mb\": %.1f, \"ms_1\": %.3f, \"ms_2\": %.3f, \"gb_s_1\": %.1f, "
+                        "\"gb_s_2\": %.1f, \"gflops_2\": %.1f}\n",
+                        m.name, int(rows), name_of(act), name_of(type), bytes * 1e-6, t1 * 1e3,
+                        t2 * 1e3, bytes / t1 * 1e-9, bytes / t2 * 1e-9, flops / t2 * 1e-9);
+            std::fflush(stdout);
+            for (const Step &s : steps)
+                backend->drop(s.plan.kernel);
+        }
+    }
+}
+
 int run(int argc, char **argv) {
-    bool ops = false, pass = false, large = false;
+    bool ops = false, pass = false, decode = false, large = false;
     std::string filter;
     const char *path = PONDER_CPU_MODULE;
     for (int i = 1; i < argc; ++i) {
@@ -518,6 +603,8 @@ int run(int argc, char **argv) {
             ops = true;
         else if (arg == "--pass")
             pass = true;
+        else if (arg == "--decode")
+            decode = true;
         else if (arg == "--large")
             large = true;
         else if (arg == "--filter" && i + 1 < argc)
@@ -546,9 +633,11 @@ int run(int argc, char **argv) {
                 std::fprintf(stderr, "%s\n", why);
                 return 1;
             }
-            if (ops || !pass)
+            if (decode)
+                bench_decode(m, act);
+            if (ops || (!pass && !decode))
                 bench_ops(m, act, filter);
-            if (pass || !ops) {
+            if (pass || (!ops && !decode)) {
                 bench_pass(m, act, false);
                 bench_pass(m, act, true);
             }
