@@ -685,6 +685,22 @@ TEST(ApiModel, Int8Weights) {
     EXPECT_STATUS(PONDER_OK, ponder_plan_memory(runtime, out.c_str(), &options, o, &narrow, e), "");
     EXPECT_LT(narrow.weights * 2, wide.weights);
     EXPECT_LE(narrow.packed_weights * 2, wide.packed_weights);
+
+    // It runs within its plan.
+    ponder_runtime_options limited{};
+    limited.memory_limit = narrow.total;
+    ponder_runtime *small = make_runtime(limited);
+    ponder_model *model = nullptr;
+    EXPECT_STATUS(PONDER_OK, ponder_model_load(&model, small, out.c_str(), &options, nullptr, e),
+                  "");
+    ponder_session *session = nullptr;
+    EXPECT_STATUS(PONDER_OK, ponder_session_create(&session, model, o, e), "");
+    const auto ids = tokens(32 * 5 + 3);
+    EXPECT_STATUS(PONDER_OK, ponder_session_adapt(session, ids.data(), ids.size(), nullptr, e), "");
+    EXPECT_STATUS(PONDER_OK, ponder_session_flush(session, nullptr, e), "");
+    ponder_session_destroy(session);
+    ponder_model_release(model);
+    ponder_runtime_destroy(small);
     ponder_options_destroy(o);
     ponder_runtime_destroy(runtime);
 }
