@@ -131,6 +131,13 @@ TEST_P(CpuOps, Embedding) {
                    {{f32, {n.s, n.t, c}}},
                    {3}},
                   1e-6, shape_name(act, n.s, n.t));
+            check({"embedding_at",
+                   {random_ids({n.s, n.t}, seed++, 0, int32_t(v)),
+                    random_ids({n.s, n.t}, seed++, 0, 9), random(act, {v, c}).frozen(),
+                    random(act, {9, c}).frozen()},
+                   {{f32, {n.s, n.t, c}}},
+                   {}},
+                  1e-6, shape_name(act, n.s, n.t));
         }
 }
 
@@ -413,6 +420,49 @@ TEST_P(CpuOps, Attention) {
                    0);
 }
 
+// Few new tokens and many, an empty cache and a full one, streams of different lengths.
+TEST_P(CpuOps, AttentionCached) {
+    struct Length {
+        int64_t t, places;
+        std::vector<double> first;
+    };
+    const std::vector<Length> cases = {{1, 300, {0, 299, 40}},  {1, 17, {16}},
+                                       {3, 300, {297, 0, 130}}, {70, 200, {0, 130}},
+                                       {150, 150, {0}},         {64, 400, {200}}};
+    for (const auto &n : cases)
+        for (DType act : {f32, half})
+            for (int64_t d : {8, 20, 64, 128}) {
+                const int64_t s = int64_t(n.first.size()), heads = 2, c = heads * d;
+                const Shape cache = {s, heads, n.places, d};
+                const Tensor first = from_values(DType::i32, {s}, n.first);
+                check({"attention_cached",
+                       {random(act, {s, n.t, 3 * c}, 2), first, random(act, cache),
+                        random(act, cache)},
+                       {{act, {s, n.t, c}}, {act, cache}, {act, cache}},
+                       {}},
+                      limit(act), shape_name(act, s, n.t) + " D=" + std::to_string(d));
+            }
+}
+
+// Decoding is attention: token by token over a cache as all at once.
+TEST_P(CpuOps, AttentionCachedIsAttention) {
+    const int64_t t = 40, c = 64, heads = 2, d = c / heads;
+    const Tensor qkv = random(f32, {1, t, 3 * c}, 2);
+    const Tensor whole = runner->run("attention", {qkv}, {{f32, {1, t, c}}, {f32, {1, heads, t}}},
+                                     {double(heads)})[0];
+    Tensor k = filled(f32, {1, heads, t, d}, 0), v = filled(f32, {1, heads, t, d}, 0);
+    for (int64_t i = 0; i < t; ++i) {
+        Tensor row(f32, {1, 1, 3 * c});
+        std::copy_n(qkv.as<float>() + i * 3 * c, 3 * c, row.as<float>());
+        const auto out =
+            runner->run("attention_cached", {row, from_values(DType::i32, {1}, {double(i)}), k, v},
+                        {{f32, {1, 1, c}}, {f32, k.shape}, {f32, v.shape}}, {});
+        k = out[1], v = out[2];
+        for (int64_t j = 0; j < c; ++j)
+            ASSERT_NEAR(whole.at(i * c + j), out[0].at(j), 1e-5) << i;
+    }
+}
+
 TEST_P(CpuOps, CrossEntropy) {
     for (const Length &n : lengths)
         for (DType act : {f32, half})
@@ -444,11 +494,16 @@ TEST_P(CpuOps, ConvolutionAndRope) {
         for (DType act : {f32, half}) {
             const std::string what = shape_name(act, n.s, n.t);
             for (double shift : {0.0, 1.0})
-                check({"conv1d",
-                       {random(act, {n.s, n.t, 37}), random(f32, {4, 37}), random(f32, {37})},
-                       {{act, {n.s, n.t, 37}}},
-                       {shift}},
-                      limit(act), what);
+                for (bool before : {false, true}) {
+                    Case c = {
+                        "conv1d",
+                        {random(act, {n.s, n.t, 37}), random(f32, {4, 37}), random(f32, {37})},
+                        {{act, {n.s, n.t, 37}}},
+                        {shift}};
+                    if (before)
+                        c.in.push_back(random(act, {n.s, 3 + int64_t(shift), 37}));
+                    check(c, limit(act), what);
+                }
             for (double shift : {0.0, 1.0})
                 check({"conv1d_vjp",
                        {random(act, {n.s, n.t, 101}), random(act, {n.s, n.t, 101}),

@@ -2,6 +2,7 @@
 // reference backend: sessions, snapshots, gates' features, trainers; and what happens when such a
 // device runs out of memory or breaks.
 #include "offset_backend.hpp"
+#include "session/generate.hpp"
 #include "support.hpp"
 #include "train/trainer.hpp"
 
@@ -126,6 +127,45 @@ TEST(DeviceMemory, SnapshotsMove) {
         EXPECT_EQ(half(host, half(device, {}).first).second, stay.second);
         EXPECT_EQ(half(device, half(host, {}).first).second, stay.second);
     }
+}
+
+// Two streams, after updates, past a full window, with a cache that is computed again.
+TEST(DeviceMemory, GeneratingIsThatOfTheHost) {
+    for (const char *dtype : {"f32", "bf16"})
+        for (const Values &values : cases) {
+            const auto write = [&](const char *backend) {
+                const auto model = load(backend, dtype);
+                std::vector<std::unique_ptr<Session>> sessions;
+                std::vector<Session *> list;
+                std::vector<CallGuard> guards;
+                std::vector<Generation> wishes(2);
+                std::vector<double> all;
+                for (size_t i = 0; i < 2; ++i) {
+                    sessions.push_back(std::make_unique<Session>(model, options_of(values)));
+                    list.push_back(sessions[i].get());
+                    guards.push_back(no_limits(*list[i]));
+                    wishes[i].prompt = random_tokens(5 + 20 * i, 30 + i);
+                    wishes[i].max_tokens = 30;
+                    wishes[i].log_probabilities = true;
+                    wishes[i].token = [&](uint64_t, int32_t id, double log_p, std::string_view) {
+                        if (id >= 0)
+                            all.insert(all.end(), {double(id), log_p});
+                        return false;
+                    };
+                }
+                for (int round = 0; round < 2; ++round) {
+                    std::vector<ponder_generation_result> results(2);
+                    Session::generate(list, wishes, results, guards);
+                    list[0]->feed(random_tokens(16, 40));
+                    list[0]->adapt(no_limits(*list[0]));
+                }
+                std::vector<ponder_generation_result> results(1);
+                Session::generate({&list[1], 1}, {&wishes[1], 1}, results, {&guards[1], 1});
+                return all;
+            };
+            EXPECT_EQ(write("reference"), write("offset"))
+                << values[0].second << " " << values.back().second << " " << dtype;
+        }
 }
 
 TEST(DeviceMemory, AnUpdateReadsBackTwice) {

@@ -1,4 +1,5 @@
-// conv1d: y_t = b + sum_{j<4} w_j x_{t-3-shift+j}, zeros before the start of the stream.
+// conv1d: y_t = b + sum_{j<4} w_j x_{t-3-shift+j}, and before the start of the
+// stream the rows of `before`, or zeros.
 // A tile reads rows before its own, so the tiles are independent tasks and no link of a row chain.
 // conv1d_vjp: dx_t = sum_j w_j dy_{t+3+shift-j}, dw_j = sum_t x_{t-3-shift+j} dy_t, db = sum_t
 // dy_t. Its first tasks make tiles of dx, the others 64 columns each of dw and db.
@@ -10,6 +11,8 @@ namespace {
 struct Conv1d : Kernel {
     int64_t row_count, tokens, width, shift;
     int32_t x, w, b, y; // of the vjp: y is dy, b is dx
+    int64_t earlier;    // rows of `before`
+    int32_t before;
 };
 
 void run(const Kernel *kernel, void *const *buffers, void *, uint32_t task) {
@@ -18,15 +21,22 @@ void run(const Kernel *kernel, void *const *buffers, void *, uint32_t task) {
     const Span s = span(task, kTile, k.row_count);
     for (int64_t r = s.begin; r < s.end; ++r) {
         const int64_t t = r % k.tokens, oldest = t - 3 - k.shift;
-        const View x = View::of(buffers[0], k.x), y = View::of(buffers[3], k.y).at(r * k.width);
+        const View x = View::of(buffers[0], k.x);
+        const View y = View::of(buffers[k.earlier > 0 ? 4 : 3], k.y).at(r * k.width);
+        const View before = View::of(buffers[3], k.before); // if there are earlier rows
         each_vector(
             k.width, PONDER_EACH(i, n) {
                 vf v = b.get(i, n);
                 for (int64_t j = 0; j < 4; ++j) {
-                    if (oldest + j < 0)
+                    const int64_t from = oldest + j;
+                    if (from + k.earlier < 0)
                         continue;
-                    const int64_t from = (r - 3 - k.shift + j) * k.width;
-                    v = fma(w.get(j * k.width + i, n), x.get(from + i, n), v);
+                    const vf row =
+                        from < 0
+                            ? before.get(
+                                  (r / k.tokens * k.earlier + from + k.earlier) * k.width + i, n)
+                            : x.get((r - 3 - k.shift + j) * k.width + i, n);
+                    v = fma(w.get(j * k.width + i, n), row, v);
                 }
                 y.put(i, v, n);
             });
@@ -104,12 +114,17 @@ int32_t plan_conv1d(const Call &c) {
     if (!floats(in(c, 0)) || !floats(in(c, 1)) || !floats(in(c, 2)) || !floats(out(c, 0)) ||
         in(c, 0).rank != 3 || attr(c, 0) < 0)
         return PONDER_PLAN_NONE;
+    const bool before = c.op->n_in > 3 && given(in(c, 3));
+    if (c.op->n_in > 3 && (!floats(in(c, 3)) || in(c, 3).dim[1] != 3 + int64_t(attr(c, 0))))
+        return PONDER_PLAN_NONE;
     Conv1d *k = new_kernel<Conv1d>(run);
     if (!k)
         return PONDER_PLAN_FAILED;
     k->row_count = rows(in(c, 0)), k->tokens = in(c, 0).dim[1], k->width = last(in(c, 0));
     k->shift = int64_t(attr(c, 0));
     k->x = in(c, 0).dtype, k->w = in(c, 1).dtype, k->b = in(c, 2).dtype, k->y = out(c, 0).dtype;
+    if (before)
+        k->earlier = in(c, 3).dim[1], k->before = in(c, 3).dtype;
     return planned(c, k, tiles(k->row_count, kTile), PONDER_TILE_ANY);
 }
 

@@ -6,6 +6,7 @@ namespace {
 
 constexpr Op ops[] = {
     {"embedding", plan_embedding},
+    {"embedding_at", plan_embedding_at},
     {"layer_norm", plan_layer_norm},
     {"layer_norm_vjp", plan_layer_norm_vjp},
     {"linear", plan_linear},
@@ -22,6 +23,7 @@ constexpr Op ops[] = {
     {"cross_entropy_vjp", plan_cross_entropy_vjp},
     {"attention", plan_attention},
     {"attention_vjp", plan_attention_vjp},
+    {"attention_cached", plan_attention_cached},
     {"conv1d", plan_conv1d},
     {"rope", plan_rope},
     {"ttt_linear", plan_ttt_linear},

@@ -1,7 +1,7 @@
 // linear: y = add + x w + b, or x w^T. A task is one tile of rows times all of w, packed once per
-// device; bias, add and the conversion of y happen while the sums are in registers. Few rows and an
-// int8 w: a task is some columns, so that every thread reads its share of w.
-#include "gemm.hpp"
+// device; bias, add and the conversion of y happen while the sums are in registers. Up to one tile
+// of rows a task is some columns, so that every thread reads its share of w.
+#include "few_rows.hpp"
 #include "ops.hpp"
 
 namespace ponder::cpu::PONDER_ISA {
@@ -9,7 +9,6 @@ namespace {
 
 struct Linear : Kernel {
     int64_t row_count, k, n;
-    int64_t columns; // of a task
     Weight w;
     bool half_, scales_columns;
     int32_t x, b, y;
@@ -45,10 +44,16 @@ void rows_task(const Kernel *kernel, void *const *buffers, void *workspace, uint
 
 void columns_task(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t task) {
     const Linear &l = *static_cast<const Linear *>(kernel);
-    block(l, buffers, workspace, {0, l.row_count}, span(task, l.columns, l.n));
+    const Span c = span(task, few_columns(l.n, l.w), l.n);
+    if (l.row_count > 1 || l.w.bytes)
+        return block(l, buffers, workspace, {0, l.row_count}, c);
+    FewRows row = {1, l.k, l.n, l.half_, l.w};
+    row.x = View::of(buffers[0], l.x);
+    row.bias = View::of(buffers[2], l.b);
+    row.add = static_cast<const float *>(buffers[3]);
+    row.y = View::of(buffers[l.out], l.y).at(c.begin);
+    few_rows(row, c.begin, c.end - c.begin, static_cast<uint32_t *>(workspace));
 }
-
-constexpr int64_t kColumnTasks = 16; // at most
 
 } // namespace
 
@@ -70,11 +75,10 @@ int32_t plan_linear(const Call &c) {
         return forget(l);
     const size_t work =
         padded(4 * a_rows_units(l->w.depth)) + 4 * wide_units(c, 1, l->row_count, l->w.depth);
-    if (!l->w.bytes || l->row_count > kFewRows)
+    if (l->row_count > kTile)
         return planned_rows(c, l, l->row_count, work);
     l->run = columns_task;
-    l->columns = tiles(tiles(l->n, kPanel), kColumnTasks) * kPanel;
-    return planned(c, l, tiles(l->n, l->columns), PONDER_TILE_ANY, work);
+    return planned(c, l, tiles(l->n, few_columns(l->n, l->w)), PONDER_TILE_ANY, work);
 }
 
 } // namespace ponder::cpu::PONDER_ISA

@@ -4,8 +4,9 @@
 // factors change with every step, so each task packs its own copy; they are small. A tile of rows
 // may lie across streams, each with its own factors: it is done in pieces. With an int8 w the sums
 // are times its scales when they are finished, so forward takes bb / scales; backward takes
-// dy * scales in the product with w.
-#include "gemm.hpp"
+// dy * scales in the product with w. A few rows (decoding) would pay more for packing than for the
+// products: they take the factors as they are, and tasks are columns (few_rows.hpp).
+#include "few_rows.hpp"
 #include "ops.hpp"
 
 namespace ponder::cpu::PONDER_ISA {
@@ -139,6 +140,76 @@ void backward(const Kernel *kernel, void *const *buffers, void *workspace, uint3
     }
 }
 
+constexpr int64_t kUnpackedRows = 16;
+
+size_t few_bytes(const Lora &l) {
+    const int64_t columns = smaller(few_columns(l.n, l.w), l.n);
+    return padded(4 * a_rows_units(l.w.depth)) + padded(size_t(4 * l.k)) +
+           padded(size_t(4 * l.row_count * l.rank)) + padded(size_t(4 * l.row_count * columns));
+}
+
+void forward_few(const Kernel *kernel, void *const *buffers, void *workspace, uint32_t task) {
+    const Lora &l = *static_cast<const Lora *>(kernel);
+    const int64_t columns = few_columns(l.n, l.w);
+    const Span s = span(task, columns, l.n);
+    const int64_t n = s.end - s.begin, r = l.rank;
+    Carver carver{static_cast<char *>(workspace)};
+    uint32_t *work = carver.take<uint32_t>(a_rows_units(l.w.depth));
+    float *x = carver.take<float>(size_t(l.k));
+    float *low = carver.take<float>(size_t(l.row_count * r));
+    float *sums = carver.take<float>(size_t(l.row_count * smaller(columns, l.n)));
+    const View all = View::of(buffers[0], l.x), u = View::of(buffers[l.out + 1], l.u);
+    for (int64_t i = 0; i < l.row_count; ++i) {
+        const float *a = static_cast<const float *>(buffers[3]) + i / l.tokens * l.k * r;
+        const View row = all.at(i * l.k);
+        each_vector(
+            l.k, PONDER_EACH(j, w) {
+                const vf v = row.get(j, w);
+                w == W ? store(x + j, v) : store(x + j, v, w);
+            });
+        each_vector(
+            r, PONDER_EACH(j, w) {
+                vf sum[4] = {set(0), set(0), set(0), set(0)};
+                const auto add = [&](int64_t k, vf & to) __attribute__((always_inline)) {
+                    const float *at = a + k * r + j;
+                    to = fma(set(x[k]), w == W ? load(at) : load(at, w), to);
+                };
+                int64_t k = 0;
+                for (; k + 4 <= l.k; k += 4)
+#pragma GCC unroll 4
+                    for (int i4 = 0; i4 < 4; ++i4)
+                        add(k + i4, sum[i4]);
+                for (; k < l.k; ++k)
+                    add(k, sum[0]);
+                const vf v = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+                if (task == 0)
+                    u.put(i * r + j, v, w);
+                w == W ? store(low + i * r + j, v) : store(low + i * r + j, v, w);
+            });
+    }
+    FewRows few = {l.row_count, l.k, l.n, l.half_, l.w};
+    few.x = all;
+    few.scales = scales_of(l, buffers);
+    few.bias = View::of(buffers[2], l.b);
+    few.add = static_cast<const float *>(buffers[5]);
+    few.y = View::of(sums, kF32), few.y_row = n;
+    few_rows(few, s.begin, n, work);
+    for (int64_t i = 0; i < l.row_count; ++i) {
+        const float *bb = static_cast<const float *>(buffers[4]) + i / l.tokens * r * l.n + s.begin;
+        const View base = View::of(sums + i * n, kF32);
+        const View y = View::of(buffers[l.out], l.y).at(i * l.n + s.begin);
+        each_vector(
+            n, PONDER_EACH(j, w) {
+                vf sum = set(0);
+                for (int64_t k = 0; k < r; ++k) {
+                    const float *at = bb + k * l.n + j;
+                    sum = fma(set(low[i * r + k]), w == W ? load(at) : load(at, w), sum);
+                }
+                y.put(j, fma(set(l.scale), sum, base.get(j, w)), w);
+            });
+    }
+}
+
 } // namespace
 
 int32_t plan_lora_linear(const Call &c) {
@@ -159,6 +230,10 @@ int32_t plan_lora_linear(const Call &c) {
     l->w = pack_weight(c, 1, l->k, l->n, false, l->half_);
     if (!l->w)
         return forget(l);
+    if (l->row_count <= kUnpackedRows) {
+        l->run = forward_few;
+        return planned(c, l, tiles(l->n, few_columns(l->n, l->w)), PONDER_TILE_ANY, few_bytes(*l));
+    }
     return planned_rows(c, l, l->row_count, work_bytes(*l));
 }
 

@@ -6,6 +6,7 @@
 namespace ponder::cpu::PONDER_ISA {
 
 int32_t plan_embedding(const Call &c);
+int32_t plan_embedding_at(const Call &c);
 int32_t plan_layer_norm(const Call &c);
 int32_t plan_layer_norm_vjp(const Call &c);
 int32_t plan_linear(const Call &c);
@@ -22,6 +23,7 @@ int32_t plan_cross_entropy(const Call &c);
 int32_t plan_cross_entropy_vjp(const Call &c);
 int32_t plan_attention(const Call &c);
 int32_t plan_attention_vjp(const Call &c);
+int32_t plan_attention_cached(const Call &c);
 int32_t plan_conv1d(const Call &c);
 int32_t plan_rope(const Call &c);
 int32_t plan_ttt_linear(const Call &c);

@@ -1,4 +1,5 @@
-// conv1d: y_t = b + sum_j w_j x_{t-3-shift+j}, depthwise over 4 taps, zeros before the start.
+// conv1d: y_t = b + sum_j w_j x_{t-3-shift+j}, depthwise over 4 taps; before the start come
+// the 3 + shift rows of `before`, or zeros.
 // vjp: dx_u = sum_j w_j dy_{u+3+shift-j}, dw_j = sum x_{t-3-shift+j} dy_t, db = sum dy_t
 #include "ops.hpp"
 
@@ -11,8 +12,8 @@ namespace {
 constexpr int threads = 256, lanes = 16;
 
 template <class X, class W, class Y>
-__global__ void conv1d_kernel(const X *x, const W *w, const W *b, Y *y, int64_t n, int64_t tokens,
-                              int64_t width, int64_t shift) {
+__global__ void conv1d_kernel(const X *x, const W *w, const W *b, const X *before, Y *y, int64_t n,
+                              int64_t tokens, int64_t width, int64_t shift) {
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
     if (i >= n)
         return;
@@ -21,6 +22,9 @@ __global__ void conv1d_kernel(const X *x, const W *w, const W *b, Y *y, int64_t 
     for (int64_t j = 0; j < 4; ++j)
         if (const int64_t back = 3 + shift - j; t >= back)
             sum += to_float(w[j * width + c]) * to_float(x[i - back * width]);
+        else if (before)
+            sum += to_float(w[j * width + c]) *
+                   to_float(before[(i / width / tokens * (3 + shift) + t + j) * width + c]);
     y[i] = from_float<Y>(sum);
 }
 
@@ -84,14 +88,16 @@ __global__ void conv1d_weight_sum(const float *partial, float *dw, float *db, in
 int32_t plan_conv1d(const Call &call) {
     const int64_t n = call.count(0), tokens = call.dim(0, 1), width = call.dim(0, 2);
     const int64_t shift = int64_t(call.attr(0));
-    if (call.type(1) != call.type(2))
+    const bool before = call.has_in(3);
+    const size_t out = call.out(0);
+    if (call.type(1) != call.type(2) || (before && call.type(3) != call.type(0)))
         return PONDER_PLAN_NONE;
     return by_types(call.type(0), call.type(1), [&]<class X, class W>(X, W) {
-        return by_type(call.type(3), [&]<class Y>(Y) {
+        return by_type(call.type(out), [&]<class Y>(Y) {
             return call.is(0, [=](const Run &run) {
                 conv1d_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(
-                    run.at<const X>(0), run.at<const W>(1), run.at<const W>(2), run.at<Y>(3), n,
-                    tokens, width, shift);
+                    run.at<const X>(0), run.at<const W>(1), run.at<const W>(2),
+                    before ? run.at<const X>(3) : nullptr, run.at<Y>(out), n, tokens, width, shift);
             });
         });
     });

@@ -1,4 +1,4 @@
-// embedding: y = table[id] + position[first + t]
+// embedding: y = table[id] + position[first + t]; embedding_at: table[id] + position[at]
 // vjp: dtable[v] = the sum of dy over v's tokens, in their order (a stable sort by id), so that the
 // sum is the same every time; dposition[p] = the sum over streams.
 #include "ops.hpp"
@@ -12,14 +12,16 @@ namespace {
 constexpr int threads = 256;
 
 template <int N, class T, class P>
-__global__ void embedding_kernel(const int32_t *ids, const T *table, const P *position, float *y,
-                                 int64_t packs, int64_t tokens, int64_t width, int64_t first) {
+__global__ void embedding_kernel(const int32_t *ids, const int32_t *places, const T *table,
+                                 const P *position, float *y, int64_t packs, int64_t tokens,
+                                 int64_t width, int64_t first) {
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
     if (i >= packs)
         return;
     const int64_t at = i * N, row = at / width, c = at % width;
     const Pack<T, N> word = load<N>(table + int64_t(ids[row]) * width + c);
-    const Pack<P, N> place = load<N>(position + (first + row % tokens) * width + c);
+    const int64_t position_of_row = places ? places[row] : first + row % tokens;
+    const Pack<P, N> place = load<N>(position + position_of_row * width + c);
     Pack<float, N> out;
     for (int j = 0; j < N; ++j)
         out.v[j] = word[j] + place[j];
@@ -78,26 +80,31 @@ __global__ void position_kernel(const float *dy, float *dposition, int64_t n, in
 
 size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-} // namespace
-
-int32_t plan_embedding(const Call &call) {
-    const int64_t tokens = call.dim(0, 1), width = call.dim(1, 1), n = call.count(3);
-    const int64_t first = int64_t(call.attr(0));
-    return by_types(call.type(1), call.type(2), [&]<class T, class P>(T, P) {
+int32_t plan_lookup(const Call &call, size_t table_at) {
+    const int64_t tokens = call.dim(0, 1), width = call.last(table_at);
+    const int64_t n = call.count(call.out(0)), first = int64_t(call.attr(0));
+    const bool given = table_at == 2;
+    return by_types(call.type(table_at), call.type(table_at + 1), [&]<class T, class P>(T, P) {
         return call.is(0, [=](const Run &run) {
-            const T *table = run.at<const T>(1);
-            const P *position = run.at<const P>(2);
+            const int32_t *ids = run.at<const int32_t>(0);
+            const int32_t *places = given ? run.at<const int32_t>(1) : nullptr;
+            const T *table = run.at<const T>(table_at);
+            const P *position = run.at<const P>(table_at + 1);
+            float *y = run.at<float>(table_at + 2);
             if (width % 4 == 0 && aligned(table, 16) && aligned(position, 16))
                 embedding_kernel<4><<<blocks_for(n / 4, threads), threads, 0, run.stream>>>(
-                    run.at<const int32_t>(0), table, position, run.at<float>(3), n / 4, tokens,
-                    width, first);
+                    ids, places, table, position, y, n / 4, tokens, width, first);
             else
                 embedding_kernel<1><<<blocks_for(n, threads), threads, 0, run.stream>>>(
-                    run.at<const int32_t>(0), table, position, run.at<float>(3), n, tokens, width,
-                    first);
+                    ids, places, table, position, y, n, tokens, width, first);
         });
     });
 }
+
+} // namespace
+
+int32_t plan_embedding(const Call &call) { return plan_lookup(call, 1); }
+int32_t plan_embedding_at(const Call &call) { return plan_lookup(call, 2); }
 
 int32_t plan_embedding_vjp(const Call &call) {
     const int64_t streams = call.dim(1, 0), tokens = call.dim(1, 1), width = call.dim(0, 2);
@@ -107,10 +114,9 @@ int32_t plan_embedding_vjp(const Call &call) {
     while ((int64_t(1) << bits) < vocabulary)
         ++bits;
     size_t sort_bytes = 0;
-    cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, static_cast<const int32_t *>(nullptr),
-                                    static_cast<int32_t *>(nullptr),
-                                    static_cast<const int32_t *>(nullptr),
-                                    static_cast<int32_t *>(nullptr), int(rows), 0, bits);
+    cub::DeviceRadixSort::SortPairs(
+        nullptr, sort_bytes, static_cast<const int32_t *>(nullptr), static_cast<int32_t *>(nullptr),
+        static_cast<const int32_t *>(nullptr), static_cast<int32_t *>(nullptr), int(rows), 0, bits);
     const size_t list = round_up(size_t(rows) * sizeof(int32_t));
     return call.is(3 * list + sort_bytes, [=](const Run &run) {
         int32_t *number = reinterpret_cast<int32_t *>(run.workspace);

@@ -43,6 +43,7 @@ struct Named {
 
 constexpr Named ops[] = {
     {"embedding", plan_embedding},
+    {"embedding_at", plan_embedding_at},
     {"layer_norm", plan_layer_norm},
     {"layer_norm_vjp", plan_layer_norm_vjp},
     {"linear", plan_linear},
@@ -58,6 +59,7 @@ constexpr Named ops[] = {
     {"cross_entropy_vjp", plan_cross_entropy_vjp},
     {"attention", plan_attention},
     {"attention_vjp", plan_attention_vjp},
+    {"attention_cached", plan_attention_cached},
     {"conv1d", plan_conv1d},
     {"rope", plan_rope},
     {"ttt_linear", plan_ttt_linear},

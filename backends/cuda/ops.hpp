@@ -6,7 +6,8 @@
 namespace ponder::cuda {
 
 // clang-format off
-int32_t plan_embedding(const Call &), plan_embedding_vjp(const Call &);
+int32_t plan_embedding(const Call &), plan_embedding_at(const Call &),
+        plan_embedding_vjp(const Call &);
 int32_t plan_layer_norm(const Call &), plan_layer_norm_vjp(const Call &),
         plan_layer_norm_vjp_weight(const Call &);
 int32_t plan_linear(const Call &), plan_linear_gelu(const Call &),
@@ -20,7 +21,8 @@ int32_t plan_sigmoid(const Call &), plan_affine(const Call &), plan_power(const 
 int32_t plan_slice_rows(const Call &), plan_slice_rows_vjp(const Call &);
 int32_t plan_cross_entropy(const Call &), plan_cross_entropy_vjp(const Call &),
         plan_cross_entropy_vjp_table(const Call &);
-int32_t plan_attention(const Call &), plan_attention_vjp(const Call &);
+int32_t plan_attention(const Call &), plan_attention_vjp(const Call &),
+        plan_attention_cached(const Call &);
 int32_t plan_conv1d(const Call &), plan_conv1d_vjp(const Call &), plan_rope(const Call &);
 int32_t plan_ttt_linear(const Call &), plan_ttt_mlp(const Call &), plan_ttt_linear_vjp(const Call &);
 int32_t plan_mean(const Call &), plan_mean_vjp(const Call &), plan_norm(const Call &);

@@ -394,6 +394,102 @@ PONDER_API ponder_status ponder_session_save_memory(const ponder_session *sessio
 PONDER_API ponder_status ponder_session_load_memory(ponder_session *session, const void *data,
                                                     size_t size, ponder_error *error);
 
+/* ---- Generating --------------------------------------------------------- */
+
+enum ponder_generation_flag {
+    PONDER_GENERATE_LOGPROBS = 1,   /* hand over log-probabilities */
+    PONDER_GENERATE_KEEP_CACHE = 2, /* after an update, keys and values that fast weights entered
+                                       stay as they were computed; else they are computed again */
+    PONDER_GENERATE_IGNORE_END = 4  /* <|endoftext|> does not end the text */
+};
+
+enum ponder_stop_reason {
+    PONDER_STOP_LENGTH = 0,   /* max_tokens */
+    PONDER_STOP_TOKEN = 1,    /* a stop token, which is not part of the text */
+    PONDER_STOP_STRING = 2,   /* a stop string; the text ends before it */
+    PONDER_STOP_CALLBACK = 3
+};
+
+/* One token, as it is handed over. */
+typedef struct ponder_generated {
+    uint32_t struct_size;
+    uint32_t stream;     /* place of its session in the call */
+    uint64_t index;      /* 0, 1, ... */
+    int32_t id;          /* -1: no token, but the end of the text that was held back until now */
+    uint32_t reserved;
+    double logprob;      /* ln of the probability that the model gives it, before bias, penalty and
+                            temperature; NaN unless asked for */
+    const char *text;    /* what is certain of the text now: whole UTF-8 characters (where the text
+                            is UTF-8), nothing that may begin a stop string. Valid in the call */
+    size_t text_size;    /* may be 0; always 0 without a tokenizer */
+} ponder_generated;
+
+/* What to generate. Zero means the default, which is named first. */
+typedef struct ponder_generation {
+    uint32_t struct_size;
+    uint32_t flags;          /* enum ponder_generation_flag */
+    const int32_t *prompt;   /* what the text begins with: at least one token */
+    size_t prompt_count;
+    uint64_t max_tokens;     /* at most so many; 0 = 256 */
+    double temperature;      /* 0: the most probable token (of equals the smaller id); to 100 */
+    uint32_t top_k;          /* 0: off; only the k most probable tokens */
+    uint32_t reserved;
+    double top_p;            /* 0: off; the fewest tokens whose probabilities reach p, 0 < p <= 1 */
+    double min_p;            /* 0: off; tokens with min_p times the largest probability, to 1 */
+    double repetition;       /* 0: off (1); logits of tokens that are in the text are divided by
+                                this where positive, else multiplied; to 100 */
+    uint64_t seed;           /* of the draws. Token i depends on seed, i and the distribution */
+    const int32_t *bias_ids; /* added to these tokens' logits, -10000..10000 */
+    const float *bias;
+    size_t bias_count;
+    const int32_t *stop_tokens;
+    size_t stop_token_count;
+    const char *const *stop_strings; /* NUL-terminated, not empty; may lie across tokens */
+    size_t stop_string_count;
+    void *user_data;
+    /* After each token; returns non-zero to stop. NULL = none. Must not use the session. */
+    int32_t (*token)(void *user_data, const ponder_generated *generated);
+} ponder_generation;
+
+typedef struct ponder_generation_result {
+    uint32_t struct_size;
+    int32_t reason;          /* enum ponder_stop_reason */
+    uint64_t prompt_tokens;
+    uint64_t cached_tokens;  /* of the prompt: not computed again */
+    uint64_t tokens;         /* generated */
+    int32_t stopped_by;      /* id of the stop token, number of the stop string, else -1 */
+    uint32_t reserved;
+    uint64_t prefill_ns, decode_ns;
+} ponder_generation_result;
+
+/* Continues a text with the session's fast weights as they are. The text is the prompt alone: what
+ * the session has read is in its weights. The stream is not touched: scores, learning and snapshots
+ * go on as if nothing had been generated. Bias and the repetition penalty apply first, then
+ * temperature, top_k, top_p and min_p, each to what the one before has left.
+ *
+ * The text may be longer than the context (option `context`): when it is full, its last half is read
+ * again from position 0 on. TTT layers learn from the text while it is generated, in a copy of their
+ * weights, and take no part where the policy is skip. Keys and values stay in the session: a
+ * prompt that begins like the last text costs only what is new in it. Reset and load forget them.
+ *
+ * On error, cancel and deadline, `result` is untouched, and tokens handed over by then stay valid.
+ * result and call may be NULL. */
+PONDER_API ponder_status ponder_session_generate(ponder_session *session,
+                                                 const ponder_generation *generation,
+                                                 ponder_generation_result *result,
+                                                 const ponder_call *call, ponder_error *error);
+/* Several sessions at once, a token of each in one pass over the weights. They belong to one model,
+ * have equal options of adapter, chunk and context, and differ. results (or its elements) may be
+ * NULL. */
+PONDER_API ponder_status ponder_generate(ponder_session *const *sessions, uint32_t count,
+                                         const ponder_generation *const *generations,
+                                         ponder_generation_result *const *results,
+                                         const ponder_call *call, ponder_error *error);
+/* Appends tokens first .. first + count of the last text (prompt and what was generated) to the
+ * session's stream, as feed does: then they are scored and learned from like anything read. */
+PONDER_API ponder_status ponder_session_accept(ponder_session *session, uint64_t first,
+                                               uint64_t count, ponder_error *error);
+
 /* ---- Training ----------------------------------------------------------- */
 
 /* Outer loop: learns what a session starts from. One trainer changes one thing; the model it

@@ -17,10 +17,13 @@ size_t Adapter::add_fast(std::string name, Shape shape, size_t group) {
     return fast_.size() - 1;
 }
 
-void Adapter::bind(Graph &graph) const {
-    for (const FastTensor &tensor : fast_)
-        graph.external(tensor.name, graph.wide, tensor.shape,
+void Adapter::bind(Graph &graph, int64_t streams) const {
+    for (const FastTensor &tensor : fast_) {
+        Shape shape = tensor.shape;
+        shape.dim[0] = streams;
+        graph.external(tensor.name, graph.wide, shape,
                        !learns_inside() || graph.mode.train_adapter);
+    }
 }
 
 void Adapter::initial(std::span<float> fast, Random &random) const {
@@ -30,8 +33,7 @@ void Adapter::initial(std::span<float> fast, Random &random) const {
         std::copy(stored_.begin(), stored_.end(), fast.begin());
 }
 
-void Adapter::expand_rates(double inner_lr, std::span<float> rate,
-                           std::span<float> keep) const {
+void Adapter::expand_rates(double inner_lr, std::span<float> rate, std::span<float> keep) const {
     for (size_t i = 0; i < fast_.size(); ++i) {
         const FastTensor &tensor = fast_[i];
         const double decay = 1 / (1 + std::exp(-double(rates_.decay[tensor.group])));
@@ -49,7 +51,7 @@ Id Adapter::linear(Graph &graph, const LinearArguments &p) const {
     return ponder::linear(graph, p.x, p.w, p.b, p.residual, false, p.out);
 }
 
-InsideResult Adapter::after_backbone(Graph &, Id hidden) const { return {hidden, {}}; }
+InsideResult Adapter::after_backbone(Graph &, Id hidden, Id) const { return {hidden, {}}; }
 
 Options effective_options(const Options &options, bool never_learns) {
     Options effective = options;

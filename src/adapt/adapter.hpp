@@ -36,6 +36,7 @@ struct InsideResult {
     Id hidden;
     std::vector<Id> state; // new fast weights, in the order of fast_tensors()
     Id loss = none;        // wide [S, 3]: reconstruction loss (initial weights, before, after)
+    Id taps = none;        // wide [S, T, C]: what convolutions over time read
 };
 
 class Adapter {
@@ -52,13 +53,19 @@ public:
     virtual bool learns_inside() const { return false; }
     // Layers below need no gradient.
     virtual int64_t lowest_layer() const { return 0; }
+    // Keys and values of this layer and those above depend on the fast weights; `layers`: of none.
+    virtual int64_t lowest_stale_layer(int64_t layers) const { return layers; }
+    // Inside the pass: tokens between two updates, and rows before a token that its result reads.
+    virtual int64_t mini_batch() const { return 0; }
+    virtual int64_t taps() const { return 0; }
 
     // Recording. bind() comes first and puts the fast weights into the graph.
     virtual Id linear(Graph &graph, const LinearArguments &arguments) const;
-    virtual InsideResult after_backbone(Graph &graph, Id hidden) const;
+    // `before`: rows of `taps` before the first, [S, taps(), C]; absent at the start of a chunk.
+    virtual InsideResult after_backbone(Graph &graph, Id hidden, Id before = none) const;
 
     // The fast weights' externals in a graph that is being recorded, in order.
-    void bind(Graph &graph) const;
+    void bind(Graph &graph, int64_t streams = 1) const;
     static Id fast_id(size_t index) { return Id(index); }
 
     // What was learned of the updates: for each fast tensor the log of its step size over inner.lr,

@@ -10,6 +10,7 @@ class Lora : public Adapter {
 public:
     Lora(const Gpt2Config &config, const Options &options);
     int64_t lowest_layer() const override { return lowest_; }
+    int64_t lowest_stale_layer(int64_t) const override { return lowest_; }
     Id linear(Graph &graph, const LinearArguments &arguments) const override;
 
 private:

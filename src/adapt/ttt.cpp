@@ -121,21 +121,21 @@ Id Ttt::parameter(Graph &graph, const std::string &name) const {
     return graph.weight(name, DType::f32, slow.shape, slow.values.data(), graph.mode.train_adapter);
 }
 
-InsideResult Ttt::after_backbone(Graph &graph, Id hidden) const {
+InsideResult Ttt::after_backbone(Graph &graph, Id hidden, Id before) const {
     const auto product = [&](const char *name, Id x) {
         return ponder::linear(graph, x, parameter(graph, name), none, none, false, graph.wide);
     };
     const Id x = layer_norm(graph, hidden, parameter(graph, "norm.weight"),
                             parameter(graph, "norm.bias"), outer_eps_, graph.wide);
-    Id q = product("q.weight", x);
+    const Id taps = product("q.weight", x);
+    Id q = taps;
     Id k = share_qk_ ? q : product("k.weight", x);
     const Id v = product("v.weight", x);
     if (share_qk_) {
-        const int64_t shift = form_.ponder ? 1 : 0;
         q = conv1d(graph, q, parameter(graph, "conv_q.weight"), parameter(graph, "conv_q.bias"),
-                   shift);
+                   shift(), before);
         k = conv1d(graph, k, parameter(graph, "conv_k.weight"), parameter(graph, "conv_k.bias"),
-                   shift);
+                   shift(), before);
     }
     q = rope(graph, q, heads_, mini_batch_, rope_theta);
     k = rope(graph, k, heads_, mini_batch_, rope_theta);
@@ -154,7 +154,7 @@ InsideResult Ttt::after_backbone(Graph &graph, Id hidden) const {
         y = mul(graph, gelu(graph, product("gate.weight", x)), y);
     const Id out =
         ponder::linear(graph, y, parameter(graph, "o.weight"), none, hidden, false, graph.act);
-    return {out, scan.state, scan.loss};
+    return {out, scan.state, scan.loss, taps};
 }
 
 } // namespace ponder

@@ -12,7 +12,9 @@ class Ttt : public Adapter {
 public:
     Ttt(const Gpt2Config &config, const Options &options, bool mlp);
     bool learns_inside() const override { return true; }
-    InsideResult after_backbone(Graph &graph, Id hidden) const override;
+    int64_t mini_batch() const override { return mini_batch_; }
+    int64_t taps() const override { return share_qk_ ? 3 + shift() : 0; }
+    InsideResult after_backbone(Graph &graph, Id hidden, Id before) const override;
 
 private:
     void draw_initial(std::span<float> fast, Random &random) const override;
@@ -20,6 +22,7 @@ private:
     enum class Draw { zeros, ones, normal, inverse_root, uniform_half };
     void add_slow(const std::string &name, Shape shape, Draw draw, Random &random);
     Id parameter(Graph &graph, const std::string &name) const;
+    int64_t shift() const { return form_.ponder ? 1 : 0; } // of the convolutions
 
     TttScan form_;
     int64_t heads_, mini_batch_;

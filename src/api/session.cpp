@@ -1,9 +1,7 @@
 // Sessions: streams of one model.
-#include "api/handles.hpp"
+#include "api/sessions.hpp"
 
 #include "base/file.hpp"
-
-#include <set>
 
 using namespace ponder;
 using namespace ponder::api;
@@ -15,21 +13,6 @@ Session &session_of(ponder_session *handle, const char *name = "session") {
 }
 const Session &session_of(const ponder_session *handle, const char *name = "session") {
     return *check(handle, name).session;
-}
-
-// Distinct live sessions of one model.
-std::vector<Session *> session_list(ponder_session *const *sessions, uint32_t count) {
-    if (count > 0)
-        require(sessions, "sessions");
-    std::vector<Session *> list;
-    for (uint32_t i = 0; i < count; ++i) {
-        list.push_back(&session_of(sessions[i], "sessions[i]"));
-        if (&list[i]->model() != &list[0]->model())
-            throw_error(PONDER_E_ARGUMENT, "sessions[%u] belongs to another model", i);
-    }
-    if (std::set<Session *>(list.begin(), list.end()).size() != list.size())
-        throw_error(PONDER_E_ARGUMENT, "a session stands twice in the list");
-    return list;
 }
 
 CallGuard guard_of(Session &session, const ponder_call &call) {

@@ -244,16 +244,30 @@ Id Gpt2::weight(Graph &graph, const std::string &name) const {
 }
 
 Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DType out) const {
-    const double eps = config_.norm_epsilon;
     const int64_t tokens = graph.shape(ids)[1];
-    // The residual stream x stays wide; what enters a product is of the activation type.
     Id x = embedding(graph, ids, weight(graph, "wte.weight"), weight(graph, "wpe.weight"), 0);
     x = dropout(graph, x, 0);
-    for (int64_t layer = 0; layer < config_.layers; ++layer) {
+    x = blocks(graph, x, 0, config_.layers, adapter,
+               [&](int64_t, Id qkv) { return attention(graph, qkv, config_.heads); });
+    if (scored < tokens)
+        x = slice_rows(graph, x, tokens - scored, scored);
+    return last_norm(graph, x, out);
+}
+
+Id Gpt2::embed(Graph &graph, Id ids, Id positions) const {
+    return embedding_at(graph, ids, positions, weight(graph, "wte.weight"),
+                        weight(graph, "wpe.weight"));
+}
+
+// The residual stream x stays wide; what enters a product is of the activation type.
+Id Gpt2::blocks(Graph &graph, Id x, int64_t first, int64_t end, const Adapter &adapter,
+                const Attend &attend) const {
+    for (int64_t layer = first; layer < end; ++layer) {
         const std::string prefix = "h." + std::to_string(layer) + ".";
         const auto norm = [&](const char *name, Id in) {
             return layer_norm(graph, in, weight(graph, prefix + name + ".weight"),
-                              weight(graph, prefix + name + ".bias"), eps, graph.act);
+                              weight(graph, prefix + name + ".bias"), config_.norm_epsilon,
+                              graph.act);
         };
         const auto product = [&](Module module, Id in, Id residual) {
             const std::string name = prefix + module_name(module);
@@ -274,13 +288,16 @@ Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DT
                        graph.wide);
         };
         const Id qkv = product(Module::attn_c_attn, norm("ln_1", x), none);
-        x = branch(Module::attn_c_proj, attention(graph, qkv, config_.heads));
+        x = branch(Module::attn_c_proj, attend(layer, qkv));
         const Id inner = gelu(graph, product(Module::mlp_c_fc, norm("ln_2", x), none));
         x = branch(Module::mlp_c_proj, inner);
     }
-    if (scored < tokens)
-        x = slice_rows(graph, x, tokens - scored, scored);
-    return layer_norm(graph, x, weight(graph, "ln_f.weight"), weight(graph, "ln_f.bias"), eps, out);
+    return x;
+}
+
+Id Gpt2::last_norm(Graph &graph, Id x, DType out) const {
+    return layer_norm(graph, x, weight(graph, "ln_f.weight"), weight(graph, "ln_f.bias"),
+                      config_.norm_epsilon, out);
 }
 
 Id Gpt2::head(Graph &graph) const {

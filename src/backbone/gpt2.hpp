@@ -70,6 +70,15 @@ public:
     // ids i32 [S, T] -> hidden states after the last layer norm, [S, scored, C]: of the last
     // `scored` tokens. The adapter chooses how each linear is computed.
     Id hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DType out) const;
+
+    // Its parts, for passes that read keys and values of earlier tokens. Residual stream of tokens
+    // at given positions; through layers [first, end), where `attend` computes attention from qkv;
+    // the last norm.
+    using Attend = std::function<Id(int64_t layer, Id qkv)>;
+    Id embed(Graph &graph, Id ids, Id positions) const;
+    Id blocks(Graph &graph, Id x, int64_t first, int64_t end, const Adapter &adapter,
+              const Attend &attend) const;
+    Id last_norm(Graph &graph, Id x, DType out) const;
     Id head(Graph &graph) const; // [V, C]
 
 private:

@@ -35,4 +35,14 @@ double Random::normal() {
     return radius * std::cos(2.0 * std::numbers::pi * uniform());
 }
 
+double uniform_at(uint64_t seed, uint64_t counter) {
+    uint64_t x = counter, y = 0, key = seed;
+    for (int round = 0; round < 10; ++round, key += 0x9e3779b97f4a7c15u) {
+        const auto product = static_cast<unsigned __int128>(x) * 0xd2b74407b1ce6e93u;
+        x = uint64_t(product >> 64) ^ key ^ y;
+        y = uint64_t(product);
+    }
+    return double(x >> 11) * 0x1p-53;
+}
+
 } // namespace ponder

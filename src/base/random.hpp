@@ -17,4 +17,8 @@ public:
     std::array<uint64_t, 4> state;
 };
 
+// Number `counter` of the stream `seed`, in [0, 1): Philox 2x64-10 (Salmon et al. 2011). It has no
+// state, so a draw depends on its place alone.
+double uniform_at(uint64_t seed, uint64_t counter);
+
 } // namespace ponder

@@ -81,6 +81,11 @@ std::shared_ptr<const Adapted> Model::adapted(const Options &options) const {
     return entry;
 }
 
+Adapted::Adapted(const Model &model, std::shared_ptr<const Adapter> adapter)
+    : model_(model), adapter_(std::move(adapter)),
+      decode_(model.backbone(), *adapter_, model.device(), false),
+      decode_with_layer_(model.backbone(), *adapter_, model.device(), true) {}
+
 std::shared_ptr<const Pass> Adapted::pass(const PassShape &shape, bool keep) const {
     std::lock_guard lock(mutex_);
     if (const auto at = kept_.find(shape); at != kept_.end())

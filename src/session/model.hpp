@@ -3,6 +3,7 @@
 
 #include "adapt/adapter.hpp"
 #include "formats/tokenizer.hpp"
+#include "session/decode_pass.hpp"
 #include "session/pass.hpp"
 #include "session/runtime.hpp"
 
@@ -17,12 +18,15 @@ class Model;
 // An adapter on a model, with its recorded passes: shared by every session with these options.
 class Adapted {
 public:
-    Adapted(const Model &model, std::shared_ptr<const Adapter> adapter)
-        : model_(model), adapter_(std::move(adapter)) {}
+    Adapted(const Model &model, std::shared_ptr<const Adapter> adapter);
     const Adapter &adapter() const { return *adapter_; }
     // Recorded at the first call for this shape; full-chunk shapes are kept, of others the newest
     // few. Any thread.
     std::shared_ptr<const Pass> pass(const PassShape &shape, bool keep) const;
+    // For generating, with the adapter's layer after the backbone or without.
+    const DecodePasses &decode_passes(bool with_layer) const {
+        return with_layer ? decode_with_layer_ : decode_;
+    }
 
 private:
     static constexpr size_t kept_odd_shapes = 4;
@@ -31,6 +35,7 @@ private:
     mutable std::mutex mutex_;
     mutable std::map<PassShape, std::shared_ptr<const Pass>> kept_;
     mutable std::vector<std::shared_ptr<const Pass>> odd_; // newest last
+    DecodePasses decode_, decode_with_layer_;
 };
 
 class Model {

@@ -176,6 +176,13 @@ void Session::reset() {
     scale_ = 1;
     open_ids_.clear();
     open_pass_.reset();
+    forget_text();
+}
+
+void Session::forget_text() {
+    ++weights_version_;
+    decoder_.reset();
+    text_.clear();
 }
 
 void Session::feed(std::span<const int32_t> ids) {
@@ -542,6 +549,7 @@ void Session::learn_between(int32_t steps, ponder_record &record, const CallGuar
                 record.loss_after = mean(later_nll_);
             }
             current_.swap(shadow_);
+            ++weights_version_;
             optimizer_steps_ += uint64_t(steps);
             record.flags |= PONDER_RECORD_UPDATED;
             signals_.update_norm = record.update_norm;
@@ -570,8 +578,10 @@ void Session::learn_inside(ponder_record &record) {
         rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
         record.update_norm = rule_->numbers(workspace_.data()).distance;
         if (accept(record.update_norm)) {
-            if (carry_)
+            if (carry_) {
                 current_.swap(shadow_);
+                ++weights_version_;
+            }
             record.flags |= PONDER_RECORD_UPDATED;
             signals_.update_norm = record.update_norm;
         } else {

@@ -17,7 +17,7 @@ namespace ponder {
 class CallGuard {
 public:
     CallGuard(std::atomic<bool> &cancel, const ponder_call *call);
-    void check() const;                                 // PONDER_E_CANCELLED, PONDER_E_DEADLINE
+    void check() const; // PONDER_E_CANCELLED, PONDER_E_DEADLINE
     // May cancel. Does nothing on other threads than the one that made the call.
     void progress(uint64_t done, uint64_t total) const;
 
@@ -29,6 +29,9 @@ private:
 };
 
 uint64_t now_ns();
+
+class Decoder;
+struct Generation;
 
 // Fast weights with their optimizer's moments, in one block of the device's memory.
 class FastState {
@@ -92,6 +95,12 @@ public:
     void cancel() const { cancel_.store(true, std::memory_order_relaxed); }
     std::atomic<bool> &cancel_flag() const { return cancel_; }
 
+    // generate.cpp. The stream stays as it is. Sessions of one adapter and equal form.
+    static void generate(std::span<Session *const> sessions, std::span<const Generation> wishes,
+                         std::span<ponder_generation_result> results,
+                         std::span<const CallGuard> guards);
+    void accept_text(uint64_t first, uint64_t count);
+
     // snapshot.cpp
     std::vector<std::byte> save() const;
     void load(std::span<const std::byte> snapshot, const std::string &name);
@@ -123,6 +132,8 @@ private:
     void learn_inside(ponder_record &record);
     bool accept(double update_norm) const;
     void finish(ponder_record &record);
+    static void gather(std::span<Session *const> sessions);
+    void forget_text(); // what was generated, and its caches
 
     // ---- fixed at creation
     std::shared_ptr<const Model> model_;
@@ -176,6 +187,12 @@ private:
     bool tape_ = false; // the arena holds the activations of the open chunk
     bool gradient_ready_ = false;
     mutable std::atomic<bool> cancel_{false};
+
+    // ---- for generating, not part of snapshots
+    uint64_t weights_version_ = 1;     // rises when the fast weights change
+    std::shared_ptr<Decoder> decoder_; // shared by sessions that generated together
+    size_t decoder_slot_ = 0;
+    std::vector<int32_t> text_; // prompt and what was generated
 };
 
 } // namespace ponder

@@ -208,6 +208,7 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
                 state[signal_gradient_norm], state[signal_update_norm]};
     open_pass_.reset();
     tape_ = gradient_ready_ = false;
+    forget_text();
 }
 
 } // namespace ponder

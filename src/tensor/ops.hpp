@@ -13,6 +13,8 @@
 // rows ops (PONDER_TILE_ROWS where a backend can):
 //   embedding         ids i32[S,T], table const8[V,C], position const[P,C] -> y wide[S,T,C]
 //                     [first position]
+//   embedding_at      ids i32[S,T], at i32[S,T], table const8[V,C], position const[P,C] ->
+//                     y wide[S,T,C]       y = table[id] + position[at]
 //   layer_norm        x[S,T,C], g[C], b[C] -> y[S,T,C], stats wide[S,T,2] (mean, 1/std) [eps]
 //   layer_norm_vjp    dy[S,T,C], x, g, stats, carry? wide[S,T,C] -> dx wide[S,T,C]
 //                     dx = carry + d layer_norm / dx ^T dy
@@ -41,8 +43,13 @@
 //   attention         qkv[S,T,3C] -> o[S,T,C], lse wide[S,H,T]  [heads]
 //                     causal softmax(q k^T / sqrt(D)) v; lse = log sum exp of scaled scores
 //   attention_vjp     qkv, o, lse, do[S,T,C] -> dqkv[S,T,3C]    [heads]
-//   conv1d            x[S,T,C], w[4,C], b[C] -> y  [shift]  depthwise, causal:
-//                     y_t = b + sum_j w_j x_{t-3-shift+j}, zeros before the start
+//   attention_cached  qkv[S,T,3C], first i32[S], k[S,H,N,D], v[S,H,N,D] -> o[S,T,C], k', v'
+//                     row first_s + t of k', v' is the key, the value of token t (none from N on),
+//                     the others are those of k, v; token t sees rows j <= first_s + t. k', v' may
+//                     be k, v
+//   conv1d            x[S,T,C], w[4,C], b[C], before?[S,3+shift,C] -> y  [shift]  depthwise,
+//                     causal: y_t = b + sum_j w_j x_{t-3-shift+j}; before the start come the rows
+//                     of `before`, zeros where it is absent
 //   rope              x[S,T,C] -> y  [heads, period, theta, inverse]  interleaved pairs, at t mod
 //                     period; inverse: turned back, which is the vjp
 //   ttt_linear        q,k,v [S,T,C], lr [S,T,H] (after the sigmoid), index [M], g[H,D], b[H,D],
@@ -152,6 +159,7 @@ private:
 };
 
 Id embedding(Graph &, Id ids, Id table, Id position, int64_t first);
+Id embedding_at(Graph &, Id ids, Id at, Id table, Id position);
 Id layer_norm(Graph &, Id x, Id g, Id b, double eps, DType out);
 Id linear(Graph &, Id x, Id w, Id b, Id add, bool transposed, DType out);
 Id lora_linear(Graph &, Id x, Id w, Id b, Id a, Id bb, Id add, double scale, DType out);
@@ -163,7 +171,11 @@ struct CrossEntropy {
 // keep: the probabilities stay for a backward pass.
 CrossEntropy cross_entropy(Graph &, Id h, Id table, Id target, bool keep);
 Id attention(Graph &, Id qkv, int64_t heads);
-Id conv1d(Graph &, Id x, Id w, Id b, int64_t shift);
+struct CachedAttention {
+    Id o, k, v; // k, v: the caches afterwards
+};
+CachedAttention attention_cached(Graph &, Id qkv, Id first, Id k, Id v);
+Id conv1d(Graph &, Id x, Id w, Id b, int64_t shift, Id before = none);
 Id rope(Graph &, Id x, int64_t heads, int64_t period, double theta);
 struct TttScan {
     bool mlp = false;

@@ -35,6 +35,10 @@ void embedding_backward(Tape &tape, const Call &call) {
 
 const OpRule embedding_rule{"embedding", true, no_flops, embedding_backward};
 
+// ---- embedding_at: positions of each token; for passes without gradients
+
+const OpRule embedding_at_rule{"embedding_at", true, no_flops, nullptr};
+
 // ---- layer_norm
 
 const OpRule layer_norm_vjp_weight_rule{"layer_norm_vjp_weight", false, no_flops, nullptr};
@@ -162,6 +166,13 @@ Id embedding(Graph &g, Id ids, Id table, Id position, int64_t first) {
     const Shape &s = g.shape(ids);
     const Id y = g.temporary(g.wide, {s[0], s[1], g.shape(table)[1]});
     g.add_call(embedding_rule, with_scales(g, table, {ids, table, position}), {y}, {double(first)});
+    return y;
+}
+
+Id embedding_at(Graph &g, Id ids, Id at, Id table, Id position) {
+    const Shape &s = g.shape(ids);
+    const Id y = g.temporary(g.wide, {s[0], s[1], g.shape(table)[1]});
+    g.add_call(embedding_at_rule, with_scales(g, table, {ids, at, table, position}), {y});
     return y;
 }
 

@@ -38,6 +38,16 @@ void attention_backward(Tape &tape, const Call &call) {
 const OpRule attention_rule{"attention", false, attention_flops, attention_backward};
 const OpRule attention_vjp_rule{"attention_vjp", false, attention_vjp_flops, nullptr};
 
+// ---- attention_cached: for passes without gradients. How many keys there are is known at run
+// time: counted as if each token saw all rows.
+
+uint64_t attention_cached_flops(const Graph &g, const Call &call) {
+    const Shape &qkv = g.shape(call.in[0]), &k = g.shape(call.in[2]);
+    return 2 * 2 * uint64_t(qkv[0] * qkv[1] * k[2]) * uint64_t(qkv[2] / 3);
+}
+
+const OpRule attention_cached_rule{"attention_cached", false, attention_cached_flops, nullptr};
+
 // ---- cross_entropy: nll_t = lse_t - logit_t[target], d nll / d logit = p - onehot
 
 uint64_t cross_entropy_flops(const Graph &g, const Call &call) {
@@ -191,6 +201,15 @@ Id attention(Graph &g, Id qkv, int64_t heads) {
     return o;
 }
 
+CachedAttention attention_cached(Graph &g, Id qkv, Id first, Id k, Id v) {
+    const Shape s = g.shape(qkv);
+    const CachedAttention r{g.temporary(g.act, s.with_last(s[2] / 3)),
+                            g.temporary(g.value(k).type, g.shape(k)),
+                            g.temporary(g.value(v).type, g.shape(v))};
+    g.add_call(attention_cached_rule, {qkv, first, k, v}, {r.o, r.k, r.v});
+    return r;
+}
+
 CrossEntropy cross_entropy(Graph &g, Id h, Id table, Id target, bool keep) {
     if (g.mode.higher && any_needs(g, {h, table}))
         return {compose::cross_entropy(g, h, table, target), none};
@@ -208,11 +227,14 @@ Id mean(Graph &g, Id x, int64_t count) {
     return y;
 }
 
-Id conv1d(Graph &g, Id x, Id w, Id b, int64_t shift) {
+Id conv1d(Graph &g, Id x, Id w, Id b, int64_t shift, Id before) {
     if (g.mode.higher && any_needs(g, {x, w, b}))
         return compose::conv1d(g, x, w, b, shift);
     const Id y = g.temporary(g.value(x).type, g.shape(x));
-    g.add_call(conv1d_rule, {x, w, b}, {y}, {double(shift)});
+    std::vector<Id> in{x, w, b};
+    if (before != none)
+        in.push_back(before);
+    g.add_call(conv1d_rule, in, {y}, {double(shift)});
     return y;
 }
 

@@ -27,6 +27,7 @@ const char *const main_examples =
     "  ponder run                          read this directory, print what adapting gained\n"
     "  ponder run src --html report.html   the same as a page, every token coloured\n"
     "  ponder run --help                   all flags of a command, and what they do\n"
+    "  ponder generate --read src --prompt 'int main('   complete text with what was learned\n"
     "  ponder info                         the model, and the memory a session will need\n"
     "  ponder train --help                 how to train what it adapts with\n";
 
@@ -44,6 +45,18 @@ const char *const run_examples =
     "  ponder run src --adapter lora       untrained, in place of the default model's own\n"
     "  git log -p | ponder run - --json\n"
     "  ponder run docs --steps 2 --set lora.rank=32 --html report.html\n";
+
+const char *const generate_help =
+    "Continues a text. First it reads and learns from --read, if given, and says what that\n"
+    "gained; the text continues on standard output as it comes. What was read is in the\n"
+    "weights: the text itself begins with the prompt alone.";
+
+const char *const generate_examples =
+    "Examples:\n"
+    "  ponder generate --prompt 'def main():'\n"
+    "  ponder generate --read src --prompt '#include \"' --max-tokens 40\n"
+    "  head -50 src/a.c | ponder generate --read src include --prompt - --compare\n"
+    "  ponder generate --prompt 'import ' --temperature 0.8 --top-p 0.95 --seed 7\n";
 
 const char *const eval_help =
     "The measuring instrument. Each package of the stream starts fresh and is cut into\n"
@@ -94,7 +107,7 @@ const char *const convert_help =
 const char *const convert_examples = "Examples:\n"
                                      "  ponder convert gpt2 gpt2-int8 --weights int8\n"
                                      "  ponder run src --model gpt2-int8 --dtype bf16\n"
-                                 "  ponder info --dtype bf16 --weights int8   made at load\n";
+                                     "  ponder info --dtype bf16 --weights int8   made at load\n";
 
 const char *const adapter_examples = "Examples:\n"
                                      "  ponder adapter export-peft run1 run1-peft\n"
@@ -349,8 +362,41 @@ void add_calibrate(CLI::App &app, Settings &s, Raw &raw, const std::string &hype
 }
 
 struct Subcommands {
-    CLI::App *run, *eval, *train, *calibrate, *report, *adapter, *convert, *info, *backends, *bench;
+    CLI::App *run, *generate, *eval, *train, *calibrate, *report, *adapter, *convert, *info,
+        *backends, *bench;
 };
+
+void add_generate(CLI::App &app, Settings &s, const std::string &hyper) {
+    GenerateSettings &g = s.generate;
+    app.add_option("--read", g.read, "files, directories or - to learn from first")
+        ->type_name("PATH...");
+    app.add_option("--prompt", g.prompt, "what the text begins with; - reads it from stdin")
+        ->type_name("TEXT");
+    app.add_option("--max-tokens", g.max_tokens, "at most so many (128)")
+        ->check(unnamed(CLI::Range(uint64_t(1), uint64_t(1) << 40)))
+        ->type_name("N");
+    app.add_flag("--compare", g.compare, "also without what was read, side by side");
+    app.add_option("--stop", g.stop, "end before this text; may be repeated")
+        ->type_name("TEXT")
+        ->expected(1)
+        ->take_all();
+    const char *const group = "Sampling";
+    const auto number = [&](const char *name, double &value, double most, const char *help) {
+        app.add_option(name, value, help)
+            ->group(group)
+            ->check(unnamed(CLI::Range(0.0, most)))
+            ->type_name("X");
+    };
+    number("--temperature", g.temperature, 100, "0 takes the most probable token each time (0)");
+    app.add_option("--top-k", g.top_k, "draw from the K most probable tokens; 0 = off")
+        ->group(group)
+        ->type_name("K");
+    number("--top-p", g.top_p, 1, "from the fewest that reach this probability; 0 = off");
+    number("--min-p", g.min_p, 1, "from those with this share of the largest; 0 = off");
+    number("--repeat-penalty", g.repetition, 100, "on tokens that are in the text; 0 = off");
+    add_output(app, s);
+    app.footer("\n" + std::string(generate_examples) + "\n" + hyper + "\n" + exit_codes);
+}
 
 Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::string &hyper) {
     CLI::App *run = app.add_subcommand("run", "stream text, adapt to it, show what was gained");
@@ -362,6 +408,9 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
     run->add_flag("--list", s.list, "print the files that would be read, and stop");
     run->add_flag("--no-baseline", raw.no_baseline, "leave the frozen SKIP pass out");
     run->footer("\n" + std::string(run_examples) + "\n" + hyper + "\n" + exit_codes);
+
+    CLI::App *generate = app.add_subcommand("generate", "continue a text, after reading others");
+    add_generate(*generate, s, hyper);
 
     CLI::App *eval = app.add_subcommand("eval", "measure a method on package streams");
     eval->add_option("--stream", s.stream, "package stream, .jsonl or .jsonl.xz")
@@ -427,17 +476,17 @@ Subcommands add_subcommands(CLI::App &app, Settings &s, Raw &raw, const std::str
         ->check(unnamed(CLI::Range(1, 1000)))
         ->type_name("N");
     bench->footer("\n" + hyper + "\n" + exit_codes);
-    return {run, eval, train, calibrate, report, adapter, convert, info, backends, bench};
+    return {run, generate, eval, train, calibrate, report, adapter, convert, info, backends, bench};
 }
 
 // The list of subcommands has one line each; their own help says more.
 void print_help(CLI::App &app, const Subcommands &all) {
     const std::vector<CLI::App *> chosen = app.get_subcommands();
     for (const auto &[command, text] :
-         {std::pair(all.run, run_help), std::pair(all.eval, eval_help),
-          std::pair(all.train, train_help), std::pair(all.calibrate, calibrate_help),
-          std::pair(all.report, report_help), std::pair(all.adapter, adapter_help),
-          std::pair(all.convert, convert_help)})
+         {std::pair(all.run, run_help), std::pair(all.generate, generate_help),
+          std::pair(all.eval, eval_help), std::pair(all.train, train_help),
+          std::pair(all.calibrate, calibrate_help), std::pair(all.report, report_help),
+          std::pair(all.adapter, adapter_help), std::pair(all.convert, convert_help)})
         if (!chosen.empty() && chosen.front() == command)
             command->description(std::string(text) + "\n");
     std::fputs(app.help().c_str(), stdout);
@@ -455,8 +504,8 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
     app.footer(std::string("\n") + main_examples + "\n" + exit_codes);
     app.get_formatter()->column_width(help_column);
     const auto all = add_subcommands(app, s, raw, option_help(table));
-    for (CLI::App *sub : {all.run, all.eval, all.train, all.calibrate, all.adapter, all.convert,
-                          all.info, all.backends, all.bench}) {
+    for (CLI::App *sub : {all.run, all.generate, all.eval, all.train, all.calibrate, all.adapter,
+                          all.convert, all.info, all.backends, all.bench}) {
         if (sub != all.backends && sub != all.convert)
             add_model(*sub, s);
         add_machine(*sub, s, raw);
@@ -466,15 +515,21 @@ std::optional<Settings> parse_command_line(int argc, char **argv) {
 
     if (argc > 1 && argv[1][0] != '-' && argv[1][0] != '\0' &&
         app.get_subcommands([&](CLI::App *sub) { return sub->get_name() == argv[1]; }).empty())
-        throw Failure(exit_usage, "'" + std::string(argv[1]) + "' is no command; there are " +
-                                      "run, eval, train, calibrate, report, adapter, convert, "
-                                      "info, backends, bench (see ponder --help)");
-    const std::map<const CLI::App *, Command> commands{
-        {all.run, Command::run},           {all.eval, Command::eval},
-        {all.train, Command::train},       {all.calibrate, Command::calibrate},
-        {all.report, Command::report},     {all.adapter, Command::adapter},
-        {all.convert, Command::convert},   {all.info, Command::info},
-        {all.backends, Command::backends}, {all.bench, Command::bench}};
+        throw Failure(exit_usage,
+                      "'" + std::string(argv[1]) + "' is no command; there are " +
+                          "run, generate, eval, train, calibrate, report, "
+                          "adapter, convert, info, backends, bench (see ponder --help)");
+    const std::map<const CLI::App *, Command> commands{{all.run, Command::run},
+                                                       {all.generate, Command::generate},
+                                                       {all.eval, Command::eval},
+                                                       {all.train, Command::train},
+                                                       {all.calibrate, Command::calibrate},
+                                                       {all.report, Command::report},
+                                                       {all.adapter, Command::adapter},
+                                                       {all.convert, Command::convert},
+                                                       {all.info, Command::info},
+                                                       {all.backends, Command::backends},
+                                                       {all.bench, Command::bench}};
     try {
         app.parse(argc, argv);
         const CLI::App *chosen = app.get_subcommands().front();

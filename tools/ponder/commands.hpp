@@ -6,6 +6,7 @@
 namespace tool {
 
 int run_command(const Settings &settings);
+int generate_command(const Settings &settings);
 int eval_command(const Settings &settings);
 int train_command(const Settings &settings);
 int calibrate_command(const Settings &settings);

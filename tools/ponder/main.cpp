@@ -19,6 +19,8 @@ int run(int argc, char **argv) {
     switch (settings->command) {
     case Command::run:
         return run_command(*settings);
+    case Command::generate:
+        return generate_command(*settings);
     case Command::eval:
         return eval_command(*settings);
     case Command::train:

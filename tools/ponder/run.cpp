@@ -1,15 +1,14 @@
 // `ponder run`: files -> one stream; adapt along it, then score it again frozen (SKIP).
 #include "commands.hpp"
+#include "documents.hpp"
 #include "interrupt.hpp"
 #include "json_out.hpp"
 #include "run_result.hpp"
 #include "setup.hpp"
-#include "source.hpp"
 #include "stepper.hpp"
 #include "terminal.hpp"
 #include "text.hpp"
 #include "tokens.hpp"
-#include "walk.hpp"
 #include "write_file.hpp"
 
 #include <algorithm>
@@ -21,68 +20,6 @@ namespace {
 
 // Tokens and losses kept in memory for the baseline and the page: 12 bytes each.
 constexpr size_t most_kept = 8'000'000;
-
-// The texts that a run reads, one at a time.
-class Documents {
-public:
-    explicit Documents(const Settings &settings) : quiet_(settings.quiet) {
-        const std::vector<std::string> here{"."};
-        files_ = list_files(settings.paths.empty() ? here : settings.paths,
-                            [&](const std::string &message) { note(quiet_, message); });
-        for (const FileItem &file : files_)
-            total_ += file.size;
-    }
-    bool next(std::string &path, std::string &text) {
-        while (at_ < files_.size()) {
-            FileItem &file = files_[at_++];
-            path = file.path;
-            const bool usable = read(file, text);
-            if (path == "-")
-                path = "standard input";
-            // What was expected to be read and what was there may differ.
-            total_ = total_ - file.size + text.size();
-            file.size = text.size();
-            done_ += text.size();
-            if (usable)
-                return ++used_, true;
-            ++left_out_;
-        }
-        return false;
-    }
-    // To read everything a second time; standard input only gives its text once.
-    void keep_standard_input() { keep_stdin_ = true; }
-    void rewind() {
-        at_ = 0;
-        done_ = used_ = left_out_ = 0;
-    }
-    uint64_t used() const { return used_; }
-    uint64_t left_out() const { return left_out_; }
-    uint64_t done() const { return done_; } // bytes, the current text included
-    uint64_t total() const { return total_; }
-
-private:
-    bool read(const FileItem &file, std::string &text) {
-        if (file.path == "-" && have_stdin_) {
-            text = stdin_;
-        } else if (read_whole(file.path, text) == ReadResult::too_large) {
-            note(quiet_,
-                 file.path + ": larger than " + bytes_text(largest_document) + "; left out");
-            text.clear();
-            return false;
-        } else if (file.path == "-" && keep_stdin_) {
-            stdin_ = text;
-            have_stdin_ = true;
-        }
-        return !looks_binary(text);
-    }
-
-    bool quiet_;
-    std::vector<FileItem> files_;
-    size_t at_ = 0;
-    uint64_t total_ = 0, done_ = 0, used_ = 0, left_out_ = 0;
-    std::string stdin_;
-    bool keep_stdin_ = false, have_stdin_ = false;
-};
 
 // Some policies need the length of the stream, which only tokenising it can tell.
 uint64_t count_chunks(Documents &documents, const DocumentTokens &tokens, size_t chunk) {
@@ -209,9 +146,13 @@ void run_baseline(const ponder_model *model, const Settings &settings, RunResult
 
 } // namespace
 
+static std::vector<std::string> paths_of(const Settings &settings) {
+    return settings.paths.empty() ? std::vector<std::string>{"."} : settings.paths;
+}
+
 // No model is needed to say what would be read.
 static int list_command(const Settings &settings) {
-    Documents documents(settings);
+    Documents documents(paths_of(settings), settings.quiet);
     JsonWriter json;
     json.object().member("schema_version", 1).member("command", "run --list");
     json.key("files").array();
@@ -232,7 +173,8 @@ int run_command(const Settings &settings) {
         return list_command(settings);
     const Runtime runtime = open_runtime(settings);
     const Options options = make_options(settings);
-    Documents documents(settings); // a wrong path shows before a large model is loaded
+    Documents documents(paths_of(settings),
+                        settings.quiet); // a wrong path shows before a large model is loaded
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
     use_stored_gate(model.get(), options.get(), settings);
     RunResult result{};

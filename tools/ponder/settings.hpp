@@ -8,7 +8,19 @@
 
 namespace tool {
 
-enum class Command { run, eval, train, calibrate, report, adapter, convert, info, backends, bench };
+enum class Command {
+    run,
+    generate,
+    eval,
+    train,
+    calibrate,
+    report,
+    adapter,
+    convert,
+    info,
+    backends,
+    bench
+};
 
 enum class TrainKind { adapter, gate, backbone };
 
@@ -26,6 +38,17 @@ struct TrainSettings {
     uint64_t chunks = 16;
     uint64_t checkpoint_every = 50, keep = 3;
     uint64_t valid_every = 100, valid_chunks = 16;
+};
+
+// What `ponder generate` writes, and how.
+struct GenerateSettings {
+    std::vector<std::string> read; // learned from before
+    std::string prompt;            // "-": standard input
+    bool compare = false;          // with and without adapting, side by side
+    uint64_t max_tokens = 128;
+    double temperature = 0, top_p = 0, min_p = 0, repetition = 0;
+    uint32_t top_k = 0;
+    std::vector<std::string> stop;
 };
 
 enum class AdapterAction { export_peft, import_peft, merge };
@@ -59,6 +82,7 @@ struct Settings {
     bool search = true;                     // calibrate
 
     TrainSettings train;
+    GenerateSettings generate;
 
     std::vector<std::string> logs; // report
 

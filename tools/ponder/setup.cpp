@@ -76,7 +76,8 @@ std::string model_folder(const Settings &settings) {
 
 std::string default_adapter(const Settings &settings) {
     if (!settings.model.empty() ||
-        (settings.command != Command::run && settings.command != Command::info))
+        (settings.command != Command::run && settings.command != Command::generate &&
+         settings.command != Command::info))
         return "";
     // Whoever shapes an adapter wants one of that shape.
     for (const auto &[name, value] : settings.options)

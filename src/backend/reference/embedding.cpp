@@ -1,4 +1,5 @@
 // embedding: y[s,t] = table[ids[s,t]] + position[first + t]
+// at:        y[s,t] = table[ids[s,t]] + position[at[s,t]]
 // vjp:       dtable[v] = sum of dy[s,t] where ids[s,t] = v, dposition[first + t] = sum_s dy[s,t]
 #include "backend/reference/kernel.hpp"
 
@@ -17,6 +18,17 @@ template <class T> void embedding(Args<T> &args) {
             args.load_weight(1, 3, ids[s * tokens + t], 1, row);
             axpy(width, T(1), position, row);
         }
+    }
+}
+
+template <class T> void embedding_at(Args<T> &args) {
+    const int64_t rows = args['S'] * args['T'], width = args['C'];
+    const int32_t *ids = args.ids(0), *at = args.ids(1);
+    T *y = args.out(0), *position = args.scratch(width);
+    for (int64_t r = 0; r < rows; ++r, y += width) {
+        args.load_weight(2, 4, ids[r], 1, y);
+        args.load(3, at[r] * width, width, position);
+        axpy(width, T(1), position, y);
     }
 }
 
@@ -48,6 +60,10 @@ const Op embedding_op = {"embedding",
                          embedding<float>,
                          embedding<double>,
                          check};
+
+const Op embedding_at_op = {"embedding_at",
+                            "ids:i[S,T] at:i[S,T] table:q[V,C] position[P,C] scales??:s[*] -> y:w[S,T,C]", 0,
+                            embedding_at<float>, embedding_at<double>};
 
 const Op embedding_vjp_op = {"embedding_vjp",
                              "dy:w[S,T,C] ids:i[S,T] -> dtable:w[V,C] dposition:w[P,C]",

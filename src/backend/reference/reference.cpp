@@ -17,6 +17,7 @@ namespace {
 
 const Op *const ops[] = {
     &embedding_op,
+    &embedding_at_op,
     &layer_norm_op,
     &layer_norm_vjp_op,
     &linear_op,
@@ -31,6 +32,7 @@ const Op *const ops[] = {
     &cross_entropy_vjp_op,
     &attention_op,
     &attention_vjp_op,
+    &attention_cached_op,
     &conv1d_op,
     &rope_op,
     &ttt_linear_op,

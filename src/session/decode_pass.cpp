@@ -1,0 +1,99 @@
+#include "session/decode_pass.hpp"
+
+#include "tensor/ops.hpp"
+
+namespace ponder {
+
+namespace {
+
+std::unique_ptr<const Program> program_of(Graph graph,
+                                          const std::shared_ptr<const Device> &device) {
+    const size_t calls = graph.calls().size();
+    return std::make_unique<Program>(std::move(graph), std::vector<size_t>{calls}, device);
+}
+
+} // namespace
+
+const DecodePass &DecodePasses::decode(const DecodeShape &shape) const {
+    const std::lock_guard lock(mutex_);
+    DecodePass &p = decode_[shape];
+    if (p.program)
+        return p;
+    const Gpt2Config &config = model_.config();
+    const int64_t streams = shape.streams, tokens = shape.tokens, width = config.width;
+    const int64_t lowest = adapter_.lowest_stale_layer(config.layers);
+    DecodePass pass;
+    pass.shape = shape;
+    Graph g(model_.type());
+    adapter_.bind(g, streams);
+    pass.first = g.external("rows before", DType::i32, {streams});
+    pass.k.resize(size_t(config.layers), none);
+    pass.v = pass.k_new = pass.v_new = pass.k;
+    const auto attend = [&](int64_t layer, Id qkv) {
+        const size_t l = size_t(layer);
+        const Shape cache{streams, config.heads, shape.places, width / config.heads};
+        pass.k[l] = g.external("keys", g.act, cache);
+        pass.v[l] = g.external("values", g.act, cache);
+        const CachedAttention a = attention_cached(g, qkv, pass.first, pass.k[l], pass.v[l]);
+        pass.k_new[l] = a.k, pass.v_new[l] = a.v;
+        g.expose(a.k, "keys");
+        g.expose(a.v, "values");
+        return a.o;
+    };
+    Id x;
+    if (shape.from_layer == 0) {
+        pass.ids = g.external("tokens", DType::i32, {streams, tokens});
+        pass.at = g.external("positions", DType::i32, {streams, tokens});
+        x = model_.embed(g, pass.ids, pass.at);
+        x = model_.blocks(g, x, 0, lowest, adapter_, attend);
+        if (lowest > 0 && lowest < config.layers)
+            g.expose(pass.residual = x, "residual stream");
+    } else {
+        x = pass.residual = g.external("residual stream", g.wide, {streams, tokens, width});
+    }
+    x = model_.blocks(g, x, lowest, config.layers, adapter_, attend);
+    pass.hidden = model_.last_norm(g, x, with_layer_ ? g.wide : g.act);
+    g.expose(pass.hidden, "hidden states");
+    pass.program = program_of(std::move(g), device_);
+    return p = std::move(pass);
+}
+
+const HeadPass &DecodePasses::head(int64_t streams) const {
+    const std::lock_guard lock(mutex_);
+    HeadPass &p = head_[streams];
+    if (p.program)
+        return p;
+    HeadPass pass;
+    Graph g(model_.type());
+    pass.hidden = g.external("hidden states", g.act, {streams, 1, model_.config().width});
+    pass.logits = linear(g, pass.hidden, model_.head(g), none, none, true, g.wide);
+    g.expose(pass.logits, "logits");
+    pass.program = program_of(std::move(g), device_);
+    return p = std::move(pass);
+}
+
+const LayerPass &DecodePasses::layer(int64_t rows) const {
+    const std::lock_guard lock(mutex_);
+    LayerPass &p = layer_[rows];
+    if (p.program)
+        return p;
+    const int64_t width = model_.config().width;
+    LayerPass pass;
+    Graph g(model_.type());
+    adapter_.bind(g);
+    pass.hidden = g.external("hidden states", g.wide, {1, rows, width});
+    if (const int64_t taps = adapter_.taps(); taps > 0)
+        pass.before = g.external("taps", g.wide, {1, taps, width});
+    const InsideResult result = adapter_.after_backbone(g, pass.hidden, pass.before);
+    pass.out = result.hidden;
+    pass.state = result.state;
+    g.expose(pass.out, "hidden states");
+    for (const Id id : pass.state)
+        g.expose(id, "new fast weights");
+    if (pass.before != none)
+        g.expose(pass.taps = result.taps, "taps");
+    pass.program = program_of(std::move(g), device_);
+    return p = std::move(pass);
+}
+
+} // namespace ponder
