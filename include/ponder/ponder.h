@@ -471,6 +471,7 @@ typedef struct ponder_generation_result {
  * again from position 0 on. TTT layers learn from the text while it is generated, in a copy of their
  * weights, and take no part where the policy is skip. Keys and values stay in the session: a
  * prompt that begins like the last text costs only what is new in it. Reset and load forget them.
+ * They take 2 * layers * width * context numbers of the model's dtype, from the first call on.
  *
  * On error, cancel and deadline, `result` is untouched, and tokens handed over by then stay valid.
  * result and call may be NULL. */

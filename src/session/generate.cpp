@@ -6,7 +6,6 @@
 #include "session/text_pieces.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 namespace ponder {
@@ -129,9 +128,8 @@ void Session::generate(std::span<Session *const> sessions, std::span<const Gener
             if (writers[i].done)
                 continue;
             const std::span<const float> mine = logits.subspan(i * vocabulary, vocabulary);
-            for (const float l : mine)
-                if (!std::isfinite(l))
-                    throw_error(PONDER_E_STATE, "the model's logits are not finite");
+            if (!largest(mine).finite)
+                throw_error(PONDER_E_STATE, "the model's logits are not finite");
             ids[i] = write(writers[i], mine, tokenizer, sessions[i]->text_, results[i]);
             results[i].decode_ns = now_ns() - start;
             done += 1;

@@ -42,8 +42,8 @@ public:
     Candidates distribution(std::span<const float> logits);
 
 private:
-    void prepare(std::span<const float> logits);
-    void filter();
+    std::span<const float> prepare(std::span<const float> logits);
+    void filter(std::span<const float> logits, float top);
 
     Sampling form_;
     std::vector<char> seen_;
@@ -56,6 +56,15 @@ private:
     };
     std::vector<Candidate> left_;
 };
+
+// The largest, the smallest id of equals; false where a logit is not finite. One sweep: it is made for
+// every token.
+struct Largest {
+    int32_t id;
+    float logit;
+    bool finite;
+};
+Largest largest(std::span<const float> logits);
 
 // log softmax(logits)[id]
 double log_probability(std::span<const float> logits, int32_t id);

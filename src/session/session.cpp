@@ -143,6 +143,7 @@ void Session::use_gate(std::shared_ptr<const Gate> gate) {
     policy_ = std::move(policy);
     open_pass_.reset(); // an open chunk runs again, watched
     tape_ = gradient_ready_ = false;
+    forget_text();
 }
 
 PassShape Session::shape(int64_t tokens, int64_t scored, bool inside) const {
