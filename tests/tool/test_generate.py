@@ -43,7 +43,7 @@ class Generate(Case):
         self.assertLess(found["read"]["loss"], found["read"]["skip_loss"])
         self.assertIn("return w * h", found["completion"]["text"])
         self.assertNotEqual(found["completion"]["text"], found["completion_without_reading"]["text"])
-        alone = self.object_of("generate", "--prompt", "def area7(", *FEW, "--context", "256")
+        alone = self.object_of("generate", "--prompt", "def area7(", *FEW, "--adapter", "none")
         self.assertEqual(alone["completion"]["text"], found["completion_without_reading"]["text"])
         result = self.succeeds(*arguments)
         self.assertIn(b"without learning", result.stderr)
