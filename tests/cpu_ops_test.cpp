@@ -327,6 +327,13 @@ TEST_P(CpuOps, ScaledWeights) {
                        {{f32, {n.s, n.t, c}}},
                        {3}},
                       1e-6, what);
+                check({"embedding_at",
+                       {random_ids({n.s, n.t}, seed++, 0, int32_t(v)),
+                        random_ids({n.s, n.t}, seed++, 0, 9), table.w,
+                        random(act, {9, c}).frozen(), table.scales},
+                       {{f32, {n.s, n.t, c}}},
+                       {}},
+                      1e-6, what);
             }
     const ScaledTensor w = random_scaled({33, 40}, seed++, false);
     for (DType act : {f32, half})

@@ -4,6 +4,7 @@
 #include "backend/reference/reference.hpp"
 #include "expect_error.hpp"
 #include "formats/int8_weights.hpp"
+#include "session/generate.hpp"
 #include "support.hpp"
 #include "train/trainer.hpp"
 
@@ -246,6 +247,51 @@ TEST(Int8Session, IsThatOfTheSameNumbers) {
                 EXPECT_LE(relative_error(a.fast, b.fast), 1e-4);
             }
         }
+}
+
+// Token by token as in one pass, for one stream and for many together.
+TEST(Int8Session, DecodesAsItScores) {
+    const auto model = load(tiny, "int8");
+    const std::vector<int32_t> text = random_tokens(64, 320);
+    for (const char *adapter : {"none", "lora"}) {
+        const Options options = make_options(
+            {{"adapter", adapter}, {"chunk", "32"}, {"context", "64"}, {"lora.rank", "4"}});
+        Session session(model, options);
+        session.feed(std::span(text).first(32));
+        session.adapt(no_limits(session));
+        std::vector<std::unique_ptr<Session>> sessions;
+        for (int i = 0; i < 20; ++i)
+            sessions.push_back(session.fork());
+        session.feed(std::span(text).subspan(32));
+        ASSERT_TRUE(session.score(no_limits(session)));
+        const auto losses = session.losses();
+        // Stream i writes token 33 + i of the text, whatever it would have written.
+        std::vector<Session *> list;
+        std::vector<Generation> wishes(sessions.size());
+        std::vector<ponder_generation_result> results(sessions.size());
+        std::vector<CallGuard> guards;
+        std::vector<double> found(sessions.size());
+        for (size_t i = 0; i < sessions.size(); ++i) {
+            list.push_back(sessions[i].get());
+            guards.push_back(no_limits(*list[i]));
+            wishes[i].prompt.assign(text.begin(), text.begin() + 33 + std::ptrdiff_t(i));
+            wishes[i].max_tokens = 1;
+            wishes[i].log_probabilities = true;
+            wishes[i].sampling.bias = {{text[33 + i], 10000.0f}};
+            wishes[i].token = [&found, i](uint64_t, int32_t, double log_p, std::string_view) {
+                found[i] = log_p;
+                return true;
+            };
+        }
+        const size_t half = sessions.size() / 2;
+        Session::generate(std::span(list).first(half), std::span(wishes).first(half),
+                          std::span(results).first(half), std::span(guards).first(half));
+        for (size_t i = half; i < sessions.size(); ++i)
+            Session::generate(std::span(list).subspan(i, 1), std::span(wishes).subspan(i, 1),
+                              std::span(results).subspan(i, 1), std::span(guards).subspan(i, 1));
+        for (size_t i = 0; i < sessions.size(); ++i)
+            EXPECT_NEAR(found[i], -double(losses[i]), 1e-4) << adapter << " " << i;
+    }
 }
 
 TEST(Int8Session, DoesNotDependOnThreads) {

@@ -990,6 +990,8 @@ TEST(ScaledWeights, StandForTheirProduct) {
                  {{type, x}, {type, {2, 3, 2}}}, {0.7});
             Tensor target = random_ids({2, 3}, 4, 0, 11);
             same("embedding", {target, none(), r({6, 5}, 1)}, 1, table, {{type, x}}, {2});
+            same("embedding_at", {target, random_ids({2, 3}, 5, 0, 6), none(), r({6, 5}, 1)}, 2,
+                 table, {{type, x}}, {});
             target.set(4, -1);
             same("cross_entropy", {r(x, 1), none(), target}, 1, table,
                  {{type, {2, 3}}, {type, {2, 3}}, {type, {2, 3, 11}}}, {});

@@ -1,5 +1,5 @@
 // Speed of generating, and what cached keys cost in loss. One JSON object on standard output.
-//     generate_bench speed [--threads N] [--dtype TYPE]
+//     generate_bench speed [--threads N] [--dtype TYPE] [--weights KIND]
 //         read bandwidth of memory in this run, then code-10m and a GPT-2 124M with random weights:
 //         prefill, decode of one session and of 16 together. The read floor is bandwidth over the
 //         bytes of the weights that a token needs.
@@ -30,12 +30,13 @@ double now() {
 }
 
 std::shared_ptr<const Model> load(const std::string &folder, const std::string &dtype,
-                                  uint32_t threads) {
+                                  uint32_t threads, const std::string &weights = "float") {
     auto runtime = std::make_shared<Runtime>();
     runtime->memory = std::make_shared<Memory>(0, nullptr, nullptr, nullptr);
     runtime->threads = std::make_shared<Threads>(threads);
     runtime->backends = load_backends(PONDER_TEST_BACKENDS, {});
-    return std::make_shared<Model>(runtime, folder, "auto", dtype, [](uint64_t, uint64_t) {});
+    return std::make_shared<Model>(runtime, folder, "auto", dtype, [](uint64_t, uint64_t) {},
+                                   weights);
 }
 
 typedef uint64_t Lanes __attribute__((vector_size(32)));
@@ -133,11 +134,12 @@ double bytes_of_a_token(const Gpt2 &model) {
     double bytes =
         double(model.bytes()) - double(c.context * c.width) * double(size_of(model.type()));
     if (!c.tied)
-        bytes -= double(c.vocabulary * c.width) * double(size_of(model.type()));
+        bytes -= double(c.vocabulary * c.width) *
+                 double(model.storage() == Storage::int8 ? 1 : size_of(model.type()));
     return bytes;
 }
 
-void speed(uint32_t threads, const std::string &dtype) {
+void speed(uint32_t threads, const std::string &dtype, const std::string &weights) {
     const auto folder = std::filesystem::temp_directory_path() / "ponder-generate-bench";
     std::filesystem::create_directories(folder);
     if (!std::filesystem::exists(folder / "model.safetensors")) {
@@ -147,8 +149,9 @@ void speed(uint32_t threads, const std::string &dtype) {
         create_gpt2(folder.string(), config, 1);
     }
     const double bandwidth = read_bandwidth(threads);
-    std::printf("{\"threads\": %u, \"dtype\": \"%s\", \"read_bandwidth\": %.3e, \"models\": [\n",
-                threads, dtype.c_str(), bandwidth);
+    std::printf("{\"threads\": %u, \"dtype\": \"%s\", \"weights\": \"%s\", \"read_bandwidth\": "
+                "%.3e, \"models\": [\n",
+                threads, dtype.c_str(), weights.c_str(), bandwidth);
     const auto report = [&](const char *name, const std::shared_ptr<const Model> &model,
                             bool last) {
         const double bytes = bytes_of_a_token(model->backbone()), floor = bandwidth / bytes;
@@ -181,8 +184,8 @@ void speed(uint32_t threads, const std::string &dtype) {
         }
         std::printf("  ]}%s\n", last ? "" : ",");
     };
-    report("code-10m", load(PONDER_MODEL_CODE10M, dtype, threads), false);
-    report("gpt2-124m-random", load(folder.string(), dtype, threads), true);
+    report("code-10m", load(PONDER_MODEL_CODE10M, dtype, threads, weights), false);
+    report("gpt2-124m-random", load(folder.string(), dtype, threads, weights), true);
     std::printf("]}\n");
 }
 
@@ -250,17 +253,20 @@ int main(int argc, char **argv) {
     }
     if (part != "speed") {
         std::fprintf(stderr,
-                     "generate_bench speed [--threads N] [--dtype TYPE] | cache TEXT ...\n");
+                     "generate_bench speed [--threads N] [--dtype TYPE] [--weights KIND] | cache "
+                     "TEXT ...\n");
         return 2;
     }
     uint32_t threads = 2;
-    std::string dtype = "bf16";
+    std::string dtype = "bf16", weights = "float";
     for (int i = 2; i + 1 < argc; i += 2) {
         if (!std::strcmp(argv[i], "--threads"))
             threads = uint32_t(std::atoi(argv[i + 1]));
         if (!std::strcmp(argv[i], "--dtype"))
             dtype = argv[i + 1];
+        if (!std::strcmp(argv[i], "--weights"))
+            weights = argv[i + 1];
     }
-    speed(threads, dtype);
+    speed(threads, dtype, weights);
     return 0;
 }

@@ -110,14 +110,17 @@ def table(results):
     mib = lambda value: f"{value / 2**20:.1f} MiB" if value < 2**30 else f"{value / 2**30:.2f} GiB"
     row("", "bf16", "int8", "")
     row("---", "---", "---", "---")
+    both = lambda kinds: all(w in kinds for w in WEIGHTS)
     for name, kinds in results.get("size", {}).items():
+        if not both(kinds):
+            continue
         for key, words in [("disk", "weights on disk"), ("weights", "weights in memory"),
                            ("packed_weights", "packed for the products"),
                            ("resident", "largest resident set")]:
             f, i = (kinds[w][key] for w in WEIGHTS)
             row(f"{name}: {words}", mib(f), mib(i), f"{i / f:.2f}")
     speed = results.get("speed", {})
-    for index, model in enumerate(speed.get("float", {}).get("models", [])):
+    for index, model in enumerate(speed["float"]["models"] if both(speed) else []):
         other = speed["int8"]["models"][index]
         for one, two in zip(model["runs"], other["runs"]):
             words = f"{model['model']}, {one['adapter']}, sessions: {one['sessions']}"
@@ -127,6 +130,8 @@ def table(results):
                     f"{two[key] / one[key]:.2f}x")
     for how, words in [("frozen", "SKIP"), ("adapted", "always adapted")]:
         for language, kinds in results.get("loss", {}).get(how, {}).items():
+            if not both(kinds):
+                continue
             f, i = (kinds[w]["loss"] for w in WEIGHTS)
             row(f"loss, {language} test, {words}", f"{f:.4f}", f"{i:.4f}", f"{i - f:+.4f}")
     return "\n".join(lines)
