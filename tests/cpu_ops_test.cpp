@@ -200,6 +200,20 @@ TEST_P(CpuOps, Linear) {
                    0);
 }
 
+// Large enough that a device may leave plain f32 arithmetic; elements of very different sizes.
+TEST_P(CpuOps, LargeF32Products) {
+    const int64_t t = 520, k = 264, n = 256;
+    const Tensor x = random(f32, {1, t, k}), w = random(f32, {k, n}), dy = random(f32, {1, t, n});
+    for (int64_t i = 0; i < x.count(); i += 7)
+        x.set(i, 1e3 * x.at(i));
+    for (int64_t i = 0; i < w.count(); i += 5)
+        w.set(i, 1e-4 * w.at(i));
+    const Tensor bias = random(f32, {n}).frozen(), add = random(f32, {1, t, n});
+    check({"linear", {x, w.frozen(), bias, add}, {{f32, {1, t, n}}}, {0}}, limit(f32), "");
+    check({"linear", {dy, w.frozen(), none(), none()}, {{f32, {1, t, k}}}, {1}}, limit(f32), "t");
+    check({"matmul_tn_sum", {x, dy}, {{f32, {k, n}}}, {}}, limit(f32, true), "tn");
+}
+
 // linear and gelu in one; no op of the reference, so this is written out.
 TEST_P(CpuOps, LinearGelu) {
     if (on_host())
@@ -231,7 +245,8 @@ TEST_P(CpuOps, LinearGelu) {
 TEST_P(CpuOps, LoraLinear) {
     struct {
         int64_t k, n, r;
-    } sizes[] = {{9, 7, 1}, {64, 192, 16}, {100, 33, 3}, {256, 64, 16}, {48, 260, 40}};
+    } sizes[] = {{9, 7, 1},     {64, 192, 16}, {100, 33, 3},
+                 {256, 64, 16}, {96, 48, 32},  {48, 260, 40}};
     for (const Length &n : lengths)
         for (DType act : {f32, half})
             for (const auto &z : sizes)
@@ -419,6 +434,20 @@ TEST_P(CpuOps, Attention) {
                            {double(heads)}},
                           limit(act, true), what);
                 }
+    if (!on_host()) // enough of them for kernels with large blocks
+        for (int64_t t : {128, 384}) {
+            const int64_t s = 2, heads = 72, c = heads * 64;
+            const Tensor qkv = random(half, {s, t, 3 * c}, 2);
+            const Case forward = {
+                "attention", {qkv}, {{half, {s, t, c}}, {f32, {s, heads, t}}}, {double(heads)}};
+            check(forward, limit(half), "many heads");
+            const auto out = runner->run("attention", forward.in, forward.out, forward.attr);
+            check({"attention_vjp",
+                   {qkv, out[0], out[1], random(half, {s, t, c})},
+                   {{half, {s, t, 3 * c}}},
+                   {double(heads)}},
+                  limit(half, true), "many heads");
+        }
     for (DType act : {f32, half})
         check_rows({"attention",
                     {random(act, {1, 150, 3 * 64}, 2)},
@@ -494,6 +523,72 @@ TEST_P(CpuOps, CrossEntropy) {
                        {}},
                       limit(act, true), what);
             }
+}
+
+// What programs put in the place of cross_entropy and its vjps on devices that have it.
+TEST_P(CpuOps, CrossEntropyInParts) {
+    if (on_host())
+        GTEST_SKIP() << "only programs on other devices ask for it";
+    for (const auto &[s, t, c, v] :
+         {std::array<int64_t, 4>{1, 200, 64, 1500}, {2, 130, 72, 513}, {1, 300, 96, 4096}}) {
+        const std::string what = shape_name(half, s, t) + " V=" + std::to_string(v);
+        const int64_t stride = (v + 63) / 64 * 64, parts = (v + 255) / 256;
+        const Tensor h = random(half, {s, t, c}, 2), table = random(half, {v, c}).frozen();
+        const Tensor target = random_ids({s, t}, seed++, -1, int32_t(v));
+        const Tensor dnll = random(f32, {s, t});
+        const Shape row = {s, t}, wide = {s, t, stride}, split = {s, t, parts};
+        const auto joined = [&](const Tensor &e,
+                                const Tensor &share) { // p, as the reference has it
+            Tensor p(DType::f64, {s, t, v});
+            for (int64_t r = 0; r < s * t; ++r)
+                for (int64_t j = 0; j < v; ++j)
+                    p.set(r * v + j, e.at(r * stride + j) * share.at(r * parts + j / 256));
+            return p;
+        };
+        Tensor e = random(half, wide), share = random(f32, split);
+        for (int64_t r = 0; r < s * t; ++r)
+            for (int64_t j = v; j < stride; ++j)
+                e.set(r * stride + j, 0);
+        std::vector<Tensor> ours;
+        std::string why;
+        if (runner->try_run("cross_entropy_parts", {h, table, target},
+                            {{f32, row}, {f32, row}, {half, wide}, {f32, split}}, {}, ours,
+                            why) == PONDER_PLAN_OK) {
+            const auto theirs =
+                oracle->run("cross_entropy", {h.to(DType::f64), table.to(DType::f64), target},
+                            {{DType::f64, row}, {DType::f64, row}, {DType::f64, {s, t, v}}}, {});
+            e = ours[2];
+            share = ours[3];
+            EXPECT_LE(relative_error(ours[0], theirs[0]), limit(half)) << what;
+            EXPECT_LE(relative_error(ours[1], theirs[1]), limit(half)) << what;
+            EXPECT_LE(relative_error(joined(e, share), theirs[2]), limit(half)) << what;
+            for (int64_t r = 0; r < s * t; ++r)
+                for (int64_t j = v; j < stride; ++j)
+                    ASSERT_EQ(0, e.at(r * stride + j)) << what;
+        }
+        const Tensor p = joined(e, share);
+        for (bool for_table : {false, true}) {
+            ASSERT_EQ(PONDER_PLAN_OK,
+                      runner->try_run("cross_entropy_parts_vjp",
+                                      {e, share, table, target, dnll, for_table ? h : none()},
+                                      {{half, {s, t, c}}, for_table ? Out{f32, {v, c}} : Out{}}, {},
+                                      ours, why))
+                << why;
+            const Tensor up = dnll.to(DType::f64), words = table.to(DType::f64);
+            EXPECT_LE(
+                relative_error(ours[0], oracle->run("cross_entropy_vjp", {p, words, target, up},
+                                                    {{DType::f64, {s, t, c}}}, {})[0]),
+                limit(half, true))
+                << what;
+            if (for_table) {
+                EXPECT_LE(relative_error(ours[1], oracle->run("cross_entropy_vjp_table",
+                                                              {p, h.to(DType::f64), target, up},
+                                                              {{DType::f64, {v, c}}}, {})[0]),
+                          limit(half, true))
+                    << what;
+            }
+        }
+    }
 }
 
 TEST_P(CpuOps, ConvolutionAndRope) {
@@ -583,6 +678,33 @@ TEST_P(CpuOps, MatmulTn) {
            {{f32, {1, 70, 32}}},
            {}},
           2e-2, "long and mixed");
+}
+
+// Many of them in one call.
+TEST_P(CpuOps, MatmulTnGroup) {
+    if (on_host())
+        GTEST_SKIP() << "only programs on other devices ask for it";
+    for (const Length &n : lengths) {
+        std::vector<Tensor> in, ours;
+        std::vector<Out> out;
+        for (int i = 0; i < 50; ++i) {
+            const int64_t rank = 2 * (1 + i % 24), width = 4 * (13 + 4 * (i % 20));
+            const bool first = i % 2;
+            in.push_back(random(i % 3 ? half : f32, {n.s, n.t, first ? width : rank}));
+            in.push_back(random(i % 5 ? half : f32, {n.s, n.t, first ? rank : width}));
+            out.push_back({f32, {n.s, in[in.size() - 2].shape[2], in.back().shape[2]}});
+        }
+        std::string why;
+        ASSERT_EQ(PONDER_PLAN_OK, runner->try_run("matmul_tn_group", in, out, {}, ours, why))
+            << why;
+        for (size_t i = 0; i < out.size(); ++i)
+            EXPECT_LE(relative_error(ours[i], oracle->run("matmul_tn",
+                                                          {in[2 * i].to(DType::f64),
+                                                           in[2 * i + 1].to(DType::f64)},
+                                                          {{DType::f64, out[i].shape}}, {})[0]),
+                      limit(half, true))
+                << i;
+    }
 }
 
 TEST_P(CpuOps, TttLinear) {

@@ -7,12 +7,14 @@
 #include "backend/reference/reference.hpp"
 #include "backend/registry.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace ponder::test::offset {
@@ -72,45 +74,161 @@ inline size_t bytes_of(const ponder_tensor &t) {
     return n;
 }
 
-// linear_gelu, which the reference backend lacks, so that programs join linear and gelu here too.
-inline int32_t plan_linear_gelu(Device &d, const ponder_op_call &call, ponder_plan &out, char *why,
-                                size_t size) {
-    const ponder_tensor *t = call.tensor;
-    const ponder_tensor linear[] = {t[0], t[1], t[2], {}, t[3]}, gelu[] = {t[3], t[3]};
-    const void *const constants[] = {call.constant[0], call.constant[1], call.constant[2], nullptr};
-    ponder_op_call first = call, second = call;
-    first.op = "linear";
-    first.n_in = 4;
-    first.n_out = second.n_in = second.n_out = 1;
-    first.tensor = linear;
-    first.constant = constants;
-    second.op = "gelu";
-    second.n_attr = 0;
-    second.tensor = gelu;
-    ponder_plan a{}, b{};
-    a.struct_size = b.struct_size = sizeof(ponder_plan);
-    if (reference_backend()->plan(d.reference, &first, &a, why, size) != PONDER_PLAN_OK)
-        return PONDER_PLAN_FAILED;
-    if (reference_backend()->plan(d.reference, &second, &b, why, size) != PONDER_PLAN_OK) {
-        reference_backend()->drop(a.kernel);
-        return PONDER_PLAN_FAILED;
+// Calls that programs make out of others and the reference backend lacks, done by its kernels one
+// after the other, so that programs join calls here too.
+class Joined {
+public:
+    Joined(Device &device, const ponder_op_call &call) : device_(device), call_(call) {}
+    ~Joined() {
+        for (const ponder_plan &plan : plans_)
+            reference_backend()->drop(plan.kernel);
     }
-    out.tasks = 1;
-    out.tiling = PONDER_TILE_WHOLE;
-    out.workspace = (bytes_of(t[3]) + 63) / 64 * 64; // for z where nobody wants it
-    out.kernel = new Kernel{&d,
-                            [=](void *const *host, void *workspace, uint32_t) {
-                                void *z = host[4] ? host[4] : workspace;
-                                void *const one[] = {host[0], host[1], host[2], nullptr, z};
-                                void *const two[] = {z, host[3]};
-                                for (uint32_t i = 0; i < a.tasks; ++i)
-                                    reference_backend()->run(a.kernel, one, workspace, i);
-                                for (uint32_t i = 0; i < b.tasks; ++i)
-                                    reference_backend()->run(b.kernel, two, workspace, i);
-                            },
-                            {a.kernel, b.kernel},
-                            5};
-    return PONDER_PLAN_OK;
+    // A step's tensors; none of them is a constant to the reference, which packs nothing.
+    void step(const char *op, std::vector<ponder_tensor> tensors, uint32_t inputs,
+              std::vector<double> attributes = {}) {
+        const std::vector<const void *> constants(tensors.size(), nullptr);
+        ponder_op_call inner = call_;
+        inner.op = op;
+        inner.n_in = inputs;
+        inner.n_out = uint32_t(tensors.size()) - inputs;
+        inner.tensor = tensors.data();
+        inner.constant = constants.data();
+        inner.n_attr = uint32_t(attributes.size());
+        inner.attr = attributes.data();
+        ponder_plan plan{};
+        plan.struct_size = sizeof plan;
+        char why[200];
+        ok_ = ok_ && reference_backend()->plan(device_.reference, &inner, &plan, why, sizeof why) ==
+                         PONDER_PLAN_OK;
+        if (ok_)
+            plans_.push_back(plan);
+    }
+    // f(run, host, workspace), where run(i, addresses) does step i
+    template <class F> int32_t is(size_t workspace, F f, ponder_plan &out) {
+        if (!ok_)
+            return PONDER_PLAN_FAILED;
+        size_t inner = 0;
+        for (const ponder_plan &plan : plans_)
+            inner = std::max(inner, plan.workspace);
+        workspace = (workspace + 63) / 64 * 64;
+        out.tasks = 1;
+        out.tiling = PONDER_TILE_WHOLE;
+        out.workspace = workspace + inner;
+        std::vector<void *> kernels;
+        for (const ponder_plan &plan : plans_)
+            kernels.push_back(plan.kernel);
+        out.kernel = new Kernel{&device_,
+                                [=, plans = plans_](void *const *host, void *at, uint32_t) {
+                                    const auto run = [&](size_t i, std::vector<void *> addresses) {
+                                        for (uint32_t task = 0; task < plans[i].tasks; ++task)
+                                            reference_backend()->run(
+                                                plans[i].kernel, addresses.data(),
+                                                static_cast<std::byte *>(at) + workspace, task);
+                                    };
+                                    f(run, host, static_cast<std::byte *>(at));
+                                },
+                                kernels, call_.n_in + call_.n_out};
+        plans_.clear();
+        ++control.joined;
+        return PONDER_PLAN_OK;
+    }
+
+private:
+    Device &device_;
+    const ponder_op_call &call_;
+    std::vector<ponder_plan> plans_;
+    bool ok_ = true;
+};
+
+inline int32_t plan_linear_gelu(Device &d, const ponder_op_call &call, ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    Joined joined(d, call);
+    joined.step("linear", {t[0], t[1], t[2], {}, t[3]}, 4, {call.attr[0]});
+    joined.step("gelu", {t[3], t[3]}, 1);
+    return joined.is(
+        bytes_of(t[3]), // for z where nobody wants it
+        [](const auto &run, void *const *host, std::byte *workspace) {
+            void *z = host[4] ? host[4] : workspace;
+            run(0, {host[0], host[1], host[2], nullptr, z});
+            run(1, {z, host[3]});
+        },
+        out);
+}
+
+inline int32_t plan_matmul_tn_group(Device &d, const ponder_op_call &call, ponder_plan &out) {
+    Joined joined(d, call);
+    const size_t count = call.n_out;
+    for (size_t i = 0; i < count; ++i)
+        joined.step("matmul_tn",
+                    {call.tensor[2 * i], call.tensor[2 * i + 1], call.tensor[2 * count + i]}, 2);
+    return joined.is(
+        0,
+        [count](const auto &run, void *const *host, std::byte *) {
+            for (size_t i = 0; i < count; ++i)
+                run(i, {host[2 * i], host[2 * i + 1], host[2 * count + i]});
+        },
+        out);
+}
+
+// Probabilities in parts: here e is the probabilities themselves, in longer rows, and a share is 1.
+struct Rows {
+    size_t rows, width, stride; // bytes of the last two
+    explicit Rows(const ponder_tensor &e, const ponder_tensor &table) {
+        const size_t element = e.dtype == PONDER_DTYPE_BF16  ? 2
+                               : e.dtype == PONDER_DTYPE_F64 ? 8
+                                                             : 4;
+        rows = size_t(e.dim[0] * e.dim[1]);
+        width = size_t(table.dim[0]) * element;
+        stride = size_t(e.dim[2]) * element;
+    }
+    void copy(void *to, size_t to_stride, const void *from, size_t from_stride) const {
+        for (size_t r = 0; r < rows; ++r)
+            std::memcpy(static_cast<std::byte *>(to) + r * to_stride,
+                        static_cast<const std::byte *>(from) + r * from_stride, width);
+    }
+};
+inline ponder_tensor probabilities(ponder_tensor e, const ponder_tensor &table) {
+    e.dim[2] = table.dim[0];
+    return e;
+}
+
+inline int32_t plan_cross_entropy_parts(Device &d, const ponder_op_call &call, ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    const ponder_tensor p = probabilities(t[5], t[1]);
+    const Rows rows(t[5], t[1]);
+    Joined joined(d, call);
+    joined.step("cross_entropy", {t[0], t[1], t[2], t[3], t[4], p}, 3);
+    return joined.is(
+        bytes_of(p),
+        [rows, e_bytes = bytes_of(t[5])](const auto &run, void *const *host, std::byte *workspace) {
+            run(0, {host[0], host[1], host[2], host[3], host[4], workspace});
+            std::memset(host[5], 0, e_bytes);
+            rows.copy(host[5], rows.stride, workspace, rows.width);
+        },
+        out);
+}
+
+inline int32_t plan_cross_entropy_parts_vjp(Device &d, const ponder_op_call &call,
+                                            ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    const ponder_tensor p = probabilities(t[0], t[2]);
+    const Rows rows(t[0], t[2]);
+    const bool for_table = t[7].dtype != PONDER_DTYPE_NONE;
+    Joined joined(d, call);
+    joined.step("cross_entropy_vjp", {p, t[2], t[3], t[4], t[6]}, 4);
+    if (for_table)
+        joined.step("cross_entropy_vjp_table", {p, t[5], t[3], t[4], t[7]}, 4);
+    return joined.is(
+        bytes_of(p),
+        [rows, for_table, e_bytes = bytes_of(t[0])](const auto &run, void *const *host,
+                                                    std::byte *workspace) {
+            rows.copy(workspace, rows.width, host[0], rows.stride);
+            std::memset(host[0], 0xff, e_bytes); // a device leaves something else there
+            run(0, {workspace, host[2], host[3], host[4], host[6]});
+            if (for_table)
+                run(1, {workspace, host[5], host[3], host[4], host[7]});
+        },
+        out);
 }
 
 inline const ponder_backend *backend() {
@@ -181,10 +299,14 @@ inline const ponder_backend *backend() {
         b.plan = [](ponder_device *device, const ponder_op_call *call, ponder_plan *out, char *why,
                     size_t size) -> int32_t {
             Device &d = device_of(device);
-            if (std::strcmp(call->op, "linear_gelu") == 0) {
-                ++control.joined;
-                return plan_linear_gelu(d, *call, *out, why, size);
-            }
+            const std::pair<const char *, decltype(&plan_linear_gelu)> more[] = {
+                {"linear_gelu", plan_linear_gelu},
+                {"matmul_tn_group", plan_matmul_tn_group},
+                {"cross_entropy_parts", plan_cross_entropy_parts},
+                {"cross_entropy_parts_vjp", plan_cross_entropy_parts_vjp}};
+            for (const auto &[name, plan] : more)
+                if (std::strcmp(call->op, name) == 0)
+                    return plan(d, *call, *out);
             const int32_t answer = reference_backend()->plan(d.reference, call, out, why, size);
             if (answer == PONDER_PLAN_OK) {
                 void *inner = out->kernel;

@@ -1,8 +1,5 @@
 // The CUDA scans on the emulator (tests/emulator): what they compute, where there is no GPU.
-//
-// backends/cuda/ttt_*.cu as C++ (-x c++ -include tests/emulator/ttt_warp.hpp), tests/emulator/
-// emulator.cpp and this, with -Isrc -Iinclude -Itests -Itests/emulator and the toolkit's headers,
-// linked with the reference kernels. x86-64 only.
+// `ninja tests/ttt_scan_emulator_test`, which the other tests do not wait for. x86-64 only.
 #include "ttt_scan_cases.hpp"
 
 #include <cstdlib>

@@ -2,6 +2,8 @@
 // the chip: a block takes some queries, walks the keys before them and keeps a running maximum
 // (Dao 2023, arXiv 2307.08691). bf16 on tensor cores for D of 32, 64 and 128; anything else plainly.
 #include "attention.cuh"
+#include "attention_sm90.hpp"
+#include "launch.cuh"
 #include "ops.hpp"
 
 namespace ponder::cuda {
@@ -11,8 +13,8 @@ namespace {
 constexpr int warps = 4, queries = 16 * warps, keys = 64;
 
 // SPLIT groups of four warps share a block's queries and take the tiles of keys by turns; in the
-// end the first group adds up what all found. Two groups halve the way of the longest block, which
-// is what counts where there are fewer blocks than multiprocessors.
+// end the first group adds up what all found. That shortens the way of the longest block, which is
+// what counts where there are fewer blocks than multiprocessors.
 template <int D, int SPLIT>
 __global__ __launch_bounds__(128 * SPLIT) void attention_kernel(const bf16 *qkv, bf16 *o,
                                                                 float *lse, int tokens, int width,
@@ -28,13 +30,10 @@ __global__ __launch_bounds__(128 * SPLIT) void attention_kernel(const bf16 *qkv,
                      *const v = k + width;
 
     uint32_t mine[D / 16][4];
-    load_tile<D, queries, threads>(stage, q, first, tokens, stride);
+    wait_for_earlier();
+    bf16 *const at_q = stage + 4 * step * D;
+    load_tile<D, queries, threads>(at_q, q, first, tokens, stride);
     commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    load_rows<D>(mine, stage, 16 * warp);
-    __syncthreads();
-
     const auto fetch = [&](int j) {
         bf16 *to = stage + j % 2 * 2 * step * D;
         load_tile<D, step, threads>(to, k, j * step, tokens, stride);
@@ -46,6 +45,9 @@ __global__ __launch_bounds__(128 * SPLIT) void attention_kernel(const bf16 *qkv,
     const float factor = scale * log2_e;
     const int row = first + 16 * warp + lane / 4;
     fetch(0);
+    wait_copies<1>();
+    __syncthreads();
+    load_rows<D>(mine, at_q, 16 * warp);
     for (int j = 0; j < rounds; ++j) {
         wait_copies<0>();
         __syncthreads();
@@ -97,10 +99,12 @@ __global__ __launch_bounds__(128 * SPLIT) void attention_kernel(const bf16 *qkv,
         sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
         sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
     }
-    if constexpr (SPLIT == 2) {
-        float *const other = reinterpret_cast<float *>(memory) + threadIdx.x % 128;
+    if constexpr (SPLIT > 1) {
+        constexpr int size = (D / 2 + 4) * 128;
+        float *other = reinterpret_cast<float *>(memory) + threadIdx.x % 128;
         __syncthreads(); // the stages are free
-        if (group == 1) {
+        if (group > 0) {
+            other += (group - 1) * size;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
 #pragma unroll
@@ -113,22 +117,23 @@ __global__ __launch_bounds__(128 * SPLIT) void attention_kernel(const bf16 *qkv,
             }
         }
         __syncthreads();
-        if (group == 1)
+        if (group > 0)
             return;
+        for (int g = 1; g < SPLIT; ++g, other += size)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float their_top = other[(D / 2 + half) * 128];
-            const float high = fmaxf(top[half], their_top); // the first group has seen key 0
-            const float a = exp2f((top[half] - high) * factor),
-                        b = exp2f((their_top - high) * factor);
-            sum[half] = sum[half] * a + other[(D / 2 + 2 + half) * 128] * b;
-            top[half] = high;
+            for (int half = 0; half < 2; ++half) {
+                const float their_top = other[(D / 2 + half) * 128];
+                const float high = fmaxf(top[half], their_top); // this group has seen key 0
+                const float a = exp2f((top[half] - high) * factor),
+                            b = exp2f((their_top - high) * factor);
+                sum[half] = sum[half] * a + other[(D / 2 + 2 + half) * 128] * b;
+                top[half] = high;
 #pragma unroll
-            for (int n = 0; n < D / 8; ++n)
+                for (int n = 0; n < D / 8; ++n)
 #pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i)
-                    out[n][i] = out[n][i] * a + other[(4 * n + i) * 128] * b;
-        }
+                    for (int i = 2 * half; i < 2 * half + 2; ++i)
+                        out[n][i] = out[n][i] * a + other[(4 * n + i) * 128] * b;
+            }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -221,25 +226,30 @@ __global__ void plain_kernel(const T *qkv, T *o, float *lse, int tokens, int wid
 
 template <int D, int SPLIT>
 void queue_tiles(const Run &run, dim3 grid, int64_t tokens, int64_t width) {
-    constexpr size_t memory = size_t(4 * SPLIT * keys * D) * sizeof(bf16);
-    static_assert(SPLIT == 1 || size_t((D / 2 + 4) * 128) * sizeof(float) <= memory);
+    constexpr size_t memory = size_t((4 * SPLIT * keys + queries) * D) * sizeof(bf16);
+    static_assert(size_t((SPLIT - 1) * (D / 2 + 4) * 128) * sizeof(float) <= memory);
     run.device->check(cudaFuncSetAttribute(attention_kernel<D, SPLIT>,
                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            int(memory)),
                       "attention");
-    attention_kernel<D, SPLIT><<<grid, 128 * SPLIT, memory, run.stream>>>(
-        run.at<const bf16>(0), run.at<bf16>(1), run.at<float>(2), int(tokens), int(width),
-        1 / sqrtf(float(D)));
+    launch(run, attention_kernel<D, SPLIT>, grid, 128 * SPLIT, memory, run.at<const bf16>(0),
+           run.at<bf16>(1), run.at<float>(2), int(tokens), int(width), 1 / sqrtf(float(D)));
 }
 
 template <int D>
 void queue_tiles(const Run &run, int64_t streams, int64_t heads, int64_t tokens, int64_t width) {
+    if (attention_fits(*run.device, streams, heads, tokens, D) && aligned(run.at(1), 16))
+        return attention_tiles(run, run.at<const bf16>(0), run.at<bf16>(1), run.at<float>(2),
+                               streams, heads, tokens);
     const dim3 grid(blocks_for(tokens, queries), unsigned(heads), unsigned(streams));
-    if (D <= 64 && tokens > keys &&
-        int64_t(grid.x) * grid.y * grid.z <= 2 * run.device->processors)
-        queue_tiles<D, 2>(run, grid, tokens, width);
-    else
-        queue_tiles<D, 1>(run, grid, tokens, width);
+    const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
+    if constexpr (D <= 64) {
+        if (tokens > 2 * keys && blocks <= run.device->processors)
+            return queue_tiles<D, 4>(run, grid, tokens, width);
+        if (tokens > keys && blocks <= 2 * run.device->processors)
+            return queue_tiles<D, 2>(run, grid, tokens, width);
+    }
+    queue_tiles<D, 1>(run, grid, tokens, width);
 }
 
 } // namespace

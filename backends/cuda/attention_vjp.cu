@@ -1,8 +1,10 @@
 // attention_vjp: dv_j = sum_i p_ij do_i, ds_ij = p_ij (do_i v_j - do_i o_i) / sqrt(D),
 //                dq_i = sum_j ds_ij k_j, dk_j = sum_i ds_ij q_i
-// p is found again from lse. Two kernels, one over queries and one over keys, so that every sum
+// p is found again from lse. Some blocks have queries and others have keys, so that every sum
 // belongs to one block and runs in one order; the price is that scores are computed twice.
 #include "attention.cuh"
+#include "attention_sm90.hpp"
+#include "launch.cuh"
 #include "ops.hpp"
 
 namespace ponder::cuda {
@@ -34,6 +36,7 @@ __global__ void delta_packs(const bf16 *o, const bf16 *grad, float *delta, int64
     constexpr int lanes = D / 8;
     const int64_t mine = (int64_t(blockIdx.x) * 256 + threadIdx.x) / lanes;
     const int64_t i = min(mine, count - 1);
+    wait_for_earlier();
     const int64_t at = i * D + threadIdx.x % lanes * 8, row = i / heads, head = i % heads;
     const Pack<bf16, 8> a = load<8>(o + at), b = load<8>(grad + at);
     float sum = 0;
@@ -49,13 +52,11 @@ __global__ void delta_packs(const bf16 *o, const bf16 *grad, float *delta, int64
 
 // A block's queries, all keys before them.
 template <int D, int N>
-__global__ __launch_bounds__(threads) void queries_kernel(const bf16 *qkv, const float *lse,
-                                                          const float *delta, const bf16 *grad,
-                                                          bf16 *dqkv, int tokens, int width,
-                                                          float scale) {
-    extern __shared__ __align__(128) std::byte memory[];
+__device__ inline void of_queries(std::byte *memory, int block, const bf16 *qkv, const float *lse,
+                                  const float *delta, const bf16 *grad, bf16 *dqkv, int tokens,
+                                  int width, float scale) {
     bf16 *const stage = reinterpret_cast<bf16 *>(memory);
-    const int first = (int(gridDim.x) - 1 - int(blockIdx.x)) * rows;
+    const int first = block * rows;
     const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t stride = 3 * int64_t(width), s = blockIdx.z;
     const bf16 *const q = qkv + s * tokens * stride + head * D, *const k = q + width,
@@ -113,14 +114,12 @@ __global__ __launch_bounds__(threads) void queries_kernel(const bf16 *qkv, const
 
 // A block's keys, all queries from them on: everything transposed.
 template <int D, int N>
-__global__ __launch_bounds__(threads) void keys_kernel(const bf16 *qkv, const float *lse,
-                                                       const float *delta, const bf16 *grad,
-                                                       bf16 *dqkv, int tokens, int width,
-                                                       float scale) {
-    extern __shared__ __align__(128) std::byte memory[];
+__device__ inline void of_keys(std::byte *memory, int block, const bf16 *qkv, const float *lse,
+                               const float *delta, const bf16 *grad, bf16 *dqkv, int tokens,
+                               int width, float scale) {
     bf16 *const stage = reinterpret_cast<bf16 *>(memory);
     float *const sums = reinterpret_cast<float *>(memory + 4 * N * D * sizeof(bf16)); // [2][2][N]
-    const int first = int(blockIdx.x) * rows; // the first keys have the most queries
+    const int first = block * rows;
     const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t stride = 3 * int64_t(width), s = blockIdx.z;
     const bf16 *const q = qkv + s * tokens * stride + head * D, *const k = q + width,
@@ -182,28 +181,39 @@ __global__ __launch_bounds__(threads) void keys_kernel(const bf16 *qkv, const fl
     store_rows<D>(to + width, dv, first + 16 * warp, tokens, stride, 1, 1);
 }
 
+// Blocks of keys and of queries by turns, those with the longest way first.
+template <int D, int N>
+__global__ __launch_bounds__(threads) void tiles_kernel(const bf16 *qkv, const float *lse,
+                                                        const float *delta, const bf16 *grad,
+                                                        bf16 *dqkv, int tokens, int width,
+                                                        float scale) {
+    extern __shared__ __align__(128) std::byte memory[];
+    const int block = int(blockIdx.x) / 2, last = int(gridDim.x) / 2 - 1;
+    wait_for_earlier();
+    if (blockIdx.x % 2 == 0)
+        of_keys<D, N>(memory, block, qkv, lse, delta, grad, dqkv, tokens, width, scale);
+    else
+        of_queries<D, N>(memory, last - block, qkv, lse, delta, grad, dqkv, tokens, width, scale);
+}
+
 template <int D, int N>
 void queue_tiles(const Run &run, float *delta, int64_t streams, int64_t heads,
                  int64_t tokens, int64_t width) {
     constexpr size_t memory = size_t(4 * N * D) * sizeof(bf16) + 4 * N * sizeof(float);
-    const auto allow = [&](auto kernel) {
-        run.device->check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               int(memory)),
-                          "attention_vjp");
-    };
-    allow(queries_kernel<D, N>);
-    allow(keys_kernel<D, N>);
+    run.device->check(cudaFuncSetAttribute(tiles_kernel<D, N>,
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           int(memory)),
+                      "attention_vjp");
     const int64_t count = streams * tokens * heads;
-    delta_packs<D><<<blocks_for(count * (D / 8), 256), 256, 0, run.stream>>>(
-        run.at<const bf16>(1), run.at<const bf16>(3), delta, count, tokens, heads);
-    const dim3 grid(blocks_for(tokens, rows), unsigned(heads), unsigned(streams));
-    const float scale = 1 / sqrtf(float(D));
-    queries_kernel<D, N><<<grid, threads, memory, run.stream>>>(
-        run.at<const bf16>(0), run.at<const float>(2), delta, run.at<const bf16>(3),
-        run.at<bf16>(4), int(tokens), int(width), scale);
-    keys_kernel<D, N><<<grid, threads, memory, run.stream>>>(
-        run.at<const bf16>(0), run.at<const float>(2), delta, run.at<const bf16>(3),
-        run.at<bf16>(4), int(tokens), int(width), scale);
+    launch(run, delta_packs<D>, blocks_for(count * (D / 8), 256), 256, 0, run.at<const bf16>(1),
+           run.at<const bf16>(3), delta, count, tokens, heads);
+    if (attention_gradients_fit(*run.device, streams, heads, tokens, D))
+        return attention_gradients(run, run.at<const bf16>(0), run.at<const float>(2), delta,
+                                   run.at<const bf16>(3), run.at<bf16>(4), streams, heads, tokens);
+    launch(run, tiles_kernel<D, N>,
+           dim3(2 * blocks_for(tokens, rows), unsigned(heads), unsigned(streams)), threads, memory,
+           run.at<const bf16>(0), run.at<const float>(2), delta, run.at<const bf16>(3),
+           run.at<bf16>(4), int(tokens), int(width), 1 / sqrtf(float(D)));
 }
 
 // ---- any type and D: 16 queries (or keys) a block, 32 keys (or queries) at a time

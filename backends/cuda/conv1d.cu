@@ -11,21 +11,31 @@ namespace {
 
 constexpr int threads = 256, lanes = 16;
 
-template <class X, class W, class Y>
-__global__ void conv1d_kernel(const X *x, const W *w, const W *b, const X *before, Y *y, int64_t n,
-                              int64_t tokens, int64_t width, int64_t shift) {
-    const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
-    if (i >= n)
+template <int N, class X, class W, class Y>
+__global__ void conv1d_kernel(const X *x, const W *w, const W *b, const X *before, Y *y,
+                              int64_t packs, int64_t tokens, int64_t width, int64_t shift) {
+    const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x, at = i * N;
+    if (i >= packs)
         return;
-    const int64_t c = i % width, t = i / width % tokens;
-    float sum = to_float(b[c]);
+    const int64_t row = at / width, c = at - row * width, t = row % tokens;
+    const Pack<W, N> start = load<N>(b + c);
+    float sum[N];
+    for (int k = 0; k < N; ++k)
+        sum[k] = start[k];
+#pragma unroll
     for (int64_t j = 0; j < 4; ++j)
-        if (const int64_t back = 3 + shift - j; t >= back)
-            sum += to_float(w[j * width + c]) * to_float(x[i - back * width]);
-        else if (before)
-            sum += to_float(w[j * width + c]) *
-                   to_float(before[(i / width / tokens * (3 + shift) + t + j) * width + c]);
-    y[i] = from_float<Y>(sum);
+        if (const int64_t back = 3 + shift - j; t >= back || before) {
+            const Pack<W, N> tap = load<N>(w + j * width + c);
+            const Pack<X, N> in =
+                load<N>(t >= back ? x + at - back * width
+                                  : before + (row / tokens * (3 + shift) + t + j) * width + c);
+            for (int k = 0; k < N; ++k)
+                sum[k] += tap[k] * in[k];
+        }
+    Pack<Y, N> out;
+    for (int k = 0; k < N; ++k)
+        out.set(k, sum[k]);
+    store<N>(y + at, out);
 }
 
 template <class DY, class W, class DX>
@@ -95,9 +105,16 @@ int32_t plan_conv1d(const Call &call) {
     return by_types(call.type(0), call.type(1), [&]<class X, class W>(X, W) {
         return by_type(call.type(out), [&]<class Y>(Y) {
             return call.is(0, [=](const Run &run) {
-                conv1d_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(
-                    run.at<const X>(0), run.at<const W>(1), run.at<const W>(2),
-                    before ? run.at<const X>(3) : nullptr, run.at<Y>(out), n, tokens, width, shift);
+                const X *x = run.at<const X>(0), *first = before ? run.at<const X>(3) : nullptr;
+                const W *w = run.at<const W>(1), *b = run.at<const W>(2);
+                Y *y = run.at<Y>(out);
+                if (width % 4 == 0 && aligned(x, 16) && aligned(w, 16) && aligned(b, 16) &&
+                    aligned(first, 16) && aligned(y, 16))
+                    conv1d_kernel<4><<<blocks_for(n / 4, threads), threads, 0, run.stream>>>(
+                        x, w, b, first, y, n / 4, tokens, width, shift);
+                else
+                    conv1d_kernel<1><<<blocks_for(n, threads), threads, 0, run.stream>>>(
+                        x, w, b, first, y, n, tokens, width, shift);
             });
         });
     });

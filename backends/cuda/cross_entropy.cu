@@ -1,6 +1,8 @@
 // cross_entropy: logits = h table^T for some rows at a time, in f32; then one pass over each row
 //   for max, sum and entropy, and one more where the probabilities are kept.
 // vjps: (p - onehot) dnll for some rows at a time, then a product with the table, or with h.
+// cross_entropy_parts: no logits at all (cross_entropy_sm90.cu); its vjp turns what was kept into
+//   the logits' gradient where it lies, and both products read it there.
 #include "cross_entropy.hpp"
 #include "ops.hpp"
 #include "product.hpp"
@@ -121,6 +123,22 @@ __global__ void logit_gradient(const P *p, const int32_t *target, const float *d
     dl[r * stride + j] = from_float<L>(d);
 }
 
+// e[rows, stride] becomes (p - onehot) dnll, eight words a thread.
+template <class L>
+__global__ void parts_gradient(L *e, const float *share, const int32_t *target, const float *dnll,
+                               int64_t parts, int64_t stride) {
+    const int64_t r = blockIdx.x, j = 8 * (int64_t(blockIdx.y) * 256 + threadIdx.x);
+    if (j >= stride)
+        return;
+    const int32_t hit = target[r];
+    const float up = hit < 0 ? 0.0f : dnll[r], factor = share[r * parts + j / head_part];
+    Pack<L, 8> p = load<8>(e + r * stride + j);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        p.set(i, (p[i] * factor - (j + i == hit ? 1.0f : 0.0f)) * up);
+    store<8>(e + r * stride + j, p);
+}
+
 // dtable[j,:] (+)= sum over rows of dl[row,j] h[row,:] for the words that are no multiple of eight
 template <class L>
 __global__ void last_words(const L *dl, const L *h, float *dtable, int64_t rows, int64_t width,
@@ -181,8 +199,8 @@ int32_t plan_cross_entropy(const Call &call) {
         head_losses_fit(*call.device, rows, width, vocabulary))
         return call.is(head_losses_workspace(rows, vocabulary), [=](const Run &run) {
             head_losses(run, run.at<const bf16>(0), run.at<const bf16>(1),
-                        run.at<const int32_t>(2), run.at<float>(3), run.at<float>(4), rows, width,
-                        vocabulary);
+                        run.at<const int32_t>(2), run.at<float>(3), run.at<float>(4), nullptr,
+                        nullptr, rows, width, vocabulary);
         });
     const Tile tile(rows, vocabulary, sizeof(float));
     const int64_t columns = rounded(call, 1, tile, vocabulary);
@@ -284,6 +302,65 @@ int32_t plan_cross_entropy_vjp_table(const Call &call) {
                         width, tile.stride, first > 0);
             });
         });
+    });
+}
+
+int32_t plan_cross_entropy_parts(const Call &call) {
+    const int64_t width = call.dim(0, 2), rows = call.count(0) / width;
+    const int64_t vocabulary = call.dim(1, 0);
+    for (size_t i : {0, 1, 5})
+        if (call.type(i) != PONDER_DTYPE_BF16)
+            return PONDER_PLAN_NONE;
+    if (call.dim(5, 2) != head_stride(vocabulary) ||
+        !head_losses_fit(*call.device, rows, width, vocabulary))
+        return PONDER_PLAN_NONE;
+    return call.is(head_losses_workspace(rows, vocabulary), [=](const Run &run) {
+        head_losses(run, run.at<const bf16>(0), run.at<const bf16>(1), run.at<const int32_t>(2),
+                    run.at<float>(3), run.at<float>(4), run.at<bf16>(5), run.at<float>(6), rows,
+                    width, vocabulary);
+    });
+}
+
+int32_t plan_cross_entropy_parts_vjp(const Call &call) {
+    const int64_t stride = call.dim(0, 2), rows = call.count(0) / stride, parts = call.dim(1, 2);
+    const int64_t vocabulary = call.dim(2, 0), width = call.dim(2, 1);
+    const bool for_table = call.has_out(1);
+    for (size_t i : {0, 2})
+        if (call.type(i) != PONDER_DTYPE_BF16)
+            return PONDER_PLAN_NONE;
+    if (stride != head_stride(vocabulary) || parts != (vocabulary + head_part - 1) / head_part ||
+        (for_table && (vocabulary < 64 || call.type(5) != PONDER_DTYPE_BF16)))
+        return PONDER_PLAN_NONE;
+    Tile tile(rows, vocabulary, sizeof(bf16));
+    ProductShape shape{rows, width, rounded(call, 2, tile, vocabulary)};
+    shape.operands = PONDER_DTYPE_BF16;
+    shape.result = call.type(call.out(0));
+    shape.lda = stride;
+    const auto product = call.device->products->get(shape);
+    size_t workspace = product->workspace();
+    std::shared_ptr<const Product> table_product;
+    const int64_t whole = vocabulary / 8 * 8;
+    if (for_table) {
+        ProductShape shape{whole, width, rows, true, false};
+        shape.operands = PONDER_DTYPE_BF16;
+        shape.lda = stride;
+        table_product = call.device->products->get(shape);
+        workspace = std::max(workspace, table_product->workspace());
+    }
+    return call.is(workspace, [=](const Run &run) {
+        bf16 *const e = run.at<bf16>(0);
+        parts_gradient<<<dim3(unsigned(rows), blocks_for(stride / 8, 256)), 256, 0, run.stream>>>(
+            e, run.at<const float>(1), run.at<const int32_t>(3), run.at<const float>(4), parts,
+            stride);
+        product->run(run, e, run.at(2), run.at(6));
+        if (!for_table)
+            return;
+        float *const dtable = run.at<float>(7);
+        table_product->run(run, e, run.at(5), dtable);
+        if (whole < vocabulary)
+            last_words<<<dim3(unsigned(vocabulary - whole), blocks_for(width, 32)), dim3(32, 32), 0,
+                         run.stream>>>(e + whole, run.at<const bf16>(5), dtable + whole * width,
+                                       rows, width, stride, false);
     });
 }
 

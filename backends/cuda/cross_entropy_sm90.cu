@@ -7,50 +7,28 @@
 // goes to both (TMA multicast). In a block one warp loads, two groups of four warps multiply
 // (wgmma, 64 rows each), through a ring of stages. Blocks stay and take tile after tile, so that
 // the loads of the next tile run while the sums of the last are made.
+//
+// Where the probabilities are wanted, each tile leaves e^(l - max) in bf16, and the second kernel
+// what a tile's share is to be multiplied with.
 #include "cross_entropy.hpp"
-
-#include <cuda.h>
-#include <cudaTypedefs.h>
+#include "launch.cuh"
+#include "wgmma.cuh"
 
 namespace ponder::cuda {
 
 namespace {
 
-constexpr int rows = 128, words = 256, depth = 64; // of a block's tile; depth of a stage
+constexpr int rows = 128, words = int(head_part), depth = 64; // of a block's tile; depth of a stage
 constexpr int stages = 4, threads = 384, consumers = 8; // warps
 constexpr int bytes_h = rows * depth * 2, bytes_table = words * depth * 2;
 constexpr size_t memory_bytes = size_t(stages) * (bytes_h + bytes_table) + 1024 + 256;
 
-__device__ inline uint32_t address(const void *p) {
-    return uint32_t(__cvta_generic_to_shared(p));
-}
-__device__ inline void barrier_init(uint64_t *b, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(count));
-}
-__device__ inline void barrier_expect(uint64_t *b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)),
-                 "r"(bytes)
-                 : "memory");
-}
-__device__ inline void barrier_wait(uint64_t *b, int parity) {
-    asm volatile("{\n.reg .pred done;\n"
-                 "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra finished;\nbra again;\nfinished:\n}" ::"r"(address(b)),
-                 "r"(parity)
-                 : "memory");
-}
 // At the same barrier of block `to` of the cluster.
 __device__ inline void barrier_arrive(uint64_t *b, int to) {
     asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
                  "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
                      address(b)),
                  "r"(to)
-                 : "memory");
-}
-__device__ inline void load_tile(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%3, %4}], [%2];" ::"r"(address(to)),
-                 "l"(map), "r"(address(b)), "r"(x), "r"(y)
                  : "memory");
 }
 __device__ inline void load_for_both(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
@@ -68,11 +46,6 @@ __device__ inline uint32_t cluster_rank() {
     return rank;
 }
 
-// Rows of 64 bf16 values, 128-byte swizzle: eight rows are 1024 bytes (PTX ISA 9.7.15).
-__device__ inline uint64_t operand(const void *p) {
-    const uint64_t at = (address(p) & 0x3ffff) >> 4;
-    return at | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
 // c[64,256] (+)= a[64,16] b[256,16]^T
 __device__ inline void multiply(float (&c)[128], uint64_t a, uint64_t b, int add) {
     asm volatile(
@@ -112,9 +85,24 @@ struct Shape {
     int row_tiles, word_tiles; // of a cluster: 256 rows; of a block: 256 words
 };
 
+// Four lanes hold word i of four pieces each; lane l gets the whole piece l.
+__device__ inline void transpose(uint32_t (&w)[4], int lane) {
+    const bool odd = lane & 1, high = lane & 2;
+    const uint32_t a = __shfl_xor_sync(~0u, odd ? w[0] : w[1], 1),
+                   b = __shfl_xor_sync(~0u, odd ? w[2] : w[3], 1);
+    (odd ? w[0] : w[1]) = a;
+    (odd ? w[2] : w[3]) = b;
+    const uint32_t c = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2),
+                   d = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
+    (high ? w[0] : w[2]) = c;
+    (high ? w[1] : w[3]) = d;
+}
+
+// e: [tokens, stride] or nothing
+template <bool keep>
 __global__ __cluster_dims__(2, 1, 1) __launch_bounds__(threads, 1)
 void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ CUtensorMap table,
-                 Shape s, const int32_t *target, float4 *part, float *hit) {
+                 Shape s, const int32_t *target, float4 *part, float *hit, bf16 *e, int stride) {
     extern __shared__ std::byte raw[];
     std::byte *const memory =
         raw + (1024 - (address(raw) & 1023)) % 1024; // the same in both blocks
@@ -132,6 +120,7 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
     }
     __syncthreads();
     cluster_sync();
+    wait_for_earlier();
 
     const int tiles = s.row_tiles * s.word_tiles, steps = (s.width + depth - 1) / depth;
     if (warp < 4) {
@@ -216,13 +205,28 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
                 for (int j = 0; j < 32; ++j)
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
+                        float &x = c[4 * j + 2 * half + i];
                         // In units of log 2; what lies behind the vocabulary is far below.
-                        const float d = fmaxf(
-                            fmaf(c[4 * j + 2 * half + i], 1.4426950408889634f, -offset), -200.0f);
-                        const float e = exp2f(d);
-                        sum += e;
-                        weighted = fmaf(d, e, weighted);
+                        const float d =
+                            fmaxf(fmaf(x, 1.4426950408889634f, -offset), -200.0f);
+                        x = exp2f(d);
+                        sum += x;
+                        weighted = fmaf(d, x, weighted);
                     }
+                if constexpr (keep) {
+                    bf16 *const to = e + int64_t(row) * stride + word + lane % 4 * 8;
+#pragma unroll
+                    for (int j = 0; j < 32; j += 4) {
+                        uint32_t w[4];
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            w[i] = pack(c[4 * (j + i) + 2 * half], c[4 * (j + i) + 2 * half + 1]);
+                        transpose(w, lane);
+                        if (row < s.tokens && word + 8 * j + lane % 4 * 8 < stride)
+                            *reinterpret_cast<uint4 *>(to + 8 * j) =
+                                make_uint4(w[0], w[1], w[2], w[3]);
+                    }
+                }
                 sum += __shfl_xor_sync(~0u, sum, 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
                 weighted += __shfl_xor_sync(~0u, weighted, 1);
@@ -236,12 +240,14 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
     cluster_sync(); // nobody leaves while the other block still writes here
 }
 
-// A warp for each row.
+// A warp for each row. share: [tokens, tiles] or nothing
 __global__ void finish_kernel(const float4 *part, const float *hit, const int32_t *target,
-                              float *nll, float *entropy, int64_t tokens, int64_t tiles) {
+                              float *nll, float *entropy, float *share, int64_t tokens,
+                              int64_t tiles) {
     const int64_t r = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
     if (r >= tokens)
         return;
+    wait_for_earlier();
     part += r * tiles;
     float top = -INFINITY, sum = 0, weighted = 0;
     for (int64_t i = threadIdx.x % 32; i < tiles; i += 32)
@@ -255,12 +261,17 @@ __global__ void finish_kernel(const float4 *part, const float *hit, const int32_
     }
     sum = warp_sum(sum);
     weighted = warp_sum(weighted);
+    if (share)
+        for (int64_t i = threadIdx.x % 32; i < tiles; i += 32)
+            share[r * tiles + i] = expf(part[i].x - top) / sum;
     if (threadIdx.x % 32 == 0) {
         const float log_sum = logf(sum);
         entropy[r] = log_sum - weighted / sum;
         nll[r] = target[r] < 0 ? 0.0f : log_sum - (hit[r] - top);
     }
 }
+
+} // namespace
 
 PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
     static const auto function = [] {
@@ -274,17 +285,15 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
     return function;
 }
 
-bool describe(CUtensorMap &map, const void *data, int64_t count, int64_t width) {
+bool describe(CUtensorMap &map, const bf16 *data, int64_t width, int64_t count, int rows) {
     const cuuint64_t size[2] = {cuuint64_t(width), cuuint64_t(count)};
     const cuuint64_t stride[1] = {cuuint64_t(width) * 2};
-    const cuuint32_t box[2] = {depth, 128}, step[2] = {1, 1};
-    return encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(data),
+    const cuuint32_t box[2] = {64, cuuint32_t(rows)}, step[2] = {1, 1};
+    return encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16 *>(data),
                              size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
-
-} // namespace
 
 bool head_losses_fit(const ponder_device &device, int64_t tokens, int64_t width,
                      int64_t vocabulary) {
@@ -298,24 +307,27 @@ size_t head_losses_workspace(int64_t tokens, int64_t vocabulary) {
 }
 
 void head_losses(const Run &run, const bf16 *h, const bf16 *table, const int32_t *target,
-                 float *nll, float *entropy, int64_t tokens, int64_t width, int64_t vocabulary) {
+                 float *nll, float *entropy, bf16 *e, float *share, int64_t tokens, int64_t width,
+                 int64_t vocabulary) {
     CUtensorMap map_h, map_table;
-    if (!describe(map_h, h, tokens, width) || !describe(map_table, table, vocabulary, width))
+    if (!describe(map_h, h, width, tokens, rows) ||
+        !describe(map_table, table, width, vocabulary, words / 2))
         return run.device->fail("cross_entropy: cuTensorMapEncodeTiled failed");
     const Shape shape{int(tokens), int(width), int(vocabulary),
                       int((tokens + 2 * rows - 1) / (2 * rows)),
                       int((vocabulary + words - 1) / words)};
     float4 *const part = reinterpret_cast<float4 *>(run.workspace);
     float *const hit = reinterpret_cast<float *>(part + tokens * shape.word_tiles);
-    run.device->check(cudaFuncSetAttribute(head_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    const auto kernel = e ? head_kernel<true> : head_kernel<false>;
+    run.device->check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            int(memory_bytes)),
                       "cross_entropy");
     const int clusters =
         std::min(run.device->processors / 2, shape.row_tiles * shape.word_tiles);
-    head_kernel<<<2 * clusters, threads, memory_bytes, run.stream>>>(map_h, map_table, shape,
-                                                                    target, part, hit);
-    finish_kernel<<<blocks_for(tokens, 8), 256, 0, run.stream>>>(
-        part, hit, target, nll, entropy, tokens, shape.word_tiles);
+    launch(run, kernel, 2 * clusters, threads, memory_bytes, map_h, map_table, shape, target, part,
+           hit, e, int(head_stride(vocabulary)));
+    launch(run, finish_kernel, blocks_for(tokens, 8), 256, 0, part, hit, target, nll, entropy, share,
+           tokens, shape.word_tiles);
 }
 
 } // namespace ponder::cuda

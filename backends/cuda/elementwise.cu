@@ -141,6 +141,30 @@ struct ToDropout {
     }
 };
 
+__global__ void split_kernel(const float *x, bf16 *y, int64_t packs, int64_t width, int64_t rows,
+                             bool stacked, bool second, bool aligned) {
+    const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
+    if (i >= packs)
+        return;
+    Pack<float, 8> in;
+    if (aligned)
+        in = load<8>(x + 8 * i);
+    else
+        for (int j = 0; j < 8; ++j)
+            in.v[j] = x[8 * i + j];
+    Pack<bf16, 8> high, rest;
+    for (int j = 0; j < 8; ++j) {
+        high.set(j, in[j]);
+        rest.set(j, in[j] - high[j]);
+    }
+    const int64_t row = 8 * i / width, column = 8 * i % width;
+    bf16 *const to = y + (stacked ? 8 * i : 3 * row * width + column);
+    const int64_t step = stacked ? rows * width : width;
+    store<8>(to, high);
+    store<8>(to + step, second ? rest : high);
+    store<8>(to + 2 * step, second ? high : rest);
+}
+
 template <class Y> __global__ void fill_kernel(Y *y, int64_t n, const float *value, float by) {
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
     if (i < n)
@@ -151,6 +175,13 @@ template <class Y> __global__ void fill_kernel(Y *y, int64_t n, const float *val
 
 void convert(const float *x, bf16 *y, int64_t count, cudaStream_t stream) {
     each(x, y, count, stream, ToSame{});
+}
+
+void split(const float *x, bf16 *y, int64_t rows, int64_t width, bool stacked, bool second,
+           cudaStream_t stream) {
+    const int64_t packs = rows * width / 8;
+    split_kernel<<<blocks_for(packs, threads), threads, 0, stream>>>(x, y, packs, width, rows,
+                                                                     stacked, second, aligned(x, 16));
 }
 
 void refresh_narrow(const Narrow &copy, cudaStream_t stream) {

@@ -2,6 +2,7 @@
 // vjp: dx = carry + (u - mean(u) - h mean(u h)) / std, u = g dy, h = (x - mean) / std
 // A warp for each row; rows of up to 1024 stay in its registers.
 // layer_norm_vjp_weight: dg = sum dy h, db = sum dy over the rows
+#include "launch.cuh"
 #include "ops.hpp"
 
 #include <algorithm>
@@ -58,8 +59,9 @@ __global__ void layer_norm_kernel(const X *x, const G *g, const G *b, Y *y, floa
     const int64_t r = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
     if (r >= rows)
         return;
+    Row<J, G> scale(g, width), shift(b, width); // weights: on their way before the row is there
+    wait_for_earlier();
     Row<J, X> row(x + r * width, width);
-    Row<J, G> scale(g, width), shift(b, width); // on their way while the sums run
     float sum = 0;
     row.each([&](int64_t, const float *v) { sum += (v[0] + v[1]) + (v[2] + v[3]); });
     const float mean = warp_sum(sum) / float(width);
@@ -101,8 +103,12 @@ __global__ void layer_norm_vjp_kernel(const DY *dy, const X *x, const G *g, cons
     const int64_t r = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
     if (r >= rows)
         return;
+    wait_for_earlier();
     Row<J, DY> up(dy + r * width, width);
     Row<J, X> row(x + r * width, width);
+    // On their way while the sums run.
+    Row<J, G> scales(g, width);
+    Row<J, float> carried(carry ? carry + r * width : dx, carry ? width : 0);
     const float mean = stats[2 * r], inverse = stats[2 * r + 1];
     float sum_u = 0, sum_uh = 0;
     const auto both = [&](auto f) {
@@ -110,18 +116,19 @@ __global__ void layer_norm_vjp_kernel(const DY *dy, const X *x, const G *g, cons
 #pragma unroll
             for (int j = 0; j < J; ++j)
                 if (row.at(j) < width)
-                    f(row.at(j), up.kept[j], row.kept[j]);
+                    f(row.at(j), up.kept[j], row.kept[j], scales.kept[j], carried.kept[j]);
         } else {
             for (int64_t j = 0; row.at(j) < width; ++j) {
-                float a[4], c[4];
+                float a[4], c[4], s[4], more[4];
                 up.read(j, a);
                 row.read(j, c);
-                f(row.at(j), a, c);
+                scales.read(j, s);
+                carried.read(j, more);
+                f(row.at(j), a, c, s, more);
             }
         }
     };
-    both([&](int64_t at, const float *d, const float *v) {
-        const Pack<G, 4> scale = load<4>(g + at);
+    both([&](int64_t, const float *d, const float *v, const float *scale, const float *) {
         for (int i = 0; i < 4; ++i) {
             const float u = scale[i] * d[i];
             sum_u += u;
@@ -129,14 +136,11 @@ __global__ void layer_norm_vjp_kernel(const DY *dy, const X *x, const G *g, cons
         }
     });
     const float mean_u = warp_sum(sum_u) / float(width), mean_uh = warp_sum(sum_uh) / float(width);
-    both([&](int64_t at, const float *d, const float *v) {
-        const Pack<G, 4> scale = load<4>(g + at);
+    both([&](int64_t at, const float *d, const float *v, const float *scale, const float *more) {
         Pack<float, 4> out;
-        if (carry)
-            out = load<4>(carry + r * width + at);
         for (int i = 0; i < 4; ++i) {
             const float u = scale[i] * d[i], h = (v[i] - mean) * inverse;
-            out.v[i] = (carry ? out.v[i] : 0.0f) + (u - mean_u - h * mean_uh) * inverse;
+            out.v[i] = more[i] + (u - mean_u - h * mean_uh) * inverse;
         }
         store<4>(dx + r * width + at, out);
     });
@@ -253,9 +257,9 @@ int32_t plan_layer_norm(const Call &call) {
                     return layer_norm_odd<<<unsigned(rows), 128, 0, run.stream>>>(x, g, b, y, stats,
                                                                                  width, eps);
                 by_registers(width, [&](auto j) {
-                    layer_norm_kernel<decltype(j)::value>
-                        <<<blocks_for(rows, warps), warps * 32, 0, run.stream>>>(
-                            x, g, b, y, stats, rows, width, eps);
+                    launch(run, layer_norm_kernel<decltype(j)::value, X, G, Y>,
+                           blocks_for(rows, warps), warps * 32, 0, x, g, b, y, stats, rows, width,
+                           eps);
                 });
             });
         });
@@ -277,9 +281,9 @@ int32_t plan_layer_norm_vjp(const Call &call) {
                     return layer_norm_vjp_odd<<<unsigned(rows), 128, 0, run.stream>>>(
                         dy, x, g, stats, carry, dx, width);
                 by_registers(width, [&](auto j) {
-                    layer_norm_vjp_kernel<decltype(j)::value>
-                        <<<blocks_for(rows, warps), warps * 32, 0, run.stream>>>(
-                            dy, x, g, stats, carry, dx, rows, width);
+                    launch(run, layer_norm_vjp_kernel<decltype(j)::value, DY, X, G>,
+                           blocks_for(rows, warps), warps * 32, 0, dy, x, g, stats, carry, dx, rows,
+                           width);
                 });
             });
         });

@@ -25,12 +25,17 @@ int32_t plan_linear(const Call &call) {
     shape.result = call.type(4);
     shape.bias = has_bias;
     shape.add = has_add;
-    TypedProduct product(call, shape, call.type(0), call.type(1), call.count(0), call.count(1));
+    // An f32 weight among bf16 activations is turned into bf16 once.
+    const void *weight = call.op->constant[1];
+    const bool narrow_weight =
+        weight && call.type(0) == PONDER_DTYPE_BF16 && call.type(1) == PONDER_DTYPE_F32;
+    const int32_t weight_type = narrow_weight ? PONDER_DTYPE_BF16 : call.type(1);
+    const int64_t weight_count = call.count(1);
+    TypedProduct product(call, shape, call.type(0), weight_type, call.count(0), weight_count);
     bool bias_apart = false;
     if (!product.fast() && has_bias) {
         shape.bias = false;
-        product = TypedProduct(call, shape, call.type(0), call.type(1), call.count(0),
-                               call.count(1));
+        product = TypedProduct(call, shape, call.type(0), weight_type, call.count(0), weight_count);
         bias_apart = true;
     }
     const bool narrow_bias = has_bias && !bias_apart && product.result() == PONDER_DTYPE_BF16;
@@ -49,7 +54,10 @@ int32_t plan_linear(const Call &call) {
                 convert(b, reinterpret_cast<bf16 *>(run.workspace), width, run.stream);
                 bias = run.workspace;
             }
-            product.run(rest, run.at(0), run.at(1), run.at(4), bias, run.at(3));
+            const void *w = run.at(1);
+            if (narrow_weight)
+                w = narrow(run, weight, run.at<const float>(1), weight_count);
+            product.run(rest, run.at(0), w, run.at(4), bias, run.at(3));
             if (bias_apart)
                 add_bias_kernel<<<blocks_for(rows * width, 256), 256, 0, run.stream>>>(
                     run.at<Y>(4), b, rows * width, width);

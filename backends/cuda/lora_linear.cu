@@ -1,7 +1,9 @@
 // lora_linear:     u = x a,           y = add + x w + b + scale u bb
 // lora_linear_vjp: du = scale dy bb^T, dx = dy w^T + du a^T
-// Both are a product onto what two small kernels prepared: the narrow side u [rows,R], then the
-// addend out of it. Fast weights are f32 and each stream has its own.
+// Both are a product onto what was prepared before it: the narrow side u [rows,R], then the addend
+// out of it, in one launch on tensor cores or, for odd sizes and f32, in two small kernels. Fast
+// weights are f32 and each stream has its own.
+#include "lora_linear.cuh"
 #include "ops.hpp"
 #include "product.hpp"
 
@@ -145,6 +147,34 @@ void prepare(const Run &run, const X *x, Factor left, U *u, float scale_u, Facto
                                             scale_base);
 }
 
+template <bool back, class X, class Y>
+__global__ __launch_bounds__(prepare_threads) void prepare_kernel(const Prepare<X, Y> p) {
+    prepare<1, back>(p);
+}
+
+// Whether there was a kernel for it.
+template <bool back, class X, class U, class Y>
+bool prepare_at_once(const Run &run, const Prepare<X, Y> &p, const U *, int64_t streams) {
+    if constexpr (std::is_same_v<U, bf16> && (back ? std::is_same_v<Y, bf16>
+                                                    : std::is_same_v<X, bf16>)) {
+        for (const void *at : {static_cast<const void *>(p.x), static_cast<const void *>(p.left),
+                               static_cast<const void *>(p.right), static_cast<const void *>(p.add),
+                               static_cast<const void *>(p.b), static_cast<const void *>(p.base)})
+            if (!aligned(at, 16))
+                return false;
+        if (!prepare_fits(p.tokens, p.depth, p.width, p.rank))
+            return false;
+        if (run.device->major == 9)
+            prepare_clusters<back>(run, p, streams);
+        else
+            launch(run, prepare_kernel<back, X, Y>,
+                   dim3(blocks_for(p.tokens, prepare_rows), unsigned(streams)), prepare_threads, 0,
+                   p);
+        return true;
+    }
+    return false;
+}
+
 } // namespace
 
 int32_t plan_lora_linear(const Call &call) {
@@ -167,9 +197,17 @@ int32_t plan_lora_linear(const Call &call) {
                 const Factor a{run.at<const float>(3), rank, 1, depth * rank};
                 const Factor bb{run.at<const float>(4), 1, width, rank * width};
                 Y *y = run.at<Y>(6);
-                prepare(run, run.at<const X>(0), a, run.at<U>(7), 1.0f, bb,
-                        run.at<const float>(5), run.at<const float>(2), y, scale, streams, tokens,
-                        depth, width, rank);
+                U *u = run.at<U>(7);
+                const Prepare<X, Y> all{run.at<const X>(0),     a.data,
+                                        bb.data,                reinterpret_cast<bf16 *>(u),
+                                        run.at<const float>(5), run.at<const float>(2),
+                                        y,                      int(tokens),
+                                        int(depth),             int(width),
+                                        int(rank),              1.0f,
+                                        scale};
+                if (!prepare_at_once<false>(run, all, u, streams))
+                    prepare(run, run.at<const X>(0), a, u, 1.0f, bb, run.at<const float>(5),
+                            run.at<const float>(2), y, scale, streams, tokens, depth, width, rank);
                 product.run(run, run.at(0), run.at(1), y, nullptr, y);
             });
         });
@@ -194,9 +232,19 @@ int32_t plan_lora_linear_vjp(const Call &call) {
                 const Factor a{run.at<const float>(2), rank, 1, depth * rank};
                 const Factor bb{run.at<const float>(3), 1, width, rank * width};
                 DX *dx = run.at<DX>(4);
-                prepare(run, run.at<const DY>(0), bb, run.at<U>(5), scale, a,
-                        static_cast<const float *>(nullptr), static_cast<const float *>(nullptr),
-                        dx, 1.0f, streams, tokens, width, depth, rank);
+                U *du = run.at<U>(5);
+                const Prepare<DY, DX> all{run.at<const DY>(0), bb.data,
+                                          a.data,              reinterpret_cast<bf16 *>(du),
+                                          nullptr,             nullptr,
+                                          dx,                  int(tokens),
+                                          int(width),          int(depth),
+                                          int(rank),           scale,
+                                          1.0f};
+                if (!prepare_at_once<true>(run, all, du, streams))
+                    prepare(run, run.at<const DY>(0), bb, du, scale, a,
+                            static_cast<const float *>(nullptr),
+                            static_cast<const float *>(nullptr), dx, 1.0f, streams, tokens, width,
+                            depth, rank);
                 product.run(run, run.at(0), run.at(1), dx, nullptr, dx);
             });
         });

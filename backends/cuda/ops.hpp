@@ -12,7 +12,7 @@ int32_t plan_layer_norm(const Call &), plan_layer_norm_vjp(const Call &),
         plan_layer_norm_vjp_weight(const Call &);
 int32_t plan_linear(const Call &), plan_linear_gelu(const Call &),
         plan_matmul(const Call &), plan_matmul_tn(const Call &),
-        plan_matmul_tn_sum(const Call &);
+        plan_matmul_tn_sum(const Call &), plan_matmul_tn_group(const Call &);
 int32_t plan_lora_linear(const Call &), plan_lora_linear_vjp(const Call &);
 int32_t plan_gelu(const Call &), plan_gelu_vjp(const Call &), plan_gelu_derivative(const Call &);
 int32_t plan_sigmoid(const Call &), plan_affine(const Call &), plan_power(const Call &),
@@ -20,7 +20,8 @@ int32_t plan_sigmoid(const Call &), plan_affine(const Call &), plan_power(const 
         plan_reshape(const Call &), plan_dropout(const Call &), plan_fill(const Call &);
 int32_t plan_slice_rows(const Call &), plan_slice_rows_vjp(const Call &);
 int32_t plan_cross_entropy(const Call &), plan_cross_entropy_vjp(const Call &),
-        plan_cross_entropy_vjp_table(const Call &);
+        plan_cross_entropy_vjp_table(const Call &), plan_cross_entropy_parts(const Call &),
+        plan_cross_entropy_parts_vjp(const Call &);
 int32_t plan_attention(const Call &), plan_attention_vjp(const Call &),
         plan_attention_cached(const Call &);
 int32_t plan_conv1d(const Call &), plan_conv1d_vjp(const Call &), plan_rope(const Call &);

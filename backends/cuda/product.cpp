@@ -196,26 +196,50 @@ std::shared_ptr<const Product> Products::get(const ProductShape &shape) {
 }
 
 TypedProduct::TypedProduct(const Call &call, ProductShape shape, int32_t a, int32_t b,
-                           int64_t count_a, int64_t count_b, bool same)
-    : count_a_(count_a), count_b_(count_b) {
+                           int64_t count_a, int64_t count_b, bool same) {
     const bool narrow = a == PONDER_DTYPE_BF16 || b == PONDER_DTYPE_BF16;
-    shape.operands = narrow ? PONDER_DTYPE_BF16 : PONDER_DTYPE_F32;
+    constexpr int64_t worth_splitting = int64_t(1) << 25; // multiply-adds
+    shape_ = shape;
+    split_ = !narrow && !call.device->tf32 && shape.batch == 1 && shape.lda == 0 &&
+             shape.ldb == 0 && shape.m % 8 == 0 && shape.n % 8 == 0 && shape.k % 8 == 0 &&
+             shape.m * shape.n * shape.k >= worth_splitting;
+    if (split_) {
+        shape.k *= 3;
+        count_a *= 3;
+        count_b *= 3;
+    }
+    shape.operands = narrow || split_ ? PONDER_DTYPE_BF16 : PONDER_DTYPE_F32;
     narrow_a_ = narrow && a != PONDER_DTYPE_BF16;
     narrow_b_ = narrow && b != PONDER_DTYPE_BF16;
     // f32 operands have no bf16 result in the library, and there an addend is of its type.
-    narrow_c_ = (!narrow || (shape.add && !same)) && shape.result == PONDER_DTYPE_BF16;
+    narrow_c_ = (shape.operands == PONDER_DTYPE_F32 || (shape.add && !same)) &&
+                shape.result == PONDER_DTYPE_BF16;
     if (narrow_c_)
         shape.result = PONDER_DTYPE_F32;
     result_ = shape.result;
     count_c_ = shape.batch > 1 ? shape.batch * shape.stride_c : shape.m * shape.n;
-    at_b_ = narrow_a_ ? round_up(size_t(count_a) * 2) : 0;
-    at_c_ = at_b_ + (narrow_b_ ? round_up(size_t(count_b) * 2) : 0);
+    at_b_ = narrow_a_ || split_ ? round_up(size_t(count_a) * 2) : 0;
+    at_c_ = at_b_ + (narrow_b_ || split_ ? round_up(size_t(count_b) * 2) : 0);
     at_product_ = at_c_ + (narrow_c_ ? round_up(size_t(count_c_) * 4) : 0);
+    count_a_ = count_a;
+    count_b_ = count_b;
     product_ = call.device->products->get(shape);
 }
 
 void TypedProduct::run(const Run &run, const void *a, const void *b, void *c, const void *bias,
                        const void *add) const {
+    if (split_) {
+        const ProductShape &s = shape_;
+        bf16 *const to_a = reinterpret_cast<bf16 *>(run.workspace), *const to_b =
+                                                                        reinterpret_cast<bf16 *>(
+                                                                            run.workspace + at_b_);
+        ponder::cuda::split(static_cast<const float *>(a), to_a, s.ta ? s.k : s.m, s.ta ? s.m : s.k,
+                            s.ta, false, run.stream);
+        ponder::cuda::split(static_cast<const float *>(b), to_b, s.tb ? s.n : s.k, s.tb ? s.k : s.n,
+                            !s.tb, true, run.stream);
+        a = to_a;
+        b = to_b;
+    }
     if (narrow_a_) {
         bf16 *to = reinterpret_cast<bf16 *>(run.workspace);
         convert(static_cast<const float *>(a), to, count_a_, run.stream);

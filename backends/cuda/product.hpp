@@ -1,5 +1,8 @@
 // Matrix products through cuBLASLt: row-major, batched, with bias and an addend. bf16 operands
-// accumulate in f32; f32 operands stay f32 throughout unless TF32 was asked for.
+// accumulate in f32. Large products of f32 operands run on tensor cores as well: each operand is
+// split into two bf16 numbers, and of the four products of halves all but the smallest are summed,
+// so that an element is off by about 1e-6 of its terms. Small ones stay f32 throughout. TF32 only
+// where it was asked for.
 #pragma once
 
 #include "kernel.hpp"
@@ -79,7 +82,8 @@ public:
 private:
     std::shared_ptr<const Product> product_;
     int32_t result_;
-    bool narrow_a_, narrow_b_, narrow_c_;
+    ProductShape shape_; // before operands were split
+    bool narrow_a_, narrow_b_, narrow_c_, split_;
     int64_t count_a_, count_b_, count_c_;
     size_t at_b_, at_c_, at_product_;
 };
@@ -89,6 +93,10 @@ void plain_product(const ProductShape &shape, const void *a, const void *b, void
                    const void *bias, const void *add, cudaStream_t stream);
 // elementwise.cu: y = x as another type.
 void convert(const float *x, bf16 *y, int64_t count, cudaStream_t stream);
+// x [rows,width] as bf16 next to what it leaves: (x, x, rest) for a first operand of a product, (x,
+// rest, x) for a second, in each row or, stacked, each for all rows. width % 8 == 0, y aligned.
+void split(const float *x, bf16 *y, int64_t rows, int64_t width, bool stacked, bool second,
+           cudaStream_t stream);
 // The bf16 copy of a constant vector that lies at `from` on the device; made when first asked for
 // by run(), which is never in a recording the first time.
 const bf16 *narrow(const Run &run, const void *constant, const float *from, int64_t count);

@@ -122,23 +122,31 @@ Id Ttt::parameter(Graph &graph, const std::string &name) const {
 }
 
 InsideResult Ttt::after_backbone(Graph &graph, Id hidden, Id before) const {
-    const auto product = [&](const char *name, Id x) {
-        return ponder::linear(graph, x, parameter(graph, name), none, none, false, graph.wide);
+    // What enters products, and the scan, is of the activation type, as in the backbone.
+    const auto product = [&](const char *name, Id x, DType out) {
+        return ponder::linear(graph, x, parameter(graph, name), none, none, false, out);
+    };
+    const auto narrow = [&](Id x) {
+        if (graph.value(x).type == graph.act)
+            return x;
+        const Id y = graph.temporary(graph.act, graph.shape(x));
+        convert(graph, x, y);
+        return y;
     };
     const Id x = layer_norm(graph, hidden, parameter(graph, "norm.weight"),
-                            parameter(graph, "norm.bias"), outer_eps_, graph.wide);
-    const Id taps = product("q.weight", x);
+                            parameter(graph, "norm.bias"), outer_eps_, graph.act);
+    const Id taps = product("q.weight", x, graph.wide);
     Id q = taps;
-    Id k = share_qk_ ? q : product("k.weight", x);
-    const Id v = product("v.weight", x);
+    Id k = share_qk_ ? q : product("k.weight", x, graph.wide);
+    const Id v = product("v.weight", x, graph.act);
     if (share_qk_) {
         q = conv1d(graph, q, parameter(graph, "conv_q.weight"), parameter(graph, "conv_q.bias"),
                    shift(), before);
         k = conv1d(graph, k, parameter(graph, "conv_k.weight"), parameter(graph, "conv_k.bias"),
                    shift(), before);
     }
-    q = rope(graph, q, heads_, mini_batch_, rope_theta);
-    k = rope(graph, k, heads_, mini_batch_, rope_theta);
+    q = narrow(rope(graph, q, heads_, mini_batch_, rope_theta));
+    k = narrow(rope(graph, k, heads_, mini_batch_, rope_theta));
     const Id lr =
         sigmoid(graph, ponder::linear(graph, x, parameter(graph, "lr.weight"),
                                       parameter(graph, "lr.bias"), none, false, graph.wide));
@@ -151,7 +159,7 @@ InsideResult Ttt::after_backbone(Graph &graph, Id hidden, Id before) const {
     Id y = layer_norm(graph, scan.y, parameter(graph, "post_norm.weight"),
                       parameter(graph, "post_norm.bias"), outer_eps_, graph.wide);
     if (gate_)
-        y = mul(graph, gelu(graph, product("gate.weight", x)), y);
+        y = mul(graph, gelu(graph, product("gate.weight", x, graph.act)), y);
     const Id out =
         ponder::linear(graph, y, parameter(graph, "o.weight"), none, hidden, false, graph.act);
     return {out, scan.state, scan.loss, taps};

@@ -70,9 +70,13 @@ void Graph::add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out
     calls_.push_back({&rule, std::move(in), std::move(out), std::move(attr)});
 }
 
-void Graph::merge(size_t first, size_t second, Call call) {
-    calls_[first] = std::move(call);
-    calls_.erase(calls_.begin() + std::ptrdiff_t(second));
+void Graph::replace(const std::vector<size_t> &old, size_t place, Call call) {
+    calls_[place] = std::move(call);
+    std::vector<Call> left;
+    for (size_t i = 0; i < calls_.size(); ++i)
+        if (i == place || std::find(old.begin(), old.end(), i) == old.end())
+            left.push_back(std::move(calls_[i]));
+    calls_ = std::move(left);
 }
 
 Id Tape::gradient(Id value) const {

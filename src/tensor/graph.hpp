@@ -102,9 +102,9 @@ public:
     void add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out,
                   std::vector<double> attr = {});
 
-    // Puts `call` in the place of call `first` and takes out call `second`, which comes later. For
-    // programs: the graph is recorded and its gradients are taken.
-    void merge(size_t first, size_t second, Call call);
+    // Puts `call` in the place of call `place`, which is one of `old`, and takes out the others.
+    // For programs: the graph is recorded and its gradients are taken.
+    void replace(const std::vector<size_t> &old, size_t place, Call call);
 
     const Value &value(Id id) const { return values_[size_t(id)]; }
     const Shape &shape(Id id) const { return value(id).shape; }

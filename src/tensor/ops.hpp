@@ -39,6 +39,13 @@
 //                     still that of the row)
 //   cross_entropy_vjp p[S,T,V], table const8[V,C], target, dnll wide[S,T] -> dh[S,T,C]
 //                     dh = ((p - onehot) * dnll) table; rows with target -1 give 0
+//   cross_entropy_parts      h, table const, target -> nll, entropy, e act[S,T,W], share
+//   wide[S,T,P]
+//                     where programs put it in the place of cross_entropy: W is V rounded up to
+//                     64, P the number of parts of 256 words; p_j = e_j share of j's part, and
+//                     e is 0 behind the vocabulary
+//   cross_entropy_parts_vjp  e, share, table const, target, dnll, h? -> dh, dtable? wide[V,C]
+//                     both gradients; e is overwritten
 // head ops (PONDER_TILE_ANY):
 //   attention         qkv[S,T,3C] -> o[S,T,C], lse wide[S,H,T]  [heads]
 //                     causal softmax(q k^T / sqrt(D)) v; lse = log sum exp of scaled scores
@@ -69,6 +76,7 @@
 //   mean_vjp          dy wide[1] -> dx wide[...] [count]
 //   fill              -> y wide[...] [value]
 //   matmul_tn         a[S,T,M], b[S,T,N] -> c wide[S,M,N]         c = a^T b, per stream
+//   matmul_tn_group   a, b, a, b, ... -> c, c, ...            many matmul_tn; by programs alone
 //   norm              a wide[n], b? wide[n] -> y wide[1]          |a - b|
 //   adam              w,g,m,v wide[n], h wide[8], gnorm wide[1], rate? wide[n], keep? wide[n],
 //                     start? wide[n] -> w',m',v'
@@ -136,7 +144,9 @@ struct OpRule {
     void (*vjp)(class Tape &, const Call &);        // nullptr: constant for gradients
 };
 
-extern const OpRule linear_gelu_rule;
+// Of the calls that programs make out of others; see fuse.hpp.
+extern const OpRule linear_gelu_rule, cross_entropy_parts_rule, cross_entropy_parts_vjp_rule,
+    matmul_tn_group_rule;
 
 // The inputs of a call that takes the weight w, with the scales of an int8 w at their end.
 std::vector<Id> with_scales(const Graph &, Id w, std::vector<Id> in);
@@ -218,7 +228,7 @@ Id sum_last(Graph &, Id x);
 Id sum_to(Graph &, Id x, Shape shape);
 Id reshape(Graph &, Id x, Shape shape);
 Id affine(Graph &, Id x, double factor, double offset);
-void convert(Graph &, Id x, Id y); // into an external of another type
+void convert(Graph &, Id x, Id y); // into a value of another type
 Id power(Graph &, Id x, double exponent);
 Id exp(Graph &, Id x);
 Id relu(Graph &, Id x);

@@ -165,8 +165,15 @@ void ttt_linear_backward(Tape &tape, const Call &call) {
     Graph &g = tape.graph;
     std::vector<Id> in = call.in, out;
     for (Id output : call.out) {
-        const Id gradient = tape.gradient(output);
-        in.push_back(gradient != none ? gradient : fill(g, g.shape(output), 0));
+        Id gradient = tape.gradient(output);
+        if (gradient == none) {
+            gradient = fill(g, g.shape(output), 0);
+        } else if (g.value(gradient).type != g.value(output).type) {
+            const Id narrow = g.temporary(g.value(output).type, g.shape(output));
+            convert(g, gradient, narrow);
+            gradient = narrow;
+        }
+        in.push_back(gradient);
     }
     for (size_t i = 0; i < call.in.size(); ++i) {
         const Value &v = g.value(call.in[i]);
@@ -190,6 +197,20 @@ bool any_needs(const Graph &g, const std::vector<Id> &ids) {
 }
 
 } // namespace
+
+const OpRule cross_entropy_parts_rule{"cross_entropy_parts", true, cross_entropy_flops, nullptr};
+
+namespace {
+
+uint64_t cross_entropy_parts_vjp_flops(const Graph &g, const Call &call) {
+    const Shape &dh = g.shape(call.out[0]), &table = g.shape(call.in[2]);
+    return (call.out[1] != none ? 4 : 2) * uint64_t(dh.count()) * uint64_t(table[0]);
+}
+
+} // namespace
+
+const OpRule cross_entropy_parts_vjp_rule{"cross_entropy_parts_vjp", false,
+                                          cross_entropy_parts_vjp_flops, nullptr};
 
 Id attention(Graph &g, Id qkv, int64_t heads) {
     if (g.mode.higher && any_needs(g, {qkv}))

@@ -44,7 +44,16 @@ const OpRule adam_vjp_rule{"adam_vjp", false, no_flops, nullptr};
 const OpRule sgd_vjp_rule{"sgd_vjp", false, no_flops, nullptr};
 const OpRule adamw_rule{"adamw", false, no_flops, nullptr};
 
+uint64_t matmul_tn_group_flops(const Graph &g, const Call &call) {
+    uint64_t flops = 0;
+    for (size_t i = 0; i < call.in.size(); i += 2)
+        flops += 2 * uint64_t(g.shape(call.in[i]).count()) * uint64_t(g.shape(call.in[i + 1])[2]);
+    return flops;
+}
+
 } // namespace
+
+const OpRule matmul_tn_group_rule{"matmul_tn_group", false, matmul_tn_group_flops, nullptr};
 
 Id fill(Graph &g, Shape shape, double value) {
     const Id y = g.temporary(g.wide, shape);

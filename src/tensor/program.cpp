@@ -1,6 +1,7 @@
 #include "tensor/program.hpp"
 
 #include "base/error.hpp"
+#include "tensor/fuse.hpp"
 #include "tensor/ops.hpp"
 
 #include <algorithm>
@@ -146,7 +147,8 @@ Program::Program(Graph graph, std::vector<size_t> segment_ends,
                  std::shared_ptr<const Device> device)
     : graph_(std::move(graph)), device_(std::move(device)) {
     if (!device_->on_host())
-        fuse(segment_ends);
+        fuse(graph_, segment_ends,
+             [&](const Call &call) { return plan(call, false).owner != nullptr; });
     const std::vector<Group> groups = schedule(graph_, segment_ends);
     arena_ = plan_arena(graph_, groups);
     for (size_t s = 0; s < segment_ends.size(); ++s)
@@ -192,43 +194,6 @@ Device::Kernel Program::plan(const Call &call, bool required) const {
                                    constants.data(),
                                    call.attr.data()};
     return device_->plan(described, required);
-}
-
-// linear and the gelu of its result in one call, where the device has it: one pass over memory
-// less. What else reads the linear's result still gets it.
-void Program::fuse(std::vector<size_t> &segment_ends) {
-    const auto is = [](const Call &call, const char *name) {
-        return std::string_view(call.rule->name) == name;
-    };
-    for (size_t i = 0; i < graph_.calls().size(); ++i) {
-        const Call first = graph_.calls()[i];
-        if (!is(first, "linear") || first.in.size() > 4 || first.in[3] != none ||
-            graph_.value(first.out[0]).kind != Kind::temporary)
-            continue;
-        const Id z = first.out[0];
-        size_t gelu = 0, readers = 0;
-        for (size_t j = i + 1; j < graph_.calls().size(); ++j)
-            for (const Id in : graph_.calls()[j].in)
-                if (in == z) {
-                    ++readers;
-                    if (gelu == 0 && is(graph_.calls()[j], "gelu"))
-                        gelu = j;
-                }
-        size_t segment = 0;
-        while (segment_ends[segment] <= i)
-            ++segment;
-        if (gelu == 0 || gelu >= segment_ends[segment])
-            continue;
-        const Call fused{&linear_gelu_rule,
-                         {first.in[0], first.in[1], first.in[2]},
-                         {graph_.calls()[gelu].out[0], readers > 1 ? z : none},
-                         first.attr};
-        if (!plan(fused, false).owner)
-            continue;
-        graph_.merge(i, gelu, fused);
-        for (size_t s = segment; s < segment_ends.size(); ++s)
-            --segment_ends[s];
-    }
 }
 
 Program::~Program() {

@@ -83,7 +83,6 @@ private:
         void *work = nullptr;
     };
     Device::Kernel plan(const Call &call, bool required) const;
-    void fuse(std::vector<size_t> &segment_ends);
     void add_batches(const Group &group);
     void settle_constants();
     void queue(size_t segment, std::vector<void *> addresses, std::byte *workspace) const;

@@ -133,7 +133,7 @@ void session(const std::shared_ptr<const Model> &model, const char *name,
         options.set(key, value);
     Session s(model, options);
     std::mt19937 random(2);
-    std::vector<double> times;
+    std::vector<double> times, decisions;
     for (int i = 0; i < 60; ++i) {
         std::vector<int32_t> ids(512);
         for (int32_t &id : ids)
@@ -141,11 +141,15 @@ void session(const std::shared_ptr<const Model> &model, const char *name,
         s.feed(ids);
         const double start = now();
         s.adapt(CallGuard(s.cancel_flag(), nullptr));
-        if (i >= 10)
+        if (i >= 10) {
             times.push_back((now() - start) * 1e3);
+            decisions.push_back(double(s.records().back().decide_ns) * 1e-3);
+        }
     }
     std::sort(times.begin(), times.end());
+    std::sort(decisions.begin(), decisions.end());
     add({name, times[times.size() / 2], 0, double(s.records().back().flops), 512});
+    std::printf("    decision %.2f us\n", decisions[decisions.size() / 2]);
 }
 
 void train(const std::shared_ptr<const Model> &model, const char *name, size_t streams,
@@ -241,6 +245,8 @@ int main(int argc, char **argv) {
                     {{"policy", "always"}, {"lora.layers", "last:3"}});
             session(model, "session, LoRA last 3, every fourth",
                     {{"policy", "every:4"}, {"lora.layers", "last:3"}});
+            session(model, "session, LoRA last 3, gate that skips",
+                    {{"policy", "ema:loss:0.001"}, {"lora.layers", "last:3"}});
         }
         if (wanted("train"))
             train(model, "train GPT-2 124M, B=32 T=1024", 32, 1024, 13);

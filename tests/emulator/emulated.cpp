@@ -182,6 +182,23 @@ cudaError_t ttt_linear(const TttLinearShape &, const TttLinearForward &, void *,
 namespace ponder::cuda {
 bool head_losses_fit(const ponder_device &, int64_t, int64_t, int64_t) { return false; }
 size_t head_losses_workspace(int64_t, int64_t) { return 0; }
-void head_losses(const Run &, const bf16 *, const bf16 *, const int32_t *, float *, float *,
-                 int64_t, int64_t, int64_t) {}
+void head_losses(const Run &, const bf16 *, const bf16 *, const int32_t *, float *, float *, bf16 *,
+                 float *, int64_t, int64_t, int64_t) {}
+} // namespace ponder::cuda
+#include "attention_sm90.hpp"
+#include "lora_linear.hpp"
+namespace ponder::cuda {
+bool attention_fits(const ponder_device &, int64_t, int64_t, int64_t, int64_t) { return false; }
+void attention_tiles(const Run &, const bf16 *, bf16 *, float *, int64_t, int64_t, int64_t) {}
+bool attention_gradients_fit(const ponder_device &, int64_t, int64_t, int64_t, int64_t) {
+    return false;
+}
+void attention_gradients(const Run &, const bf16 *, const float *, const float *, const bf16 *,
+                         bf16 *, int64_t, int64_t, int64_t) {}
+template <bool back, class X, class Y>
+void prepare_clusters(const Run &, const Prepare<X, Y> &, int64_t) {}
+template void prepare_clusters<false>(const Run &, const Prepare<bf16, bf16> &, int64_t);
+template void prepare_clusters<false>(const Run &, const Prepare<bf16, float> &, int64_t);
+template void prepare_clusters<true>(const Run &, const Prepare<bf16, bf16> &, int64_t);
+template void prepare_clusters<true>(const Run &, const Prepare<float, bf16> &, int64_t);
 } // namespace ponder::cuda

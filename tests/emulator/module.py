@@ -10,7 +10,7 @@ import re
 import sys
 
 src, out = sys.argv[1] + '/', sys.argv[2] + '/'
-skip={'cross_entropy_sm90.cu'}
+skip={'attention_sm90.cu','attention_vjp_sm90.cu','cross_entropy_sm90.cu','lora_linear_sm90.cu','wgmma.cuh'}
 def launches(s):
     while True:
         i=s.find('<<<')
@@ -38,7 +38,7 @@ def launches(s):
 def tr(s):
     s=s.replace('#ifdef __CUDACC__','#if 1')
     s=re.sub(r'extern __shared__ (?:__align__\(128\) )?([\w:]+) (\w+)\[\];',r'\1 *const \2 = ::emu::dynamic<\1>();',s)
-    s=s.replace('#pragma unroll 8','').replace('#pragma unroll','')
+    s=re.sub(r'#pragma unroll( \d+)?','',s)
     s=s.replace('cudaFuncSetAttribute(','cudaFuncSetAttribute((const void *)')
     return launches(s)
 for f in sorted(glob.glob(src+'*')):
@@ -63,4 +63,12 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
  auto half = [](uint32_t x, int odd) { uint32_t u = odd ? x & 0xffff0000u : x << 16; float f; std::memcpy(&f, &u, 4); return f; }; int l = int(emu::lane());
  for (int e = 0; e < 4; ++e) { int row = l / 4 + 8 * (e / 2), col = 2 * (l % 4) + e % 2; float sum = c[e]; for (int k = 0; k < 16; ++k) { auto fa = emu::of_lane<Factors>(all, unsigned(row % 8 * 4 + k % 8 / 2)); auto fb = emu::of_lane<Factors>(all, unsigned(col * 4 + k % 8 / 2)); sum += half(fa.a[row / 8 + 2 * (k / 8)], k & 1) * half(fb.b[k / 8], k & 1); } c[e] = sum; } }
 '''+cut("// Rows first .. first + ROWS","__device__ inline void load_matrices")+cut("// A first operand: rows","} // namespace")+"} // namespace ponder::cuda\n"
+    if b=='launch.cuh':
+        s='''#pragma once
+#include "kernel.hpp"
+namespace ponder::cuda {
+template <class... P, class... A> void launch(const Run &, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, const A &...a) { emu::launch(emu::Config(grid, block, shared), [&]() { kernel(P(a)...); }); }
+inline void wait_for_earlier() {}
+} // namespace ponder::cuda
+'''
     open(out+b,'w').write(tr(s))
