@@ -39,8 +39,7 @@
 //                     still that of the row)
 //   cross_entropy_vjp p[S,T,V], table const8[V,C], target, dnll wide[S,T] -> dh[S,T,C]
 //                     dh = ((p - onehot) * dnll) table; rows with target -1 give 0
-//   cross_entropy_parts      h, table const, target -> nll, entropy, e act[S,T,W], share
-//   wide[S,T,P]
+//   cross_entropy_parts  h, table const, target -> nll, entropy, e act[S,T,W], share wide[S,T,P]
 //                     where programs put it in the place of cross_entropy: W is V rounded up to
 //                     64, P the number of parts of 256 words; p_j = e_j share of j's part, and
 //                     e is 0 behind the vocabulary
