@@ -4,6 +4,7 @@
   int8.py --out results.json [--ponder build/tools/ponder] [--model tools/models/code-10m]
           [--part loss --streams DIR [--max-chunks 16]]
           [--part size] [--part speed --bench build/tests/generate_bench]
+          [--part products --ops-bench build/tests/cpu_ops_bench]
   int8.py --table results.json
 
 loss:  `ponder eval` in bf16 on DIR/{python,javascript,java,go}.test.jsonl.xz, frozen and always
@@ -11,6 +12,7 @@ loss:  `ponder eval` in bf16 on DIR/{python,javascript,java,go}.test.jsonl.xz, f
 size:  bytes on disk after `ponder convert`; of a session in bf16, frozen, what the model holds
        (weights, and packed copies for the products) and the process's largest resident set.
 speed: generate_bench, which also makes the GPT-2 124M with random weights that `size` takes.
+products: cpu_ops_bench, all products of a token or more with the weights; CPU time of one thread.
 Results are added to --out; what is there already is not measured again.
 """
 import argparse
@@ -104,6 +106,16 @@ def speeds(a, results):
             [a.bench, "speed", "--threads", "2", "--dtype", "bf16", "--weights", weights])[0])
 
 
+def products(a, results):
+    def work():
+        out = subprocess.run([a.ops_bench, "--decode", "--large"], stdout=subprocess.PIPE, text=True,
+                             check=True).stdout
+        rows = [json.loads(line) for line in out.splitlines()]
+        return {"read_gb_s": [row for row in rows if "read_gb_s_1" in row],
+                "runs": [row for row in rows if row.get("act") == "bf16"]}
+    results.measure(["products"], work)
+
+
 def table(results):
     lines = []
     row = lambda *cells: lines.append("| " + " | ".join(cells) + " |")
@@ -128,6 +140,13 @@ def table(results):
                               ("decode_tokens_per_second", "decode")]:
                 row(f"{words}: {what}", f"{one[key]:,.0f} tok/s", f"{two[key]:,.0f} tok/s",
                     f"{two[key] / one[key]:.2f}x")
+    runs = {(r["model"], r["rows"], r["weights"]): r["ms_1"]
+            for r in results.get("products", {}).get("runs", [])}
+    for (model, count, weights), ms in runs.items():
+        if weights == "int8":
+            f = runs[model, count, "bf16"]
+            row(f"{model}, products of {count} rows, one thread", f"{f:.2f} ms", f"{ms:.2f} ms",
+                f"{f / ms:.2f}x")
     for how, words in [("frozen", "SKIP"), ("adapted", "always adapted")]:
         for language, kinds in results.get("loss", {}).get(how, {}).items():
             if not both(kinds):
@@ -142,10 +161,11 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ponder", default="build/tools/ponder")
     parser.add_argument("--bench", default="build/tests/generate_bench")
+    parser.add_argument("--ops-bench", default="build/tests/cpu_ops_bench")
     parser.add_argument("--model", default="tools/models/code-10m")
     parser.add_argument("--streams")
     parser.add_argument("--max-chunks", type=int, default=16)
-    parser.add_argument("--part", action="append", choices=["loss", "size", "speed"], default=[])
+    parser.add_argument("--part", action="append", choices=["loss", "size", "speed", "products"], default=[])
     parser.add_argument("--out")
     parser.add_argument("--table")
     a = parser.parse_args()
@@ -158,7 +178,7 @@ def main():
     for part in a.part:
         if part == "loss" and not a.streams:
             parser.error("--part loss needs --streams")
-        {"loss": losses, "size": sizes, "speed": speeds}[part](a, results)
+        {"loss": losses, "size": sizes, "speed": speeds, "products": products}[part](a, results)
     print(table(results.all))
 
 
