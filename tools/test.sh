@@ -17,7 +17,7 @@ build=build
 suites=
 if [ "${1-}" = --sanitize ]; then
     build=build-sanitize
-    suites="formats hostile_files tokenizer session device api gradient train gate"
+    suites="formats hostile_files tokenizer session generate device api gradient train gate"
     # -O1 -g1: compiling takes most of the time, and line numbers are enough.
     [ -f $build/build.ninja ] || meson setup $build -Doptimization=1 -Ddebug=false \
         -Dcpp_args=-g1 -Db_sanitize=address,undefined -Db_lundef=false -Dtools=false -Dcuda=disabled || build_failed

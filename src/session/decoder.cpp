@@ -6,8 +6,8 @@ namespace ponder {
 
 namespace {
 
-// Tokens of a pass over one stream. Tokens that only fill it up are written behind the others, where
-// later ones take their place.
+// Tokens of a pass over one stream. Tokens that only fill it up are written behind the others,
+// where later ones take their place.
 constexpr int64_t pieces[] = {256, 64, 16, 1};
 constexpr int64_t largest_piece = pieces[0];
 
@@ -246,13 +246,13 @@ void Decoder::run_rows(size_t index, std::span<const int32_t> ids, int64_t first
     const int32_t rows_before = int32_t(first);
     set_inputs({padded, size_t(tokens)}, {at, size_t(tokens)}, {&rows_before, 1});
     const size_t width = size_t(width_);
-    float *const kept = residual_.data() + (index * size_t(form_.context) + size_t(first)) * width;
+    const size_t kept = (index * size_t(form_.context) + size_t(first)) * width; // in residual_
     if (from_layer > 0)
-        piece_.copy(kept, size_t(n) * width);
+        piece_.copy(residual_.data() + kept, size_t(n) * width);
     run(*pass.program, bind(pass, index, weights.fast ? weights.fast->weights() : nullptr, 1),
         guard);
     if (from_layer == 0 && pass.residual != none)
-        model_->device()->copy(kept, piece_.data(), size_t(n) * width * sizeof(float));
+        residual_.copy(piece_.data(), size_t(n) * width, kept);
 }
 
 // All streams' fast weights, tensor by tensor, so that one product does for all.

@@ -57,8 +57,8 @@ private:
     std::vector<Candidate> left_;
 };
 
-// The largest, the smallest id of equals; false where a logit is not finite. One sweep: it is made for
-// every token.
+// The largest, the smallest id of equals; false where a logit is not finite. One sweep: it is made
+// for every token.
 struct Largest {
     int32_t id;
     float logit;

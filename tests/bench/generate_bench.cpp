@@ -35,8 +35,8 @@ std::shared_ptr<const Model> load(const std::string &folder, const std::string &
     runtime->memory = std::make_shared<Memory>(0, nullptr, nullptr, nullptr);
     runtime->threads = std::make_shared<Threads>(threads);
     runtime->backends = load_backends(PONDER_TEST_BACKENDS, {});
-    return std::make_shared<Model>(runtime, folder, "auto", dtype, [](uint64_t, uint64_t) {},
-                                   weights);
+    return std::make_shared<Model>(
+        runtime, folder, "auto", dtype, [](uint64_t, uint64_t) {}, weights);
 }
 
 typedef uint64_t Lanes __attribute__((vector_size(32)));
@@ -66,7 +66,8 @@ double read_bandwidth(uint32_t threads) {
     std::atomic<uint64_t> sink{0};
     for (int sweep = 0; sweep < 8; ++sweep) {
         const double start = now();
-        pool.run(threads, [&](uint32_t i, uint32_t) { sink += sum_of(buffer.data() + i * each, each); });
+        pool.run(threads,
+                 [&](uint32_t i, uint32_t) { sink += sum_of(buffer.data() + i * each, each); });
         best = std::max(best, double(each * threads) / (now() - start));
     }
     return best;
@@ -201,8 +202,9 @@ double loss_of(Session &session, std::span<const int32_t> text, size_t scored, b
         wish[0].log_probabilities = true;
         // Once kept, the cache is of several weights until the end of this chunk.
         wish[0].keep_cache = keep;
-        wish[0].token = [&](uint64_t, int32_t, double log_p, std::string_view) {
-            sum -= log_p;
+        wish[0].token = [&](uint64_t, int32_t id, double log_p, std::string_view) {
+            if (id >= 0) // else text that was held back
+                sum -= log_p;
             return false;
         };
         std::vector<ponder_generation_result> result(1);
