@@ -49,7 +49,7 @@ const char *const run_examples =
 const char *const generate_help =
     "Continues a text. First it reads and learns from --read, if given, and says what that\n"
     "gained; the text continues on standard output as it comes. What was read is in the\n"
-    "weights: the text itself begins with the prompt alone.";
+    "weights: the text itself begins with the prompt alone. --seed also draws the tokens.";
 
 const char *const generate_examples =
     "Examples:\n"
