@@ -1,5 +1,7 @@
 // Training: gradients through the inner loop against finite differences in float64, both forms of
 // every fused op, fixtures with grad.*, and trainers as a whole.
+#include "expect_error.hpp"
+#include "free_port.hpp"
 #include "support.hpp"
 
 #include "formats/gpt2_write.hpp"
@@ -9,6 +11,8 @@
 
 #include <deque>
 #include <gtest/gtest.h>
+
+#include <thread>
 #include <tuple>
 
 namespace ponder::test {
@@ -97,7 +101,8 @@ struct Float64Loop {
         return r.loss + beta * r.reconstruction;
     }
     // Central differences of every `stride`-th element, fourth order.
-    template <class V> std::pair<std::vector<double>, std::vector<double>>
+    template <class V>
+    std::pair<std::vector<double>, std::vector<double>>
     compare(V &values, const std::vector<double> &gradient, size_t stride, double h) {
         std::vector<double> analytic, numeric;
         for (size_t i = 0; i < values.size(); i += stride) {
@@ -179,8 +184,7 @@ void check_slow(Float64Loop &loop, double tolerance) {
     for (const auto &[name, slow] : loop.adapter->slow()) {
         const std::span<float> values = loop.adapter->slow_values(name);
         const std::vector<double> gradient(r.slow.begin() + std::ptrdiff_t(offset),
-                                           r.slow.begin() +
-                                               std::ptrdiff_t(offset + values.size()));
+                                           r.slow.begin() + std::ptrdiff_t(offset + values.size()));
         offset += values.size();
         for (float &x : values)
             x = float(std::round(double(x) * 4096) / 4096);
@@ -266,8 +270,8 @@ public:
         for (size_t i = 0; i < results.size(); ++i)
             places_.push_back({results[i], values[i].data()});
         const auto runtime = make_runtime(1);
-        const auto device = std::make_shared<Device>(
-            runtime->backend("reference"), runtime->memory, runtime->threads, nullptr);
+        const auto device = std::make_shared<Device>(runtime->backend("reference"), runtime->memory,
+                                                     runtime->threads, nullptr);
         const size_t end = graph.calls().size(), count = graph.values().size();
         const Program program(graph, {end}, device);
         Program::Bindings at(count);
@@ -311,12 +315,11 @@ TEST(BothForms, OfEveryFusedOp) {
                                        r.input({2, 3, 7}), r.input({2, 5, 7}), 0.5, DType::f64)};
     });
     same_in_both_forms("attention", [](Recorder &r) {
-        return std::vector{attention(r.graph, r.input({2, 6, 24}), 2)};
+        return std::vector{attention(r.graph, r.input({2, 6, 24}), 2, 0)};
     });
     same_in_both_forms("cross_entropy", [](Recorder &r) {
         const Id h = r.input({2, 5, 8}), table = r.input({11, 8});
-        return std::vector{
-            cross_entropy(r.graph, h, table, r.targets({2, 5}, 11), true).nll};
+        return std::vector{cross_entropy(r.graph, h, table, r.targets({2, 5}, 11), true).nll};
     });
     for (const int64_t shift : {0, 1})
         same_in_both_forms("conv1d", [=](Recorder &r) {
@@ -394,9 +397,8 @@ public:
         form_.causal_k = int64_t(number("causal_k", 0));
         const bool transposed = !ponder_; // PyTorch's weights are [out, in]
         const auto linear_by = [&](Id x, const char *jax, const char *torch) {
-            const Id w = trained(ponder_ ? std::string(jax) + ".kernel"
-                                         : std::string(torch) + ".weight",
-                                 {c, c});
+            const Id w = trained(
+                ponder_ ? std::string(jax) + ".kernel" : std::string(torch) + ".weight", {c, c});
             return linear(g, x, w, none, none, transposed, g.wide);
         };
 
@@ -419,8 +421,7 @@ public:
         const Id scale = trained(ponder_ ? "ttt_norm.scale" : "ttt_norm_weight", {h, d});
         const Id shift = trained(ponder_ ? "ttt_norm.bias" : "ttt_norm_bias", {h, d});
         const TttResult scan = ttt_scan(g, q, k, v, lr, index, scale, shift, state, form_);
-        Id y = layer_norm(g, scan.y,
-                          trained(ponder_ ? "post_norm.scale" : "post_norm.weight", {c}),
+        Id y = layer_norm(g, scan.y, trained(ponder_ ? "post_norm.scale" : "post_norm.weight", {c}),
                           trained("post_norm.bias", {c}), eps, g.wide);
         if (ponder_ || has("g_proj.weight"))
             y = mul(g, gelu(g, linear_by(x, "wg", "g_proj")), y);
@@ -475,13 +476,12 @@ private:
     Id taps(const std::string &conv, int64_t c) {
         if (ponder_)
             return trained(conv + ".kernel", {4, c});
-        trained_.push_back({conv + ".weight", data(turned(tensor64("param." + conv + ".weight"), c,
-                                                          4),
-                                                   {4, c}, true)});
+        trained_.push_back(
+            {conv + ".weight",
+             data(turned(tensor64("param." + conv + ".weight"), c, 4), {4, c}, true)});
         return trained_.back().second;
     }
-    static std::vector<double> turned(const std::vector<double> &x, int64_t rows,
-                                      int64_t columns) {
+    static std::vector<double> turned(const std::vector<double> &x, int64_t rows, int64_t columns) {
         std::vector<double> y(x.size());
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t j = 0; j < columns; ++j)
@@ -492,8 +492,8 @@ private:
     std::vector<double> heads(const std::string &prefix, const char *part, int64_t h) const {
         std::vector<double> all;
         for (int64_t i = 0; i < h; ++i)
-            for (double x : tensor64(prefix + "learnable_ttt_lr_layers." + std::to_string(i) +
-                                     part))
+            for (double x :
+                 tensor64(prefix + "learnable_ttt_lr_layers." + std::to_string(i) + part))
                 all.push_back(x);
         return all;
     }
@@ -530,8 +530,8 @@ private:
         for (size_t i = 0; i < results.size(); ++i)
             places_.push_back({results[i], values[i].data()});
         const auto runtime = make_runtime(1);
-        const auto device = std::make_shared<Device>(
-            runtime->backend("reference"), runtime->memory, runtime->threads, nullptr);
+        const auto device = std::make_shared<Device>(runtime->backend("reference"), runtime->memory,
+                                                     runtime->threads, nullptr);
         const Program program(graph_, {graph_.calls().size()}, device);
         Program::Bindings at(graph_.values().size());
         for (const auto &[id, place] : places_)
@@ -568,9 +568,8 @@ private:
 
 TEST(Fixtures, GradientsOfTttLayers) {
     for (const char *name :
-         {"ponder_ttt_layer_a", "ponder_ttt_layer_b", "ponder_ttt_layer_c",
-          "ttt_official_linear_a", "ttt_official_linear_b", "ttt_official_mlp_a",
-          "ttt_official_mlp_b"})
+         {"ponder_ttt_layer_a", "ponder_ttt_layer_b", "ponder_ttt_layer_c", "ttt_official_linear_a",
+          "ttt_official_linear_b", "ttt_official_mlp_a", "ttt_official_mlp_b"})
         for (const bool composed : {false, true}) {
             SCOPED_TRACE(std::string(name) + (composed ? ", composed" : ", fused"));
             LayerFixture(name, composed).check(1e-4);
@@ -579,65 +578,90 @@ TEST(Fixtures, GradientsOfTttLayers) {
 
 // ---- backbones
 
+// The pass that trains a backbone, in float64.
+struct BackbonePass {
+    BackbonePass(const Gpt2Config &config, Mode mode, int64_t streams, int64_t length)
+        : config_(config), runtime_(make_runtime(1)),
+          device_(std::make_shared<Device>(runtime_->backend("reference"), runtime_->memory,
+                                           runtime_->threads, nullptr)) {
+        write_backbone(folder_.path(), config);
+        model = std::make_unique<Gpt2>(Gpt2Folder(folder_.path()), DType::f64, runtime_->memory,
+                                       [](uint64_t, uint64_t) {});
+        mode.train_backbone = true;
+        Graph g(DType::f64, mode);
+        const Id tokens = g.external("tokens", DType::i32, {streams, length});
+        const Id targets = g.external("targets", DType::i32, {streams, length});
+        const Id seed = g.mode.dropout_seed = g.external("seed", DType::i32, {2});
+        const Id hidden = model->hidden(g, tokens, length, Adapter(), g.act);
+        const Id loss =
+            mean(g, cross_entropy(g, hidden, model->head(g), targets, true).nll, streams * length);
+        std::vector<size_t> ends = {g.calls().size()};
+        std::vector<Id> wanted;
+        for (const Gpt2::Weight &w : model->weights())
+            wanted.push_back(g.weight(w.name, w.type, w.shape, w.data, true));
+        const std::vector<Id> ids = ponder::gradients(g, loss, wanted);
+        g.expose(loss, "loss");
+        for (Id id : ids)
+            g.expose(id, "gradient");
+        ends.insert(ends.end(), g.breaks().begin(), g.breaks().end());
+        ends.push_back(g.calls().size());
+        tokens_ = random_tokens(size_t(streams * length) + 1, size_t(config.vocabulary));
+        at_.resize(g.values().size());
+        at_[size_t(tokens)] = tokens_.data();
+        at_[size_t(targets)] = tokens_.data() + 1;
+        at_[size_t(seed)] = seeds_;
+        at_[size_t(loss)] = &loss_;
+        for (Id id : ids)
+            at_[size_t(id)] = gradients.emplace_back(size_t(g.shape(id).count())).data();
+        program = std::make_unique<const Program>(std::move(g), std::move(ends), device_);
+        arena_.resize(program->arena_bytes());
+    }
+    double loss() {
+        program->run(0, at_, arena_.data(), nullptr, nullptr);
+        return loss_;
+    }
+    void differentiate() {
+        for (size_t i = 0; i < program->segments(); ++i)
+            program->run(i, at_, arena_.data(), nullptr, nullptr);
+    }
+
+    std::unique_ptr<Gpt2> model;
+    std::unique_ptr<const Program> program;
+    std::deque<std::vector<double>> gradients; // one for each of the model's weights
+
+private:
+    const TempDir folder_;
+    const Gpt2Config config_;
+    const std::shared_ptr<const Runtime> runtime_;
+    const std::shared_ptr<Device> device_;
+    std::vector<int32_t> tokens_;
+    int32_t seeds_[2] = {7, 1};
+    double loss_ = 0;
+    Program::Bindings at_;
+    std::vector<std::byte> arena_;
+};
+
+const Mode plain_mode, dropping{.dropout = 0.25, .attention_dropout = 0.3};
+const Mode dropping_again{.dropout = 0.25, .attention_dropout = 0.3, .recompute = true};
+
 // Every weight of a backbone, against differences in float64.
 TEST(Backbone, EveryWeightMatchesDifferences) {
-    const TempDir folder;
-    write_backbone(folder.path(), small);
-    const auto runtime = make_runtime(1);
-    const auto device = std::make_shared<Device>(runtime->backend("reference"), runtime->memory,
-                                                 runtime->threads, nullptr);
-    for (const double dropout : {0.0, 0.25}) {
-        Gpt2 model(Gpt2Folder(folder.path()), DType::f64, runtime->memory,
-                   [](uint64_t, uint64_t) {});
-        Graph g(DType::f64, Mode{.train_backbone = true, .dropout = dropout});
-        const Id tokens = g.external("tokens", DType::i32, {2, 6});
-        const Id targets = g.external("targets", DType::i32, {2, 6});
-        const Id seed = g.mode.dropout_seed = g.external("seed", DType::i32, {2});
-        const Id hidden = model.hidden(g, tokens, 6, Adapter(), g.act);
-        const Id loss = mean(
-            g, cross_entropy(g, hidden, model.head(g), targets, true).nll, 12);
-        const size_t forward = g.calls().size();
-        std::vector<Id> wanted;
-        for (const Gpt2::Weight &w : model.weights())
-            wanted.push_back(g.weight(w.name, w.type, w.shape, w.data, true));
-        std::vector<Id> gradient = gradients(g, loss, wanted);
-        g.expose(loss, "loss");
-        for (Id id : gradient)
-            g.expose(id, "gradient");
-        const size_t end = g.calls().size(), count = g.values().size();
-        const Program program(g, {forward, end}, device);
-        std::vector<int32_t> ids = random_tokens(14, small.vocabulary);
-        const int32_t seeds[2] = {7, 1};
-        double value = 0;
-        std::vector<std::vector<double>> result;
-        Program::Bindings at(count);
-        at[size_t(tokens)] = ids.data();
-        at[size_t(targets)] = ids.data() + 1;
-        at[size_t(seed)] = const_cast<int32_t *>(seeds);
-        at[size_t(loss)] = &value;
-        for (Id id : gradient)
-            at[size_t(id)] =
-                result.emplace_back(size_t(g.shape(id).count())).data();
-        std::vector<std::byte> arena(program.arena_bytes());
-        const auto run = [&](size_t segment) {
-            program.run(segment, at, arena.data(), nullptr, nullptr);
-            return value;
-        };
-        run(0);
-        run(1);
-        const std::vector<std::vector<double>> analytic = result;
-        const auto weights = model.weights();
+    for (const Mode &mode : {plain_mode, dropping, dropping_again}) {
+        BackbonePass pass(small, mode, 2, 6);
+        pass.differentiate();
+        const auto weights = pass.model->weights();
         for (size_t w = 0; w < weights.size(); ++w) {
             double *x = reinterpret_cast<double *>(weights[w].data);
+            const std::vector<double> &analytic = pass.gradients[w];
             std::vector<double> a, n;
-            for (size_t i = 0; i < analytic[w].size(); i += analytic[w].size() / 7 + 1) {
+            for (size_t i = 0; i < analytic.size(); i += analytic.size() / 7 + 1) {
                 const double kept = x[i], h = 1e-5;
                 x[i] = kept + h;
-                const double above = run(0);
+                const double above = pass.loss();
                 x[i] = kept - h;
-                n.push_back((above - run(0)) / (2 * h));
+                n.push_back((above - pass.loss()) / (2 * h));
                 x[i] = kept;
-                a.push_back(analytic[w][i]);
+                a.push_back(analytic[i]);
             }
             double norm = 0;
             for (double d : n)
@@ -647,6 +671,25 @@ TEST(Backbone, EveryWeightMatchesDifferences) {
             }
         }
     }
+}
+
+// Activations that are computed again: the same numbers, less memory, and no more work than the
+// blocks' own forward pass.
+TEST(Backbone, RecomputingChangesNothingButMemory) {
+    const Gpt2Config deep{8, 16, 2, 64, 32, 20, 1e-5, true};
+    BackbonePass kept(deep, dropping, 2, 24), again(deep, dropping_again, 2, 24);
+    kept.differentiate();
+    again.differentiate();
+    EXPECT_EQ(kept.gradients, again.gradients);
+    EXPECT_LT(again.program->arena_bytes(), kept.program->arena_bytes() / 3);
+    const auto flops = [](const Program &p) {
+        uint64_t sum = 0;
+        for (size_t i = 0; i < p.segments(); ++i)
+            sum += p.flops(i);
+        return sum;
+    };
+    EXPECT_GT(flops(*again.program), flops(*kept.program));
+    EXPECT_LT(flops(*again.program), flops(*kept.program) + kept.program->flops(0));
 }
 
 // ---- trainers as a whole
@@ -682,12 +725,13 @@ struct Trained {
         }
         return streams;
     }
-    ponder_train_record step(Trainer &trainer, uint64_t seed, size_t tokens) {
+    ponder_train_record step(Trainer &trainer, uint64_t seed, size_t tokens,
+                             const ponder_call *limits = nullptr) {
         const auto streams = batch(seed, tokens);
         std::vector<ponder_stream> given;
         for (const auto &s : streams)
             given.push_back({s.data(), s.size()});
-        return trainer.step(given, CallGuard(cancel, nullptr));
+        return trainer.step(given, CallGuard(cancel, limits));
     }
 };
 
@@ -709,6 +753,24 @@ TEST(TrainerTest, LossFalls) {
             EXPECT_LT(last, first - 0.1) << adapter << " " << dtype;
             EXPECT_EQ(trainer->steps(), 41u);
         }
+    }
+}
+
+TEST(TrainerTest, ABackboneWithDropoutLearnsAndMayRecompute) {
+    for (const char *dtype : {"f32", "bf16"}) {
+        Trained t(dtype);
+        std::vector<double> losses[2];
+        for (const bool again : {false, true}) {
+            const auto trainer = make_trainer(t.model, PONDER_TRAIN_BACKBONE,
+                                              t.options({{"adapter", "none"},
+                                                         {"train.dropout", "0.05"},
+                                                         {"train.attention_dropout", "0.1"},
+                                                         {"train.recompute", again ? "1" : "0"}}));
+            for (int i = 0; i < 40; ++i)
+                losses[again].push_back(t.step(*trainer, 0, 17).loss);
+        }
+        EXPECT_EQ(losses[0], losses[1]) << dtype;
+        EXPECT_LT(losses[0].back(), losses[0].front() - 0.1) << dtype;
     }
 }
 
@@ -735,8 +797,8 @@ TEST(TrainerTest, ACheckpointGoesOnBitForBit) {
         resumed->save(dir.file("b.ckpt"), "");
         EXPECT_EQ(read_file(dir.file("a.ckpt"), 1 << 24), read_file(dir.file("b.ckpt"), 1 << 24));
         // Another kind, other options, a damaged file: refused, and nothing has changed.
-        const auto other = make_trainer(t.model, kind, t.options({{"adapter", adapter},
-                                                                  {"train.lr", "2e-2"}}));
+        const auto other =
+            make_trainer(t.model, kind, t.options({{"adapter", adapter}, {"train.lr", "2e-2"}}));
         EXPECT_THROW(other->load(dir.file("a.ckpt")), Error);
         std::string bytes = read_file(dir.file("a.ckpt"), 1 << 24);
         bytes.resize(bytes.size() - 5);
@@ -760,6 +822,84 @@ TEST(TrainerTest, ThreadsDoNotMatter) {
         }
         EXPECT_EQ(files[0], files[1]) << adapter;
     }
+}
+
+// Three processes (threads stand for them) on a batch of three: each has the same values, bit for
+// bit, and those are one process's up to the order of a sum; any number goes on from a checkpoint.
+TEST(TrainerTest, ProcessesTakeOneStepTogether) {
+    for (const auto &[kind, adapter, tokens] : kinds) {
+        SCOPED_TRACE(adapter);
+        const TempDir dir;
+        std::vector<ponder_train_record> records[4];
+        const auto train = [&](size_t at, Trained &t, const Options &options) {
+            const auto trainer = make_trainer(t.model, kind, options);
+            for (uint64_t i = 0; i < 3; ++i)
+                records[at].push_back(t.step(*trainer, i, tokens));
+            trainer->save(dir.file(std::to_string(at)), "");
+        };
+        Trained alone;
+        train(3, alone, alone.options({{"adapter", adapter}}));
+        const std::string address = free_address();
+        std::vector<std::thread> processes;
+        for (size_t r = 0; r < 3; ++r)
+            processes.emplace_back([&, r] {
+                Trained t;
+                train(r, t,
+                      t.options({{"adapter", adapter},
+                                 {"train.world", "3"},
+                                 {"train.rank", std::to_string(r)},
+                                 {"train.address", address}}));
+            });
+        for (std::thread &p : processes)
+            p.join();
+        const SafeTensors whole = SafeTensors::open(dir.file("3"));
+        const std::vector<float> wanted = tensor(whole, "outer.values");
+        for (size_t r = 0; r < 3; ++r) {
+            EXPECT_EQ(read_file(dir.file(std::to_string(r)), 1 << 24),
+                      read_file(dir.file("0"), 1 << 24));
+            ASSERT_EQ(records[r].size(), 3u);
+            for (size_t i = 0; i < 3; ++i) {
+                EXPECT_NEAR(records[r][i].loss, records[3][i].loss, 1e-4);
+                EXPECT_EQ(records[r][i].tokens, records[3][i].tokens);
+                EXPECT_EQ(records[r][i].flops, records[3][i].flops);
+            }
+        }
+        const SafeTensors shared = SafeTensors::open(dir.file("0"));
+        EXPECT_LE(relative_error(tensor(shared, "outer.values"), wanted), 1e-3);
+        const auto resumed = make_trainer(alone.model, kind, alone.options({{"adapter", adapter}}));
+        resumed->load(dir.file("0"));
+        EXPECT_EQ(resumed->steps(), 3u);
+    }
+}
+
+// What fails in one process fails in all, and changes none.
+TEST(TrainerTest, ProcessesFailTogether) {
+    const std::string address = free_address();
+    const TempDir dir;
+    ponder_status status[2] = {};
+    std::vector<std::thread> processes;
+    for (size_t r = 0; r < 2; ++r)
+        processes.emplace_back([&, r] {
+            Trained t;
+            const auto trainer = make_trainer(t.model, PONDER_TRAIN_ADAPTER,
+                                              t.options({{"train.world", "2"},
+                                                         {"train.rank", std::to_string(r)},
+                                                         {"train.address", address}}));
+            t.step(*trainer, 0, 40);
+            ponder_call late{};
+            late.struct_size = sizeof late;
+            late.timeout_ns = 1;
+            status[r] =
+                thrown_status([&] { t.step(*trainer, 1, 40, r == 1 ? &late : nullptr); });
+            EXPECT_EQ(trainer->steps(), 1u);
+            t.step(*trainer, 1, 40); // and they go on
+            trainer->save(dir.file(std::to_string(r)), "");
+        });
+    for (std::thread &p : processes)
+        p.join();
+    EXPECT_EQ(status[0], PONDER_E_CANCELLED);
+    EXPECT_EQ(status[1], PONDER_E_DEADLINE);
+    EXPECT_EQ(read_file(dir.file("0"), 1 << 24), read_file(dir.file("1"), 1 << 24));
 }
 
 TEST(TrainerTest, CancelledAndRefusedStepsChangeNothing) {
@@ -813,9 +953,8 @@ TEST(TrainerTest, ExportsWhatASessionRuns) {
         const auto ids = Trained::batch(9, 40)[1];
         const ponder_stream stream{ids.data(), ids.size()};
         const double expected = trainer->step({&stream, 1}, CallGuard(t.cancel, nullptr)).loss;
-        Session session(t.model, make_options({{"adapter", dir.path()},
-                                               {"chunk", "8"},
-                                               {"context", "8"}}));
+        Session session(t.model,
+                        make_options({{"adapter", dir.path()}, {"chunk", "8"}, {"context", "8"}}));
         session.feed(ids);
         session.adapt(no_limits(session));
         double sum = 0;
@@ -829,8 +968,8 @@ TEST(TrainerTest, ExportsWhatASessionRuns) {
     t.step(*trainer, 0, 17);
     const TempDir dir;
     trainer->export_to(dir.path());
-    const auto again = make_trainer(load_model(dir.path(), "cpu"), PONDER_TRAIN_BACKBONE,
-                                    t.options());
+    const auto again =
+        make_trainer(load_model(dir.path(), "cpu"), PONDER_TRAIN_BACKBONE, t.options());
     EXPECT_EQ(t.step(*again, 1, 17).loss, t.step(*trainer, 1, 17).loss);
 }
 

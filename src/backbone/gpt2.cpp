@@ -243,12 +243,21 @@ Id Gpt2::weight(Graph &graph, const std::string &name) const {
     return graph.weight(name, place.type, place.shape, address(place), graph.mode.train_backbone);
 }
 
+namespace {
+
+int64_t dropout_salt(int64_t layer, Module module) { // 0 is the embedding's
+    return 1 + layer * modules_per_layer + int(module);
+}
+
+} // namespace
+
 Id Gpt2::hidden(Graph &graph, Id ids, int64_t scored, const Adapter &adapter, DType out) const {
     const int64_t tokens = graph.shape(ids)[1];
     Id x = embedding(graph, ids, weight(graph, "wte.weight"), weight(graph, "wpe.weight"), 0);
-    x = dropout(graph, x, 0);
-    x = blocks(graph, x, 0, config_.layers, adapter,
-               [&](int64_t, Id qkv) { return attention(graph, qkv, config_.heads); });
+    x = dropout(graph, x, graph.mode.dropout, 0);
+    x = blocks(graph, x, 0, config_.layers, adapter, [&](int64_t layer, Id qkv) {
+        return attention(graph, qkv, config_.heads, dropout_salt(layer, Module::attn_c_attn));
+    });
     if (scored < tokens)
         x = slice_rows(graph, x, tokens - scored, scored);
     return last_norm(graph, x, out);
@@ -263,6 +272,7 @@ Id Gpt2::embed(Graph &graph, Id ids, Id positions) const {
 Id Gpt2::blocks(Graph &graph, Id x, int64_t first, int64_t end, const Adapter &adapter,
                 const Attend &attend) const {
     for (int64_t layer = first; layer < end; ++layer) {
+        const size_t begin = graph.calls().size();
         const std::string prefix = "h." + std::to_string(layer) + ".";
         const auto norm = [&](const char *name, Id in) {
             return layer_norm(graph, in, weight(graph, prefix + name + ".weight"),
@@ -284,13 +294,14 @@ Id Gpt2::blocks(Graph &graph, Id x, int64_t first, int64_t end, const Adapter &a
             if (graph.mode.dropout == 0)
                 return product(module, in, x);
             const Id y = product(module, in, none);
-            return add(graph, x, dropout(graph, y, 1 + layer * modules_per_layer + int(module)),
+            return add(graph, x, dropout(graph, y, graph.mode.dropout, dropout_salt(layer, module)),
                        graph.wide);
         };
         const Id qkv = product(Module::attn_c_attn, norm("ln_1", x), none);
         x = branch(Module::attn_c_proj, attend(layer, qkv));
         const Id inner = gelu(graph, product(Module::mlp_c_fc, norm("ln_2", x), none));
         x = branch(Module::mlp_c_proj, inner);
+        graph.add_block(begin);
     }
     return x;
 }

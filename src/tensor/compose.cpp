@@ -36,13 +36,15 @@ Id lora_linear(Graph &g, Id x, Id w, Id b, Id a, Id bb, Id residual, double scal
     return add(g, linear(g, x, w, b, residual, false, g.wide), low, g.wide);
 }
 
-// softmax(q k^T / sqrt(D)) v under a causal mask
-Id attention(Graph &g, Id qkv, int64_t heads) {
-    const Id q = split_heads(g, qkv, heads, 0, 3), k = split_heads(g, qkv, heads, 1, 3),
-             v = split_heads(g, qkv, heads, 2, 3);
+// softmax(q k^T / sqrt(D)) v under a causal mask; its weights may be dropped out
+Id attention(Graph &g, Id qkv, int64_t heads, double drop, int64_t salt) {
+    const Id wide = converted(g, qkv, g.wide);
+    const Id q = split_heads(g, wide, heads, 0, 3), k = split_heads(g, wide, heads, 1, 3),
+             v = split_heads(g, wide, heads, 2, 3);
     const double scale = 1 / std::sqrt(double(g.shape(q)[3]));
-    const Id p = softmax(g, affine(g, matmul(g, q, k, false, true), scale, 0), true);
-    return merge_heads(g, matmul(g, p, v, false, false), 0, 1);
+    const Id p =
+        dropout(g, softmax(g, affine(g, matmul(g, q, k, false, true), scale, 0), true), drop, salt);
+    return converted(g, merge_heads(g, matmul(g, p, v, false, false), 0, 1), g.act);
 }
 
 // -log softmax(h table^T)[target], 0 where the target is -1
@@ -190,9 +192,9 @@ TttResult ttt_scan(Graph &g, Id q, Id k, Id v, Id lr, Id index, Id scale, Id shi
         Id grad = norm.loss_gradient(z, target);
         if (form.max_grad_norm > 0)
             grad = scale_to_norm(g, grad, form.max_grad_norm);
-        const Id grad1 = form.mlp ? mul(g, matmul(g, grad, now[1].w, false, true),
-                                        gelu_derivative(g, z1, 1))
-                                  : grad;
+        const Id grad1 =
+            form.mlp ? mul(g, matmul(g, grad, now[1].w, false, true), gelu_derivative(g, z1, 1))
+                     : grad;
         Id out = dual_form(g, qb, kb, grad1, rates, now[0]);
         if (form.mlp)
             out = dual_form(g, gelu(g, out), x2, grad, rates, now[1]);

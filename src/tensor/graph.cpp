@@ -70,6 +70,42 @@ void Graph::add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out
     calls_.push_back({&rule, std::move(in), std::move(out), std::move(attr)});
 }
 
+void Graph::add_block(size_t begin) {
+    if (mode.recompute)
+        blocks_.push_back({begin, calls_.size()});
+}
+
+std::map<Id, Id> Graph::repeat(Block block) {
+    breaks_.push_back(calls_.size());
+    std::map<Id, Id> again;
+    for (size_t i = block.begin; i < block.end; ++i) {
+        Call call = calls_[i];
+        for (Id &in : call.in)
+            if (const auto found = again.find(in); found != again.end())
+                in = found->second;
+        for (Id &out : call.out)
+            if (out != none)
+                out = again[out] = temporary(value(out).type, shape(out));
+        add_call(*call.rule, std::move(call.in), std::move(call.out), std::move(call.attr));
+    }
+    return again;
+}
+
+void Graph::drop_unread(size_t begin, size_t end) {
+    std::vector<bool> read(values_.size());
+    for (size_t i = calls_.size(); i-- > begin;) {
+        const Call &call = calls_[i];
+        if (i < end && std::none_of(call.out.begin(), call.out.end(),
+                                    [&](Id out) { return out != none && read[size_t(out)]; })) {
+            calls_.erase(calls_.begin() + std::ptrdiff_t(i));
+            continue;
+        }
+        for (Id in : call.in)
+            if (in != none)
+                read[size_t(in)] = true;
+    }
+}
+
 void Graph::replace(const std::vector<size_t> &old, size_t place, Call call) {
     calls_[place] = std::move(call);
     std::vector<Call> left;
@@ -97,20 +133,45 @@ Id Tape::take(Id value) {
     return so_far;
 }
 
-std::vector<Id> gradients(Graph &graph, const std::vector<Seed> &seeds,
-                          const std::vector<Id> &wanted) {
-    Tape tape(graph);
-    const size_t end = graph.calls().size(); // rules append behind it
-    for (const Seed &seed : seeds)
-        tape.add(seed.value, seed.gradient);
-    for (size_t i = end; i-- > 0;) {
-        const Call call = graph.calls()[i]; // a copy: the list grows
+namespace {
+
+// The calls from `begin` to `end`, backwards; rules append behind them.
+void take_back(Tape &tape, size_t begin, size_t end) {
+    for (size_t i = end; i-- > begin;) {
+        const Call call = tape.graph.calls()[i]; // a copy: the list grows
         bool reached = false;
         for (Id out : call.out)
             reached = reached || (tape.wants(out) && tape.gradient(out) != none);
         if (reached)
             call.rule->vjp(tape, call);
     }
+}
+
+void take_back_again(Tape &tape, Graph::Block block) {
+    const size_t begin = tape.graph.calls().size();
+    for (const auto &[first, second] : tape.graph.repeat(block))
+        if (const Id so_far = tape.take(first); so_far != none)
+            tape.add(second, so_far);
+    const size_t end = tape.graph.calls().size();
+    take_back(tape, begin, end);
+    tape.graph.drop_unread(begin, end);
+}
+
+} // namespace
+
+std::vector<Id> gradients(Graph &graph, const std::vector<Seed> &seeds,
+                          const std::vector<Id> &wanted) {
+    Tape tape(graph);
+    for (const Seed &seed : seeds)
+        tape.add(seed.value, seed.gradient);
+    const std::vector<Graph::Block> blocks = graph.blocks();
+    size_t end = graph.calls().size();
+    for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
+        take_back(tape, block->end, end);
+        take_back_again(tape, *block);
+        end = block->begin;
+    }
+    take_back(tape, 0, end);
     std::vector<Id> result;
     for (Id id : wanted) {
         if (tape.gradient(id) == none)

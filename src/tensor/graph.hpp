@@ -70,11 +70,13 @@ struct Call {
 
 // What is wanted of a recording, chosen when it starts.
 struct Mode {
-    bool higher = false;         // gradients of gradients: fused ops are recorded as compositions
-    bool train_backbone = false; // the backbone's weights are parameters
-    bool train_adapter = false;  // the adapter's slow weights are
-    double dropout = 0;          // probability, on embeddings and residual branches
+    bool higher = false;          // gradients of gradients: fused ops are recorded as compositions
+    bool train_backbone = false;  // the backbone's weights are parameters
+    bool train_adapter = false;   // the adapter's slow weights are
+    double dropout = 0;           // probability, on embeddings and residual branches
+    double attention_dropout = 0; // probability, on attention's weights
     Id dropout_seed = -1;
+    bool recompute = false; // what a block keeps for its gradient is computed again when it is due
 };
 
 class Graph {
@@ -102,6 +104,21 @@ public:
     void add_call(const OpRule &rule, std::vector<Id> in, std::vector<Id> out,
                   std::vector<double> attr = {});
 
+    // The calls from `begin` to here are a block: in a recording with Mode::recompute its gradient
+    // starts by recording them again, so that between the two only what others read is kept (Chen
+    // et al. 2016, "Training deep nets with sublinear memory cost").
+    void add_block(size_t begin);
+    struct Block {
+        size_t begin, end;
+    };
+    const std::vector<Block> &blocks() const { return blocks_; }
+    // Records a block again. Nothing of it may run before all that is recorded so far: here a
+    // program has to end a segment. Returns what stands for each value that the block computes.
+    std::map<Id, Id> repeat(Block block);
+    const std::vector<size_t> &breaks() const { return breaks_; }
+    // Takes out those of the calls from `begin` to `end` whose results no later call reads.
+    void drop_unread(size_t begin, size_t end);
+
     // Puts `call` in the place of call `place`, which is one of `old`, and takes out the others.
     // For programs: the graph is recorded and its gradients are taken.
     void replace(const std::vector<size_t> &old, size_t place, Call call);
@@ -114,6 +131,8 @@ public:
 private:
     std::deque<Value> values_; // references stay while it grows
     std::vector<Call> calls_;
+    std::vector<Block> blocks_;
+    std::vector<size_t> breaks_;
     std::map<std::string, Id> weights_;
     std::vector<std::shared_ptr<const std::byte[]>> literals_;
 };

@@ -173,13 +173,13 @@ Id layer_norm(Graph &, Id x, Id g, Id b, double eps, DType out);
 Id linear(Graph &, Id x, Id w, Id b, Id add, bool transposed, DType out);
 Id lora_linear(Graph &, Id x, Id w, Id b, Id a, Id bb, Id add, double scale, DType out);
 Id gelu(Graph &, Id x);
-Id dropout(Graph &, Id x, int64_t salt); // by the graph's mode
+Id dropout(Graph &, Id x, double probability, int64_t salt); // 0: x itself
 struct CrossEntropy {
     Id nll, entropy; // entropy: none in a composition
 };
 // keep: the probabilities stay for a backward pass.
 CrossEntropy cross_entropy(Graph &, Id h, Id table, Id target, bool keep);
-Id attention(Graph &, Id qkv, int64_t heads);
+Id attention(Graph &, Id qkv, int64_t heads, int64_t salt); // of Mode::attention_dropout
 struct CachedAttention {
     Id o, k, v; // k, v: the caches afterwards
 };
@@ -228,6 +228,7 @@ Id sum_to(Graph &, Id x, Shape shape);
 Id reshape(Graph &, Id x, Shape shape);
 Id affine(Graph &, Id x, double factor, double offset);
 void convert(Graph &, Id x, Id y); // into a value of another type
+Id converted(Graph &, Id x, DType type);
 Id power(Graph &, Id x, double exponent);
 Id exp(Graph &, Id x);
 Id relu(Graph &, Id x);

@@ -207,11 +207,11 @@ Id gelu(Graph &g, Id x) {
     return y;
 }
 
-Id dropout(Graph &g, Id x, int64_t salt) {
-    if (g.mode.dropout == 0)
+Id dropout(Graph &g, Id x, double probability, int64_t salt) {
+    if (probability == 0)
         return x;
     const Id y = g.temporary(g.value(x).type, g.shape(x));
-    g.add_call(dropout_rule, {x, g.mode.dropout_seed}, {y}, {g.mode.dropout, double(salt)});
+    g.add_call(dropout_rule, {x, g.mode.dropout_seed}, {y}, {probability, double(salt)});
     return y;
 }
 

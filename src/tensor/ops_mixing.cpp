@@ -212,9 +212,9 @@ uint64_t cross_entropy_parts_vjp_flops(const Graph &g, const Call &call) {
 const OpRule cross_entropy_parts_vjp_rule{"cross_entropy_parts_vjp", false,
                                           cross_entropy_parts_vjp_flops, nullptr};
 
-Id attention(Graph &g, Id qkv, int64_t heads) {
-    if (g.mode.higher && any_needs(g, {qkv}))
-        return compose::attention(g, qkv, heads);
+Id attention(Graph &g, Id qkv, int64_t heads, int64_t salt) {
+    if (g.mode.attention_dropout > 0 || (g.mode.higher && any_needs(g, {qkv})))
+        return compose::attention(g, qkv, heads, g.mode.attention_dropout, salt);
     const Shape s = g.shape(qkv);
     const Id o = g.temporary(g.act, s.with_last(s[2] / 3));
     const Id lse = g.temporary(g.wide, {s[0], heads, s[1]});

@@ -76,8 +76,7 @@ const OpRule broadcast_rule{"broadcast", true, no_flops, broadcast_backward};
 
 void sum_backward(Tape &tape, const Call &call) {
     const Graph &g = tape.graph;
-    tape.add(call.in[0],
-             broadcast(tape.graph, tape.gradient(call.out[0]), g.shape(call.in[0])));
+    tape.add(call.in[0], broadcast(tape.graph, tape.gradient(call.out[0]), g.shape(call.in[0])));
 }
 const OpRule sum_last_rule{"sum_last", true, no_flops, sum_backward};
 const OpRule sum_to_rule{"sum_to", false, no_flops, sum_backward};
@@ -91,7 +90,10 @@ const OpRule reshape_rule{"reshape", false, no_flops, reshape_backward};
 // ---- elementwise
 
 void affine_backward(Tape &tape, const Call &call) {
-    tape.add(call.in[0], affine(tape.graph, tape.gradient(call.out[0]), call.attr[0], 0));
+    Graph &g = tape.graph;
+    const Id x = call.in[0], dx = g.temporary(g.value(x).type, g.shape(x)); // it may have converted
+    g.add_call(*call.rule, {tape.gradient(call.out[0])}, {dx}, {call.attr[0], 0});
+    tape.add(x, dx);
 }
 const OpRule affine_rule{"affine", true, no_flops, affine_backward};
 
@@ -256,6 +258,13 @@ Id affine(Graph &g, Id x, double factor, double offset) {
 }
 
 void convert(Graph &g, Id x, Id y) { g.add_call(affine_rule, {x}, {y}, {1, 0}); }
+Id converted(Graph &g, Id x, DType type) {
+    if (g.value(x).type == type)
+        return x;
+    const Id y = g.temporary(type, g.shape(x));
+    convert(g, x, y);
+    return y;
+}
 Id power(Graph &g, Id x, double exponent) { return unary(g, power_rule, x, {exponent}); }
 Id exp(Graph &g, Id x) { return unary(g, exp_rule, x); }
 Id relu(Graph &g, Id x) { return unary(g, relu_rule, x); }

@@ -49,6 +49,7 @@ public:
     const Graph &graph() const { return graph_; }
     size_t arena_bytes() const { return arena_.bytes; }
     size_t workspace_bytes() const { return workspace_bytes_; } // of one worker
+    size_t segments() const { return flops_.size(); }
     uint64_t flops(size_t segment) const { return flops_[segment]; }
 
     // Addresses of externals by value id, in the device's memory like arena and workspace; entries
