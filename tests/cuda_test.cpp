@@ -228,6 +228,8 @@ TEST_F(Cuda, TrainersAreNearTheReferences) {
         if (dtype[0] == 'f')
             near(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}, {"train.higher", "1"}});
         near(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.dropout", "0.1"}});
+        near(PONDER_TRAIN_BACKBONE,
+             {{"adapter", "none"}, {"train.attention_dropout", "0.1"}, {"train.recompute", "1"}});
         near(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.micro", "2"}});
     }
 }

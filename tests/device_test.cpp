@@ -222,6 +222,8 @@ TEST(DeviceMemory, TrainersAreThoseOfTheHost) {
         if (std::string(dtype) == "f32")
             same(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}, {"train.higher", "1"}});
         same(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.dropout", "0.1"}});
+        same(PONDER_TRAIN_BACKBONE,
+             {{"adapter", "none"}, {"train.attention_dropout", "0.1"}, {"train.recompute", "1"}});
         same(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.micro", "2"}});
     }
 }

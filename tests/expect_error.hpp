@@ -24,3 +24,13 @@ void expect_error(ponder_status status, const std::vector<std::string> &named, C
         })) << message;
     }
 }
+
+// PONDER_OK where nothing is thrown.
+template <class Call> ponder_status thrown_status(Call &&call) {
+    try {
+        call();
+    } catch (const ponder::Error &error) {
+        return error.status();
+    }
+    return PONDER_OK;
+}

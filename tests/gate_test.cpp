@@ -2,12 +2,15 @@
 #include "adapt/stored_gate.hpp"
 #include "eval/calibrate.hpp"
 #include "expect_error.hpp"
+#include "free_port.hpp"
 #include "policy/gate.hpp"
 #include "policy/policy.hpp"
 #include "support.hpp"
 #include "train/gate_trainer.hpp"
 
 #include <gtest/gtest.h>
+
+#include <thread>
 
 #include <cstring>
 
@@ -378,6 +381,31 @@ protected:
     std::vector<ponder_stream> streams;
     ponder_train_record last{};
 };
+
+// Two processes (threads stand for them) measure what one measures, in the same order.
+TEST_F(Trained, ProcessesMeasureTogether) {
+    GateTrainer alone(tiny_model(), options);
+    train(alone, 2);
+    alone.save(dir.path() + "/alone", "");
+    const std::string address = free_address();
+    std::vector<std::thread> processes;
+    for (size_t r = 0; r < 2; ++r)
+        processes.emplace_back([&, r] {
+            Options own = options;
+            own.set("train.world", "2");
+            own.set("train.rank", std::to_string(r));
+            own.set("train.address", address);
+            GateTrainer trainer(tiny_model(), own);
+            std::atomic<bool> cancel{false};
+            for (int i = 0; i < 2; ++i)
+                trainer.step(streams, CallGuard(cancel, nullptr));
+            trainer.save(dir.path() + "/" + std::to_string(r), "");
+        });
+    for (std::thread &p : processes)
+        p.join();
+    for (const char *name : {"/0", "/1"})
+        EXPECT_EQ(read_file(dir.path() + name, 1 << 24), read_file(dir.path() + "/alone", 1 << 24));
+}
 
 TEST_F(Trained, CheckpointGoesOnBitForBit) {
     GateTrainer whole(tiny_model(), options), half(tiny_model(), options);

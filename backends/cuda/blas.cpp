@@ -1,6 +1,7 @@
 #include "blas.hpp"
 
-#include <algorithm>
+#include "library.hpp"
+
 #include <dlfcn.h>
 #include <string>
 
@@ -8,24 +9,10 @@ namespace ponder::cuda {
 
 namespace {
 
-void *open_library() {
-    const std::string name = "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR);
-    if (void *library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL))
-        return library;
-    std::string folders = PONDER_CUDA_LIBDIRS; // separated by colons
-    while (!folders.empty()) {
-        const size_t end = std::min(folders.find(':'), folders.size());
-        const std::string path = folders.substr(0, end) + "/" + name;
-        if (void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL))
-            return library;
-        folders.erase(0, end + 1);
-    }
-    return nullptr;
-}
-
 Blas load() {
     Blas blas;
-    void *library = open_library();
+    void *library =
+        open_library(("libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR)).c_str());
     if (!library) {
         blas.problem = "libcublasLt.so is not found: see LD_LIBRARY_PATH";
         return blas;

@@ -39,6 +39,7 @@ struct ponder_device {
     std::map<const void *, ponder::cuda::Narrow> narrow;
     std::unique_ptr<ponder::cuda::Products> products;
     std::string problem;
+    void *group = nullptr; // ncclComm_t; see group.cpp
 
     ponder_device();
     ~ponder_device();

@@ -1,5 +1,6 @@
 // The module's descriptor. The runtime library is linked in and opens the driver when it is first
 // used, so the module loads on machines without one and says what is missing.
+#include "group.hpp"
 #include "ops.hpp"
 #include "product.hpp"
 
@@ -14,6 +15,7 @@ ponder_device::~ponder_device() {
     if (stream)
         cudaStreamSynchronize(stream);
     products.reset();
+    ponder::cuda::group_leave(this);
     for (const auto &[constant, copy] : narrow)
         cudaFreeAsync(copy.to, stream);
     if (blas)
@@ -340,6 +342,9 @@ constexpr ponder_backend descriptor = {
     .record_end = record_end,
     .replay = replay,
     .drop_recording = drop_recording,
+    .group_key = group_key,
+    .group_join = group_join,
+    .group_sum = group_sum,
 };
 
 } // namespace

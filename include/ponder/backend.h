@@ -31,6 +31,7 @@ extern "C" {
 
 #define PONDER_BACKEND_ABI 1
 #define PONDER_MAX_RANK 4
+#define PONDER_GROUP_KEY 128
 
 /* Storage types. */
 enum ponder_dtype_code {
@@ -163,6 +164,19 @@ typedef struct ponder_backend {
     void *(*record_end)(ponder_device *device);
     int32_t (*replay)(ponder_device *device, void *recording);
     void (*drop_recording)(ponder_device *device, void *recording);
+
+    /* A group: one device in each of several processes, for sums over them; NULL where there is no
+     * such thing. Each gives 0, or not 0 and the reason in why[size]. group_key: makes the key of a
+     * new group, in one process, for all. group_join: returns when all `count` have joined, each
+     * with a rank of its own. group_sum: values[count], f32 in device memory, become their sum over
+     * the group, the same bits everywhere, and the queue is empty. Join and sum give up after
+     * `patience` seconds; the group is then gone, the device is not. */
+    int32_t (*group_key)(ponder_device *device, void *key /* PONDER_GROUP_KEY bytes */, char *why,
+                         size_t size);
+    int32_t (*group_join)(ponder_device *device, const void *key, uint32_t rank, uint32_t count,
+                          double patience, char *why, size_t size);
+    int32_t (*group_sum)(ponder_device *device, float *values, size_t count, double patience,
+                         char *why, size_t size);
 } ponder_backend;
 
 typedef const ponder_backend *(*ponder_backend_query_fn)(void);

@@ -234,6 +234,33 @@ void Device::download(void *to, const void *from, size_t size) const {
     move(&ponder_backend::download, to, from, size);
 }
 
+template <class Call> void Device::in_group(Call call) const {
+    char why[300] = "";
+    std::lock_guard lock(mutex_);
+    if (call(why, sizeof why) != 0)
+        throw_error(PONDER_E_BACKEND, "%s: %s", backend_->name, why);
+}
+
+Device::GroupKey Device::group_key() const {
+    GroupKey key{};
+    in_group([&](char *why, size_t size) {
+        return backend_->group_key(device_, key.data(), why, size);
+    });
+    return key;
+}
+
+void Device::group_join(const GroupKey &key, uint32_t rank, uint32_t count, double patience) const {
+    in_group([&](char *why, size_t size) {
+        return backend_->group_join(device_, key.data(), rank, count, patience, why, size);
+    });
+}
+
+void Device::group_sum(float *values, size_t count, double patience) const {
+    in_group([&](char *why, size_t size) {
+        return backend_->group_sum(device_, values, count, patience, why, size);
+    });
+}
+
 void Device::copy(void *to, const void *from, size_t size) const {
     move(&ponder_backend::copy, to, from, size);
 }

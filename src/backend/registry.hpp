@@ -8,6 +8,7 @@
 #include "base/threads.hpp"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <map>
 #include <memory>
@@ -80,6 +81,14 @@ public:
     // The device's copy of a constant, made at the first request; on the host the constant itself.
     void *resident(const void *constant, size_t size) const;
 
+    // One device in each of several processes: join with a key that one of them has made, then sum.
+    // PONDER_E_BACKEND with the reason.
+    using GroupKey = std::array<std::byte, PONDER_GROUP_KEY>;
+    bool can_group() const { return backend_->group_join != nullptr; }
+    GroupKey group_key() const;
+    void group_join(const GroupKey &key, uint32_t rank, uint32_t count, double patience) const;
+    void group_sum(float *values, size_t count, double patience) const;
+
     // Many runs under one lock, for devices that are not the host.
     class Queue {
     public:
@@ -120,6 +129,7 @@ private:
     using Move = int32_t (*ponder_backend::*)(ponder_device *, void *, const void *, size_t);
     void move(Move call, void *to, const void *from, size_t size) const;
     void expect(int32_t result) const; // PONDER_E_BACKEND unless 0
+    template <class Call> void in_group(Call call) const; // call(why, size)
     void *allocate_locked(size_t size) const;
     mutable std::mutex mutex_; // one call at a time where memory is not the host's
     mutable std::map<const void *, Resident> resident_;

@@ -125,6 +125,17 @@ constexpr ponder_option_info table[] = {
     number("train.reconstruction", "0.1", 0, 1000, "",
            "TTT layers: weight of the reconstruction loss in the outer loss"),
     number("train.dropout", "0", 0, 0.9, "", "backbones: on embeddings and residual branches"),
+    number("train.attention_dropout", "0", 0, 0.9, "",
+           "backbones: on attention's weights, which are then written out: slow, and T x T each"),
+    boolean("train.recompute", "0",
+            "backbones: blocks compute their activations again in the backward pass: less memory, "
+            "about a quarter more work"),
+    integer("train.world", "1", 1, 65536, "processes",
+            "that take each step together: data parallel training"),
+    integer("train.rank", "0", 0, 65535, "", "which of them this one is"),
+    text("train.address", "", "HOST:PORT", "where process 0 waits for the others"),
+    number("train.patience", "600", 0.1, 1e6, "s",
+           "without a byte from the others, after which a step fails"),
     integer("train.micro", "8", 1, 4096, "streams",
             "backbones: streams in one pass; gradients of more are added up"),
 
@@ -245,6 +256,10 @@ int64_t Options::integer(std::string_view name) const { return int64_t(number(na
 std::string Options::hash() const {
     Hash hash;
     for (size_t i = 0; i < table_size; ++i) {
+        const std::string_view name = table[i].name; // who computes is not what is computed
+        if (name == "train.world" || name == "train.rank" || name == "train.address" ||
+            name == "train.patience")
+            continue;
         hash.add(std::string(table[i].name));
         hash.add(values_[i]);
     }

@@ -49,6 +49,12 @@ Options training_options(const Options &given) {
     return options;
 }
 
+// What a record tells of a stream.
+struct Found {
+    double loss, first, reconstruction;
+    uint64_t predictions, chunks, steps, flops;
+};
+
 } // namespace
 
 AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options &options)
@@ -58,9 +64,12 @@ AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options
     if (adapter_->fast_count() == 0)
         throw_error(PONDER_E_ARGUMENT, "option 'adapter' is '%s': nothing to train",
                     options_.text("adapter").c_str());
-    device_ = std::make_shared<Device>(model_->runtime().backend(model_->device()->backend().name),
-                                       model_->runtime().memory, model_->runtime().threads,
-                                       model_->runtime().log);
+    const Runtime &runtime = model_->runtime();
+    const auto open = [&] {
+        return std::make_shared<Device>(runtime.backend(model_->device()->backend().name),
+                                        runtime.memory, runtime.threads, runtime.log);
+    };
+    device_ = open();
     const bool between = !adapter_->learns_inside(), inner = options_.boolean("train.inner");
     const size_t n = adapter_->fast_count();
     const double rates = between && inner ? options_.number("train.rate_lr") : 0;
@@ -89,12 +98,17 @@ AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options
 
     rate_.resize(n);
     keep_.resize(n);
-    learned_ = DeviceVector<float>(device_, 2 * n);
-    unroll_ = std::make_unique<Unroll<float>>(
-        backbone, *adapter_, options_, device_,
-        LearnedRates<float>{learned_.data(), learned_.data() + n, outer_->values()});
-    for (uint32_t i = 0; i < device_->threads().count(); ++i)
-        work_.push_back(unroll_->make_work());
+    lanes_.resize(device_->on_host() ? 1 : runtime.threads->count());
+    for (Lane &l : lanes_) {
+        l.device = &l == &lanes_[0] ? device_ : open();
+        l.learned = DeviceVector<float>(l.device, 3 * n);
+        float *const rate = l.learned.data();
+        l.unroll =
+            std::make_unique<Unroll<float>>(backbone, *adapter_, options_, l.device,
+                                            LearnedRates<float>{rate, rate + n, rate + 2 * n});
+    }
+    for (uint32_t i = 0; i < runtime.threads->count(); ++i)
+        work_.push_back(lane(i).unroll->make_work());
     spread();
 }
 
@@ -121,24 +135,26 @@ void AdapterTrainer::spread() {
     adapter_->store_rates({{values.log_rate.begin(), values.log_rate.end()},
                            {values.decay.begin(), values.decay.end()}});
     adapter_->expand_rates(options_.number("inner.lr"), rate_, keep_);
-    learned_.write(rate_.data(), rate_.size());
-    learned_.write(keep_.data(), keep_.size(), rate_.size());
+    for (const Lane &l : lanes_) {
+        const size_t n = rate_.size();
+        l.learned.write(rate_.data(), n);
+        l.learned.write(keep_.data(), n, n);
+        l.learned.write(values.fast.data(), n, 2 * n);
+    }
     const float *from = values.slow.data();
     for (const auto &[name, slow] : adapter_->slow()) {
         std::copy_n(from, slow.values.size(), adapter_->slow_values(name).begin());
-        device_->refresh(slow.values.data());
+        for (const Lane &l : lanes_)
+            l.device->refresh(slow.values.data());
         from += slow.values.size();
     }
 }
 
-// The mean gradient over the streams, each weighing as many predictions as it has. Sums run in the
-// order of the streams, whoever computed them.
-void AdapterTrainer::collect(std::span<const Unroll<float>::Result> results) {
+// The streams' part in the mean gradient, each weighing as many predictions as it has. Sums run in
+// the order of the streams, whoever computed them.
+void AdapterTrainer::collect(std::span<const Unroll<float>::Result> results, double predictions) {
     std::vector<float> gradient(outer_->count());
     const Parts to = parts(gradient);
-    double predictions = 0;
-    for (const auto &r : results)
-        predictions += double(r.predictions);
     std::vector<double> log_rate(to.log_rate.size()), decay(to.decay.size());
     const std::vector<FastTensor> &fast = adapter_->fast_tensors();
     for (const auto &r : results) {
@@ -168,26 +184,39 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
                                          const CallGuard &guard) {
     check_streams(streams, model_->backbone().config().vocabulary);
     for (size_t s = 0; s < streams.size(); ++s)
-        if (unroll_->chunks_of(streams[s].count) < 2)
+        if (lanes_[0].unroll->chunks_of(streams[s].count) < 2)
             throw_error(PONDER_E_ARGUMENT, "streams[%zu]: %zu tokens are less than two chunks", s,
                         streams[s].count);
     const uint64_t start = now_ns();
     const double permute = options_.number("train.permute");
     const uint64_t seed = uint64_t(options_.integer("seed")) + 0x9e3779b97f4a7c15u * (steps() + 1);
-    std::vector<Unroll<float>::Result> results(streams.size());
-    device_->threads().run_throwing(uint32_t(streams.size()), [&](uint32_t s, uint32_t worker) {
-        guard.check();
-        const std::span<const int32_t> ids{streams[s].ids, streams[s].count};
-        std::vector<int32_t> changed;
-        if (permute > 0)
-            changed = permuted(streams[s], model_->backbone().config().vocabulary, permute,
-                               Random(seed + s));
-        results[s] = unroll_->run(permute > 0 ? std::span<const int32_t>(changed) : ids,
-                                  *work_[worker], [&] { guard.check(); });
+    const Peers::Share mine = peers_.share(streams.size());
+    std::vector<Unroll<float>::Result> results(mine.end - mine.begin);
+    peers_.together(steps(), guard, [&] {
+        device_->threads().run_throwing(uint32_t(results.size()), [&](uint32_t i, uint32_t worker) {
+            guard.check();
+            const size_t s = mine.begin + i;
+            const std::span<const int32_t> ids{streams[s].ids, streams[s].count};
+            std::vector<int32_t> changed;
+            if (permute > 0)
+                changed = permuted(streams[s], model_->backbone().config().vocabulary, permute,
+                                   Random(seed + s));
+            results[i] =
+                lane(worker).unroll->run(permute > 0 ? std::span<const int32_t>(changed) : ids,
+                                         *work_[worker], [&] { guard.check(); });
+        });
+        guard.progress(streams.size(), streams.size());
     });
-    guard.progress(streams.size(), streams.size());
-
-    collect(results);
+    std::vector<Found> own;
+    for (const auto &r : results)
+        own.push_back(
+            {r.loss, r.first, r.reconstruction, r.predictions, r.chunks, r.steps, r.flops});
+    const std::vector<Found> found = peers_.gather<Found>(own, guard);
+    uint64_t predictions = 0;
+    for (const Found &f : found)
+        predictions += f.predictions;
+    collect(results, double(predictions));
+    outer_->sum_gradient(peers_, guard);
     ponder_train_record r = empty_record();
     const Outer::Taken taken = outer_->step();
     if (taken.finite) {
@@ -198,7 +227,7 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
     }
     uint64_t chunks = 0, steps = 0;
     double first = 0, reconstruction = 0;
-    for (const auto &result : results) {
+    for (const Found &result : found) {
         r.tokens += result.predictions;
         r.loss += result.loss * double(result.predictions);
         r.flops += result.flops;
@@ -209,9 +238,9 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
     }
     r.step = outer_->steps();
     r.loss /= double(r.tokens);
-    r.loss_first = first / double(results.size());
+    r.loss_first = first / double(found.size());
     if (adapter_->learns_inside())
-        r.reconstruction = reconstruction / double(results.size());
+        r.reconstruction = reconstruction / double(found.size());
     r.gradient_norm = taken.norm;
     r.learning_rate = taken.rate;
     double log_sum = 0;

@@ -1,6 +1,6 @@
 // Trains an adapter through its inner loop: initial fast weights, step sizes and decay of what
 // learns between chunks, slow parameters of what learns inside. Streams of a batch run beside each
-// other, one thread each.
+// other, one thread each; on a device with a queue, each thread has a queue of its own.
 #pragma once
 
 #include "train/outer.hpp"
@@ -28,15 +28,21 @@ private:
     };
     Parts parts(std::span<float> all) const;
     void spread(); // from the values to adapter, step sizes and the device's copies
-    void collect(std::span<const Unroll<float>::Result> results);
+    void collect(std::span<const Unroll<float>::Result> results, double predictions);
 
     std::shared_ptr<Adapter> adapter_;
     std::shared_ptr<const Device> device_; // its own: what it packs changes with every step
     std::unique_ptr<Outer> outer_;
     std::vector<float> values_;      // as the outer optimizer has them
     std::vector<float> rate_, keep_; // per element
-    DeviceVector<float> learned_;    // the same on the device
-    std::unique_ptr<const Unroll<float>> unroll_;
+    // One for all threads on the host; elsewhere one for each, with its own copy of all weights.
+    struct Lane {
+        std::shared_ptr<const Device> device;
+        DeviceVector<float> learned; // step sizes, what decay keeps, initial fast weights
+        std::unique_ptr<const Unroll<float>> unroll;
+    };
+    std::vector<Lane> lanes_;
+    const Lane &lane(uint32_t worker) const { return lanes_[worker % lanes_.size()]; }
     std::vector<std::shared_ptr<Unroll<float>::Work>> work_; // of each worker
 };
 

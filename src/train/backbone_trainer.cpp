@@ -101,9 +101,7 @@ void BackboneTrainer::accumulate(float keep, float share, const float *gradient)
     const float factors[2] = {keep, share};
     factors_.write(factors, 2);
     Program::Bindings at(sum_.program->graph().values().size());
-    const auto bind = [&](Id id, const float *data) {
-        at[size_t(id)] = const_cast<float *>(data);
-    };
+    const auto bind = [&](Id id, const float *data) { at[size_t(id)] = const_cast<float *>(data); };
     bind(sum_.total, total);
     bind(sum_.gradient, gradient);
     bind(sum_.keep, factors_.data());
@@ -136,6 +134,8 @@ const BackboneTrainer::Pass &BackboneTrainer::pass(int64_t streams, int64_t toke
     Mode mode;
     mode.train_backbone = true;
     mode.dropout = options_.number("train.dropout");
+    mode.attention_dropout = options_.number("train.attention_dropout");
+    mode.recompute = options_.boolean("train.recompute");
     Graph g(working_.type(), mode);
     Pass p{};
     p.tokens = g.external("tokens", DType::i32, {streams, tokens});
@@ -151,8 +151,9 @@ const BackboneTrainer::Pass &BackboneTrainer::pass(int64_t streams, int64_t toke
     g.expose(p.loss, "loss");
     for (Id id : p.gradient)
         g.expose(id, "gradient");
-    const size_t end = g.calls().size();
-    p.program = std::make_unique<Program>(std::move(g), std::vector{end}, device_);
+    std::vector<size_t> ends = g.breaks();
+    ends.push_back(g.calls().size());
+    p.program = std::make_unique<Program>(std::move(g), std::move(ends), device_);
     const auto fit = [&](DeviceBuffer &buffer, size_t size) {
         if (buffer.size() < size) {
             buffer = DeviceBuffer();
@@ -164,23 +165,14 @@ const BackboneTrainer::Pass &BackboneTrainer::pass(int64_t streams, int64_t toke
     return passes_.emplace(std::pair(streams, tokens), std::move(p)).first->second;
 }
 
-ponder_train_record BackboneTrainer::step(std::span<const ponder_stream> streams,
-                                          const CallGuard &guard) {
-    const Gpt2Config &config = working_.config();
-    check_streams(streams, config.vocabulary);
+void BackboneTrainer::differentiate(std::span<const ponder_stream> streams, Peers::Share mine,
+                                    ponder_train_record &r, const CallGuard &guard) {
     const int64_t tokens = int64_t(streams[0].count) - 1;
-    for (size_t s = 0; s < streams.size(); ++s)
-        if (int64_t(streams[s].count) != tokens + 1 || tokens < 1 || tokens > config.context)
-            throw_error(PONDER_E_ARGUMENT,
-                        "streams[%zu]: %zu tokens; all windows have the same length, 2..%d", s,
-                        streams[s].count, int(config.context) + 1);
-    const uint64_t start = now_ns();
     const size_t most = size_t(options_.integer("train.micro"));
-    ponder_train_record r = empty_record();
     std::vector<int32_t> ids, targets;
-    for (size_t first = 0; first < streams.size(); first += most) {
+    for (size_t first = mine.begin; first < mine.end; first += most) {
         const std::span<const ponder_stream> micro =
-            streams.subspan(first, std::min(most, streams.size() - first));
+            streams.subspan(first, std::min(most, mine.end - first));
         ids.clear();
         targets.clear();
         for (const ponder_stream &s : micro) {
@@ -191,10 +183,10 @@ ponder_train_record BackboneTrainer::step(std::span<const ponder_stream> streams
         // The first pass writes where the sum is kept, the others beside it.
         const double share = double(micro.size()) / double(streams.size());
         float *gradient = outer_->gradient();
-        if (first > 0 || (share < 1 && !device_->on_host()))
+        if (first > mine.begin || (share < 1 && !device_->on_host()))
             if (micro_.size() == 0)
                 micro_ = DeviceVector<float>(device_, outer_->count());
-        if (first > 0)
+        if (first > mine.begin)
             gradient = micro_.data();
         const int32_t seed[2] = {int32_t(options_.integer("seed") * 0x9e3779b1 + int64_t(first)),
                                  int32_t(outer_->steps() + 1)};
@@ -217,16 +209,39 @@ ponder_train_record BackboneTrainer::step(std::span<const ponder_stream> streams
         bind(p.loss, loss_.data());
         for (size_t i = 0; i < weights_.size(); ++i)
             bind(p.gradient[i], gradient + weights_[i].offset);
-        p.program->run(0, at, arena_.data(), workspace_.data(), [&] { guard.check(); });
+        for (size_t i = 0; i < p.program->segments(); ++i) {
+            p.program->run(i, at, arena_.data(), workspace_.data(), [&] { guard.check(); });
+            r.flops += p.program->flops(i);
+        }
         float loss = 0;
         loss_.read(&loss, 1);
 
         r.loss += share * double(loss);
-        r.flops += p.program->flops(0);
         if (share < 1)
-            accumulate(first > 0 ? 1.0f : 0.0f, float(share), gradient);
-        guard.progress(first + micro.size(), streams.size());
+            accumulate(first > mine.begin ? 1.0f : 0.0f, float(share), gradient);
+        guard.progress(first - mine.begin + micro.size(), mine.end - mine.begin);
     }
+}
+
+ponder_train_record BackboneTrainer::step(std::span<const ponder_stream> streams,
+                                          const CallGuard &guard) {
+    const Gpt2Config &config = working_.config();
+    check_streams(streams, config.vocabulary);
+    const int64_t tokens = int64_t(streams[0].count) - 1;
+    for (size_t s = 0; s < streams.size(); ++s)
+        if (int64_t(streams[s].count) != tokens + 1 || tokens < 1 || tokens > config.context)
+            throw_error(PONDER_E_ARGUMENT,
+                        "streams[%zu]: %zu tokens; all windows have the same length, 2..%d", s,
+                        streams[s].count, int(config.context) + 1);
+    const uint64_t start = now_ns();
+    const Peers::Share mine = peers_.share(streams.size());
+    ponder_train_record own = empty_record(), r = empty_record();
+    peers_.together(steps(), guard, [&] { differentiate(streams, mine, own, guard); });
+    for (const ponder_train_record &part : peers_.gather<ponder_train_record>({&own, 1}, guard)) {
+        r.loss += part.loss;
+        r.flops += part.flops;
+    }
+    outer_->sum_gradient(peers_, guard);
     const Outer::Taken taken = outer_->step();
     if (taken.finite)
         spread();

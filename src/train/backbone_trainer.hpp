@@ -29,6 +29,10 @@ private:
         std::unique_ptr<const Program> program;
     };
     const Pass &pass(int64_t streams, int64_t tokens);
+    // The gradient of a share of the batch's streams, as its part of the batch's mean; loss and
+    // flops are added to the record.
+    void differentiate(std::span<const ponder_stream> streams, Peers::Share mine,
+                       ponder_train_record &record, const CallGuard &guard);
     void spread(); // master -> working copy -> packed forms
     void spread_on_device();
     // total = keep total + share gradient

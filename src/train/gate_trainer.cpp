@@ -313,6 +313,45 @@ GateTrainer::Fit GateTrainer::fit() {
     return mean;
 }
 
+// Of all processes, in the order of their streams.
+GateTrainer::Measured GateTrainer::of_all(std::span<const Measured> own, const CallGuard &guard) {
+    struct Counts {
+        uint64_t predictions, flops, chunks, steps;
+        double loss, first;
+    };
+    std::vector<Counts> counts;
+    std::vector<double> numbers;
+    for (const Measured &one : own) {
+        counts.push_back({one.predictions, one.flops, one.chunks, one.steps, one.loss, one.first});
+        for (const GateSample &sample : one.samples) {
+            numbers.insert(numbers.end(), sample.features.begin(), sample.features.end());
+            numbers.insert(numbers.end(), sample.later.begin(), sample.later.end());
+            numbers.insert(numbers.end(), sample.own.begin(), sample.own.end());
+        }
+    }
+    Measured all;
+    for (const Counts &one : peers_.gather<Counts>(counts, guard)) {
+        all.predictions += one.predictions;
+        all.flops += one.flops;
+        all.chunks += one.chunks;
+        all.steps += one.steps;
+        all.loss += one.loss;
+        all.first += one.first;
+    }
+    numbers = peers_.gather<double>(numbers, guard);
+    const size_t inputs = feature_count(gate_->features);
+    for (auto at = numbers.begin(); at != numbers.end();) {
+        GateSample &sample = all.samples.emplace_back();
+        sample.features.assign(at, at + std::ptrdiff_t(inputs));
+        at += std::ptrdiff_t(inputs);
+        for (auto *values : {&sample.later, &sample.own}) {
+            std::copy_n(at, values->size(), values->begin());
+            at += std::ptrdiff_t(values->size());
+        }
+    }
+    return all;
+}
+
 ponder_train_record GateTrainer::step(std::span<const ponder_stream> streams,
                                       const CallGuard &guard) {
     const uint64_t start = now_ns();
@@ -321,32 +360,26 @@ ponder_train_record GateTrainer::step(std::span<const ponder_stream> streams,
     std::vector<Random> randoms;
     for (size_t s = 0; s < streams.size(); ++s)
         randoms.emplace_back(random.next());
-    std::vector<Measured> measured(streams.size());
+    const Peers::Share mine = peers_.share(streams.size());
+    const size_t count = mine.end - mine.begin;
+    std::vector<Measured> measured(count);
     std::atomic<uint64_t> done{0};
-    model_->runtime().threads->run_throwing(uint32_t(streams.size()), [&](uint32_t s, uint32_t) {
-        measured[s] = measure(streams[s], randoms[s], guard);
-        guard.progress(++done, streams.size());
+    peers_.together(steps_, guard, [&] {
+        model_->runtime().threads->run_throwing(uint32_t(count), [&](uint32_t i, uint32_t) {
+            measured[i] = measure(streams[mine.begin + i], randoms[mine.begin + i], guard);
+            guard.progress(++done, count);
+        });
+        guard.progress(count, count); // with the host's pool no task may have run here
     });
-    guard.progress(streams.size(),
-                   streams.size()); // with the host's pool no task may have run here
-    Measured found;
-    for (Measured &one : measured) {
-        std::move(one.samples.begin(), one.samples.end(), std::back_inserter(found.samples));
-        found.predictions += one.predictions;
-        found.flops += one.flops;
-        found.chunks += one.chunks;
-        found.steps += one.steps;
-        found.loss += one.loss;
-        found.first += one.first;
-    }
+    const Measured found = of_all(measured, guard);
     // Nothing was changed up to here, and nothing fails from here on.
     random_ = random;
     steps_ += 1;
     ponder_train_record r = empty_record();
-    for (GateSample &sample : found.samples)
+    for (const GateSample &sample : found.samples)
         if (std::all_of(sample.later.begin(), sample.later.end(),
                         [](double x) { return std::isfinite(x); }))
-            seen_.push_back(std::move(sample));
+            seen_.push_back(sample);
         else
             r.flags |= PONDER_TRAIN_NOT_FINITE;
     r.learning_rate = learning_rate();

@@ -52,6 +52,7 @@ private:
         double loss = 0, first = 0; // sums
     };
     Measured measure(const ponder_stream &stream, Random random, const CallGuard &guard) const;
+    Measured of_all(std::span<const Measured> own, const CallGuard &guard);
     void normalise();
     GateObjective objective() const;
     double temperature() const;

@@ -3,6 +3,7 @@
 #include "base/error.hpp"
 #include "base/options.hpp"
 #include "formats/safetensors.hpp"
+#include "train/peers.hpp"
 
 #include <algorithm>
 #include <charconv>
@@ -17,7 +18,8 @@ Outer::Outer(const Options &options, std::shared_ptr<const Device> device,
       beta1_(options.number("train.beta1")), beta2_(options.number("train.beta2")),
       epsilon_(options.number("train.epsilon")), decay_(options.number("train.decay")),
       clip_(options.number("train.clip")), schedule_(uint64_t(options.integer("train.steps"))),
-      warmup_(uint64_t(options.integer("train.warmup"))), segments_(std::move(segments)) {
+      warmup_(uint64_t(options.integer("train.warmup"))), device_(device),
+      segments_(std::move(segments)) {
     for (const Segment &segment : segments_)
         count_ += segment.count;
     data_ = DeviceVector<float>(device, 4 * count_);
@@ -70,6 +72,10 @@ double Outer::learning_rate(uint64_t step) const {
     return lr_ * (end_ + (1 - end_) * 0.5 * (1 + std::cos(std::numbers::pi * share)));
 }
 
+void Outer::sum_gradient(Peers &peers, const CallGuard &guard) {
+    peers.sum(*device_, gradient(), count_, guard);
+}
+
 Outer::Taken Outer::step() {
     steps_ += 1;
     const double rate = learning_rate(steps_);
@@ -89,13 +95,13 @@ Outer::Taken Outer::step() {
         const Update &u = updates_[i];
         if (segment.rate > 0 && segment.count > 0) {
             const float h[8] = {float(rate * segment.rate),
-                          float(beta1_),
-                          float(beta2_),
-                          float(epsilon_),
-                          float(1 - std::pow(beta1_, double(steps_))),
-                          float(1 - std::pow(beta2_, double(steps_))),
-                          float(clip_),
-                          segment.decays ? float(decay_) : 0.0f};
+                                float(beta1_),
+                                float(beta2_),
+                                float(epsilon_),
+                                float(1 - std::pow(beta1_, double(steps_))),
+                                float(1 - std::pow(beta2_, double(steps_))),
+                                float(clip_),
+                                segment.decays ? float(decay_) : 0.0f};
             float *const at_h = scalars_.data() + 16 * (1 + i);
             scalars_.write(h, 8, 16 * (1 + i));
             Program::Bindings at(u.program->graph().values().size());

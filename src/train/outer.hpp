@@ -12,7 +12,9 @@
 
 namespace ponder {
 
+class CallGuard;
 class Options;
+class Peers;
 class SafeTensors;
 class SafeTensorsWriter;
 
@@ -38,6 +40,9 @@ public:
         data_.write(gradient.data(), count_, count_);
     }
 
+    // gradient() = its sum over all processes.
+    void sum_gradient(Peers &peers, const CallGuard &guard);
+
     uint64_t steps() const { return steps_; }
     double learning_rate(uint64_t step) const; // of step 1, 2, ...
 
@@ -59,9 +64,10 @@ private:
 
     double lr_, end_, beta1_, beta2_, epsilon_, decay_, clip_;
     uint64_t schedule_, warmup_, steps_ = 0;
+    std::shared_ptr<const Device> device_;
     std::vector<Segment> segments_;
     size_t count_ = 0;
-    DeviceVector<float> data_; // values, gradient, moments
+    DeviceVector<float> data_;    // values, gradient, moments
     DeviceVector<float> scalars_; // the gradient's norm; hyperparameters of each segment
     DeviceBuffer workspace_;
     mutable std::vector<float> written_;

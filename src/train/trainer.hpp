@@ -3,6 +3,7 @@
 
 #include "base/options.hpp"
 #include "session/session.hpp"
+#include "train/peers.hpp"
 
 #include <memory>
 #include <span>
@@ -16,7 +17,8 @@ class SafeTensorsWriter;
 class Trainer {
 public:
     Trainer(std::shared_ptr<const Model> model, const char *kind, const Options &options)
-        : model_(std::move(model)), kind_(kind), options_(options) {}
+        : model_(std::move(model)), kind_(kind), options_(options),
+          peers_(options, model_->backbone().hash().substr(0, 32) + options.hash().substr(0, 32)) {}
     virtual ~Trainer() = default;
 
     // On error nothing has changed.
@@ -39,6 +41,7 @@ protected:
     std::shared_ptr<const Model> model_;
     const char *kind_;
     const Options options_;
+    Peers peers_;
 
 private:
     std::string note_;

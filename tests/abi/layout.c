@@ -291,7 +291,7 @@ IS(offsetof(ponder_backend_host, allocate), 16);
 IS(offsetof(ponder_backend_host, release), 24);
 IS(offsetof(ponder_backend_host, log), 32);
 
-IS(sizeof(ponder_backend), 208);
+IS(sizeof(ponder_backend), 232);
 IS(offsetof(ponder_backend, struct_size), 0);
 IS(offsetof(ponder_backend, abi), 4);
 IS(offsetof(ponder_backend, name), 8);
@@ -320,6 +320,9 @@ IS(offsetof(ponder_backend, record), 176);
 IS(offsetof(ponder_backend, record_end), 184);
 IS(offsetof(ponder_backend, replay), 192);
 IS(offsetof(ponder_backend, drop_recording), 200);
+IS(offsetof(ponder_backend, group_key), 208);
+IS(offsetof(ponder_backend, group_join), 216);
+IS(offsetof(ponder_backend, group_sum), 224);
 
 IS(PONDER_DTYPE_NONE, 0);
 IS(PONDER_DTYPE_F32, 1);

@@ -2,7 +2,7 @@
 """Trains what the README's training table shows, measures it, and prints the table.
 
   training.py --streams DIR --work DIR --out results.json [--ponder build/tools/ponder]
-              [--threads 2] [--batch N] [--recipe NAME,...] [--row NAME,...] [--max-chunks 48]
+              [--backend cpu] [--threads 2] [--recipe NAME,...] [--row NAME,...] [--max-chunks 48]
   training.py --table results.json
 
 Recipes are `ponder train` commands; what one has written in --work is not trained again. Rows are
@@ -21,19 +21,20 @@ LORA = ["--adapter", "lora", "--set", "lora.layers=last:5"] + INNER
 PONDER = ["--adapter", "ttt-linear", "--set", "ttt.form=ponder"]
 COMMON = ["--dtype", "bf16", "--set", "context=512", "--valid-every", "0"]
 
+# 100 steps of 16 streams of up to 24 chunks: 17 M tokens.
+DATA = ["--steps", "100", "--batch", "16", "--chunks", "24", "--set", "train.warmup=8", "--set",
+        "train.lr=3e-3"]
+PERMUTED = ["--set", "train.permute=0.12"]
+STATIC = ["--set", "train.inner=0"]  # no permuted ids: nothing could be learned of them
+
 # name: arguments of `ponder train`
 RECIPES = {
-    # The adapter that is shipped: 100 steps of 16 streams of 24 chunks.
-    "adapter": ["adapter", "--steps", "100", "--batch", "16", "--chunks", "24", "--set",
-                "train.warmup=8", "--set", "train.lr=3e-3", "--set", "train.permute=0.12"] + LORA,
-    # The same parameters without inner steps. No permuted ids: nothing could be learned of them.
-    "static": ["adapter", "--steps", "100", "--batch", "8", "--chunks", "8", "--set",
-               "train.warmup=8", "--set", "train.lr=3e-3", "--set", "train.inner=0"] + LORA,
-    "ponder": ["adapter", "--steps", "50", "--batch", "8", "--chunks", "8", "--set",
-               "train.warmup=8", "--set", "train.lr=3e-3"] + PONDER,
-    "ponder-static": ["adapter", "--steps", "50", "--batch", "8", "--chunks", "8", "--set",
-                      "train.warmup=8", "--set", "train.lr=3e-3", "--set",
-                      "train.inner=0"] + PONDER,
+    "adapter": ["adapter", "--seed", "0"] + DATA + PERMUTED + LORA,  # the one that is shipped
+    "adapter-1": ["adapter", "--seed", "1"] + DATA + PERMUTED + LORA,
+    "adapter-2": ["adapter", "--seed", "2"] + DATA + PERMUTED + LORA,
+    "static": ["adapter", "--seed", "0"] + DATA + STATIC + LORA,
+    "ponder": ["adapter", "--seed", "0"] + DATA + PONDER,
+    "ponder-static": ["adapter", "--seed", "0"] + DATA + STATIC + PONDER,
 }
 
 # name: words, recipe whose folder is --adapter (None: as the arguments say), arguments
@@ -45,6 +46,8 @@ ROWS = {
     "static": ("static adapter", "static", ["--policy", "skip"]),
     "initial": ("trained adapter, never updated", "adapter", ["--policy", "skip"]),
     "always": ("trained adapter, always", "adapter", ["--policy", "always"]),
+    "seed-1": ("another seed of it", "adapter-1", ["--policy", "always"]),
+    "seed-2": ("a third seed", "adapter-2", ["--policy", "always"]),
     "always-1024": ("trained adapter, always, context 1,024", "adapter",
                     ["--policy", "always", "--set", "context=1024"]),
     "policy": ("trained adapter, its gate at 0.5", "adapter",
@@ -85,7 +88,8 @@ def train(arguments, name):
     run([arguments.ponder, "train"] + RECIPES[name] + COMMON + resume +
         ["--model", arguments.model, "--data",
          os.path.join(arguments.streams, "python.train.jsonl.xz"), "--threads",
-         str(arguments.threads), "--seed", str(arguments.seed), "--out", out, "--json", "--quiet"])
+         str(arguments.threads), "--backend", arguments.backend, "--out", out, "--json",
+         "--quiet"])
 
 
 def evaluate(arguments, name, language):
@@ -93,7 +97,7 @@ def evaluate(arguments, name, language):
     adapter = ["--adapter", folder_of(arguments, recipe)] if recipe else []
     context = [] if any(f.startswith("context=") for f in flags) else ["--set", "context=512"]
     result = run([arguments.ponder, "eval", "--json", "--quiet", "--model", arguments.model,
-                  "--dtype", "bf16", "--threads", str(arguments.threads), "--max-chunks",
+                  "--dtype", "bf16", "--backend", arguments.backend, "--threads", str(arguments.threads), "--max-chunks",
                   str(arguments.max_chunks), "--stream",
                   os.path.join(arguments.streams, language + ".test.jsonl.xz")] +
                  context + adapter + flags)
@@ -138,7 +142,7 @@ def main():
     parser.add_argument("--streams")
     parser.add_argument("--work")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="cpu")
     parser.add_argument("--max-chunks", type=int, default=48)
     parser.add_argument("--recipe", default=",".join(RECIPES), help="'' = none")
     parser.add_argument("--row", default=",".join(ROWS))

@@ -3,7 +3,10 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
+import tempfile
+import time
 
 from tool import harness
 from tool.harness import ponder
@@ -96,6 +99,48 @@ class Train(TrainingCase):
         self.train("adapter", "parts", *common, "--resume")
         self.assertEqual(self.content("parts", "log.jsonl"), before)
 
+    def together(self, world, kind, out, *arguments):
+        """Processes as a launcher starts them; what the first one prints."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        processes = [self.start(kind, out, *arguments, env=dict(
+            os.environ, WORLD_SIZE=str(world), RANK=str(rank), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port)) for rank in range(world)]
+        found = [process.communicate(timeout=120) for process in processes]
+        for process, (_, errors) in zip(processes, found):
+            self.assertEqual(process.returncode, 0, errors)
+        self.assertEqual([stdout for stdout, _ in found[1:]], [b""] * (world - 1))
+        return found[0][0]
+
+    def test_processes_train_together(self):
+        model = self.backbone()
+        before = set(os.listdir(tempfile.gettempdir()))
+        for kind, common in [
+                ("adapter", ["--model", model, *ADAPTER]),
+                ("backbone", [*BACKBONE, "--vocab", "300"])]:
+            common[common.index("--batch") + 1] = "4"
+            common += ["--set", "train.steps=6", "--checkpoint-every", "3",
+                       "--valid-share", "0.3", "--valid-every", "3", "--json"]
+            alone = json.loads(self.train(kind, kind + "-alone", *common).stdout)
+            shared = json.loads(self.together(2, kind, kind + "-shared", *common))
+            self.assertEqual(self.files(kind + "-shared"), self.files(kind + "-alone"))
+            self.assertEqual(alone["steps"], shared["steps"])
+            self.assertAlmostEqual(alone["loss"], shared["loss"], 3)
+            for a, b in zip(self.log(kind + "-alone"), self.log(kind + "-shared")):
+                self.assertEqual((a["step"], a.get("tokens")), (b["step"], b.get("tokens")))
+            # Another number of processes goes on from what they left.
+            os.unlink(self.path(kind + "-shared/step-6.ckpt"))
+            for file in os.listdir(self.path(kind + "-shared")):
+                if file.startswith("ponder.") or file == "model.safetensors":
+                    os.unlink(self.path(f"{kind}-shared/{file}"))
+            resumed = json.loads(self.together(3, kind, kind + "-shared", *common, "--resume"))
+            self.assertAlmostEqual(alone["loss"], resumed["loss"], 3)
+            self.assertEqual(self.files(kind + "-shared"), self.files(kind + "-alone"))
+        after = set(os.listdir(tempfile.gettempdir()))
+        self.assertEqual([name for name in after - before if name.startswith("ponder-")
+                          and not name.startswith("ponder-tool-")], [])
+
     def start(self, kind, out, *arguments, **keywords):
         command = [harness.TOOL, "train", kind, "--data", self.data, "--out", self.path(out),
                    "--cache", self.cache, *arguments]
@@ -111,6 +156,9 @@ class Train(TrainingCase):
                              env=dict(os.environ, TERM="xterm"))
         os.close(slave)
         seen = read_terminal(master, until=b"ETA")
+        log = self.path("a/log.jsonl")
+        while not (os.path.exists(log) and os.path.getsize(log)) and process.poll() is None:
+            time.sleep(0.01)  # until there is a step to save
         process.send_signal(signal.SIGINT)
         seen += read_terminal(master)
         process.communicate(timeout=60)

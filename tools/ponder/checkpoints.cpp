@@ -29,6 +29,19 @@ std::optional<uint64_t> step_of(const std::string &name) {
     return problem == std::errc() && stop == end ? std::optional(step) : std::nullopt;
 }
 
+std::vector<uint64_t> steps_in(const std::string &folder) {
+    std::vector<uint64_t> steps;
+    std::error_code problem;
+    for (fs::directory_iterator at(folder, problem), end; !problem && at != end;
+         at.increment(problem))
+        if (const auto step = step_of(at->path().filename().string()))
+            steps.push_back(*step);
+    if (problem)
+        throw Failure(exit_file, folder + ": " + problem.message());
+    std::sort(steps.begin(), steps.end());
+    return steps;
+}
+
 } // namespace
 
 RunFolder::RunFolder(const std::string &path) : path_(path) {
@@ -50,21 +63,12 @@ std::string RunFolder::checkpoint(uint64_t step) const {
     return path_ + "/step-" + std::to_string(step) + ".ckpt";
 }
 
-std::vector<uint64_t> RunFolder::steps() const {
-    std::vector<uint64_t> steps;
-    std::error_code problem;
-    for (fs::directory_iterator at(path_, problem), end; !problem && at != end;
-         at.increment(problem))
-        if (const auto step = step_of(at->path().filename().string()))
-            steps.push_back(*step);
-    if (problem)
-        throw Failure(exit_file, path_ + ": " + problem.message());
-    std::sort(steps.begin(), steps.end());
-    return steps;
-}
+std::vector<uint64_t> RunFolder::steps() const { return steps_in(path_); }
 
-std::optional<uint64_t> RunFolder::latest() const {
-    const std::vector<uint64_t> all = steps();
+std::optional<uint64_t> RunFolder::latest() const { return latest_checkpoint(path_); }
+
+std::optional<uint64_t> latest_checkpoint(const std::string &folder) {
+    const std::vector<uint64_t> all = steps_in(folder);
     return all.empty() ? std::nullopt : std::optional(all.back());
 }
 

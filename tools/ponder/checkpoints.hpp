@@ -27,6 +27,9 @@ private:
     int lock_ = -1;
 };
 
+// Of a folder that another process may be working in.
+std::optional<uint64_t> latest_checkpoint(const std::string &folder);
+
 // Of a process that was killed: what the library was writing into the folder.
 void remove_unfinished(const std::string &folder);
 

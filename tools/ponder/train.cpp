@@ -5,6 +5,7 @@
 #include "interrupt.hpp"
 #include "json_out.hpp"
 #include "new_backbone.hpp"
+#include "ranks.hpp"
 #include "setup.hpp"
 #include "source.hpp"
 #include "table.hpp"
@@ -393,8 +394,18 @@ int train_command(const Settings &given_settings) {
     TrainSettings &t = settings.train;
     if (t.batch == 0)
         t.batch = t.kind == TrainKind::backbone ? 32 : 4;
+    join_by_environment(settings);
     const Options options = make_options(settings);
     check_request(settings, options.get());
+    std::optional<FollowerFolder> follower;
+    if (number_of(options.get(), "train.rank") > 0) {
+        follower.emplace(t.out, t.resume);
+        t.out = follower->path();
+        t.checkpoint_every = UINT64_MAX;
+        t.valid_every = 0;
+        t.log.clear();
+        settings.quiet = true;
+    }
     const Runtime runtime = open_runtime(settings);
     const RunFolder folder(t.out);
     if (const auto latest = folder.latest(); latest && !t.resume)
@@ -420,7 +431,8 @@ int train_command(const Settings &given_settings) {
         note(settings.quiet, outcome.steps ? "interrupted; --resume goes on from " +
                                                  folder.checkpoint(outcome.steps)
                                            : "interrupted before the first step");
-    print_outcome(outcome, settings, data, folder);
+    if (!follower)
+        print_outcome(outcome, settings, data, folder);
     return outcome.complete ? exit_ok : exit_interrupted;
 }
 
