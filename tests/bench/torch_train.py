@@ -113,7 +113,7 @@ def main():
     groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.95), eps=1e-8,
-                                  fused=device == "cuda")
+                                  **({"fused": True} if device == "cuda" else {}))
     forward = torch.compile(model) if arguments.compile else model
 
     def rate(step):  # of steps 1, 2, ...

@@ -21,20 +21,23 @@ LORA = ["--adapter", "lora", "--set", "lora.layers=last:5"] + INNER
 PONDER = ["--adapter", "ttt-linear", "--set", "ttt.form=ponder"]
 COMMON = ["--dtype", "bf16", "--set", "context=512", "--valid-every", "0"]
 
-# 100 steps of 16 streams of up to 24 chunks: 17 M tokens.
-DATA = ["--steps", "100", "--batch", "16", "--chunks", "24", "--set", "train.warmup=8", "--set",
+# Steps of 16 streams of up to 24 chunks: 17 M and 139 M tokens.
+SHORT = ["--steps", "100", "--batch", "16", "--chunks", "24", "--set", "train.warmup=8", "--set",
+         "train.lr=3e-3"]
+LONG = ["--steps", "800", "--batch", "16", "--chunks", "24", "--set", "train.warmup=16", "--set",
         "train.lr=3e-3"]
-PERMUTED = ["--set", "train.permute=0.12"]
 STATIC = ["--set", "train.inner=0"]  # no permuted ids: nothing could be learned of them
 
 # name: arguments of `ponder train`
 RECIPES = {
-    "adapter": ["adapter", "--seed", "0"] + DATA + PERMUTED + LORA,  # the one that is shipped
-    "adapter-1": ["adapter", "--seed", "1"] + DATA + PERMUTED + LORA,
-    "adapter-2": ["adapter", "--seed", "2"] + DATA + PERMUTED + LORA,
-    "static": ["adapter", "--seed", "0"] + DATA + STATIC + LORA,
-    "ponder": ["adapter", "--seed", "0"] + DATA + PONDER,
-    "ponder-static": ["adapter", "--seed", "0"] + DATA + STATIC + PONDER,
+    # The one that is shipped.
+    "adapter": ["adapter", "--seed", "0", "--set", "train.permute=0.25"] + LONG + LORA,
+    "short-0": ["adapter", "--seed", "0", "--set", "train.permute=0.12"] + SHORT + LORA,
+    "short-1": ["adapter", "--seed", "1", "--set", "train.permute=0.12"] + SHORT + LORA,
+    "short-2": ["adapter", "--seed", "2", "--set", "train.permute=0.12"] + SHORT + LORA,
+    "static": ["adapter", "--seed", "0"] + SHORT + STATIC + LORA,
+    "ponder": ["adapter", "--seed", "0"] + SHORT + PONDER,
+    "ponder-static": ["adapter", "--seed", "0"] + SHORT + STATIC + PONDER,
 }
 
 # name: words, recipe whose folder is --adapter (None: as the arguments say), arguments
@@ -46,8 +49,9 @@ ROWS = {
     "static": ("static adapter", "static", ["--policy", "skip"]),
     "initial": ("trained adapter, never updated", "adapter", ["--policy", "skip"]),
     "always": ("trained adapter, always", "adapter", ["--policy", "always"]),
-    "seed-1": ("another seed of it", "adapter-1", ["--policy", "always"]),
-    "seed-2": ("a third seed", "adapter-2", ["--policy", "always"]),
+    "short-0": ("trained on 17 M tokens, always", "short-0", ["--policy", "always"]),
+    "short-1": ("the same, another seed", "short-1", ["--policy", "always"]),
+    "short-2": ("the same, a third seed", "short-2", ["--policy", "always"]),
     "always-1024": ("trained adapter, always, context 1,024", "adapter",
                     ["--policy", "always", "--set", "context=1024"]),
     "policy": ("trained adapter, its gate at 0.5", "adapter",
@@ -60,6 +64,7 @@ ROWS = {
     "oracle": ("greedy oracle at 0.5 (reads ahead)", "adapter", ["--policy", "oracle:0.5"]),
     "ponder-static": ("PonderTTT's layer, static", "ponder-static",
                       ["--policy", "always"]),
+    "ponder-skip": ("PonderTTT's layer, never updated", "ponder", ["--policy", "skip"]),
     "ponder": ("PonderTTT's layer, always", "ponder", ["--policy", "always"]),
     "ponder-gate": ("PonderTTT's layer, its reconstruction gate", "ponder",
                     ["--policy", "ema:reconstruction:0.5"]),
