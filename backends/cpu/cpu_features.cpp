@@ -69,6 +69,8 @@ const Isa *best_isa() {
                 level = i;
     if (level == level_amx_bf16 && !tiles_granted())
         level = level_avx512_bf16;
+    while (level > none && levels[level]->op_count == 0)
+        --level;
     return levels[level];
 }
 

@@ -30,10 +30,12 @@ struct Op {
 };
 
 struct Isa {
-    const char *name;
+    const char *name; // PONDER_TEXT of the namespace's
     const Op *ops;
-    int32_t op_count;
+    int32_t op_count; // 0: the set was left out of the build
 };
+#define PONDER_TEXT_(x) #x
+#define PONDER_TEXT(x) PONDER_TEXT_(x)
 
 // Zeroed memory for a kernel object, NULL when there is none.
 void *kernel_memory(size_t size);

@@ -64,9 +64,6 @@ constexpr Op ops[] = {
     {"merge_heads", plan_merge_heads},
 };
 
-#define PONDER_TEXT_(x) #x
-#define PONDER_TEXT(x) PONDER_TEXT_(x)
-
 } // namespace
 
 extern const Isa isa;
