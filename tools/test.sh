@@ -17,7 +17,7 @@ build=build
 suites=
 if [ "${1-}" = --sanitize ]; then
     build=build-sanitize
-    suites="formats hostile_files tokenizer session generate device api gradient train gate"
+    suites="formats hostile_files tokenizer session generate api gradient train gate"
     # -O1 -g1, two of four instruction sets: compiling takes most of the time, line numbers are
     # enough, and the sets share their source.
     [ -f $build/build.ninja ] || meson setup $build -Doptimization=1 -Ddebug=false \
