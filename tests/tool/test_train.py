@@ -99,13 +99,13 @@ class Train(TrainingCase):
         self.train("adapter", "parts", *common, "--resume")
         self.assertEqual(self.content("parts", "log.jsonl"), before)
 
-    def together(self, world, kind, out, *arguments):
+    def together(self, world, kind, out, *arguments, names=("WORLD_SIZE", "RANK")):
         """Processes as a launcher starts them; what the first one prints."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         processes = [self.start(kind, out, *arguments, env=dict(
-            os.environ, WORLD_SIZE=str(world), RANK=str(rank), MASTER_ADDR="127.0.0.1",
+            os.environ, **dict(zip(names, (str(world), str(rank)))), MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port)) for rank in range(world)]
         found = [process.communicate(timeout=120) for process in processes]
         for process, (_, errors) in zip(processes, found):
@@ -134,7 +134,9 @@ class Train(TrainingCase):
             for file in os.listdir(self.path(kind + "-shared")):
                 if file.startswith("ponder.") or file == "model.safetensors":
                     os.unlink(self.path(f"{kind}-shared/{file}"))
-            resumed = json.loads(self.together(3, kind, kind + "-shared", *common, "--resume"))
+            resumed = json.loads(self.together(
+                3, kind, kind + "-shared", *common, "--resume",
+                names=("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")))
             self.assertAlmostEqual(alone["loss"], resumed["loss"], 3)
             self.assertEqual(self.files(kind + "-shared"), self.files(kind + "-alone"))
         after = set(os.listdir(tempfile.gettempdir()))
