@@ -210,6 +210,16 @@ Socket accept_one(int listener, Address &from) {
     return socket;
 }
 
+// While nobody listens at a port of this machine, one in thousands of tries to connect to it is
+// given that port as its own and reaches itself.
+bool reached_itself(int fd) {
+    Address own, other;
+    socklen_t own_size = sizeof own.at, other_size = sizeof other.at;
+    return getsockname(fd, own.get(), &own_size) == 0 &&
+           getpeername(fd, other.get(), &other_size) == 0 && own_size == other_size &&
+           std::memcmp(&own.at, &other.at, own_size) == 0;
+}
+
 // Tries again while nobody listens there yet.
 Socket connect_to(const Address &address, double seconds, const Check &check) {
     const Patience patience(seconds);
@@ -218,17 +228,17 @@ Socket connect_to(const Address &address, double seconds, const Check &check) {
         if (socket.get() < 0)
             fail("socket", errno);
         set_up(socket.get());
-        if (connect(socket.get(), address.get(), address.size) == 0)
-            return socket;
-        problem = errno;
+        problem = connect(socket.get(), address.get(), address.size) == 0 ? 0 : errno;
         if (problem == EINPROGRESS) {
             pollfd wait{socket.get(), POLLOUT, 0};
             socklen_t size = sizeof problem;
-            if (poll(&wait, 1, 1000) == 1) {
+            if (poll(&wait, 1, 1000) == 1)
                 getsockopt(socket.get(), SOL_SOCKET, SO_ERROR, &problem, &size);
-                if (problem == 0)
-                    return socket;
-            }
+        }
+        if (problem == 0) {
+            if (!reached_itself(socket.get()))
+                return socket;
+            problem = ECONNREFUSED;
         }
         if (patience.over())
             fail("connect", problem);

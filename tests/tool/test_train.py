@@ -107,9 +107,16 @@ class Train(TrainingCase):
         processes = [self.start(kind, out, *arguments, env=dict(
             os.environ, **dict(zip(names, (str(world), str(rank)))), MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port)) for rank in range(world)]
-        found = [process.communicate(timeout=120) for process in processes]
-        for process, (_, errors) in zip(processes, found):
-            self.assertEqual(process.returncode, 0, errors)
+        # One that fails leaves the others waiting.
+        end = time.monotonic() + 120
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > end or any(process.poll() for process in processes):
+                for process in processes:
+                    process.kill()
+            time.sleep(0.01)
+        found = [process.communicate() for process in processes]
+        self.assertEqual([process.returncode for process in processes], [0] * world,
+                         [errors for _, errors in found])
         self.assertEqual([stdout for stdout, _ in found[1:]], [b""] * (world - 1))
         return found[0][0]
 

@@ -70,21 +70,22 @@ FollowerFolder::FollowerFolder(const std::string &run, bool resume) {
     if (problem || !mkdtemp(name.data()))
         throw Failure(exit_file, "no temporary folder can be made");
     path_ = name;
-    if (!resume)
+    if (!resume || !fs::exists(run, problem))
         return;
-    const auto copy = [&](const std::string &what) {
-        if (fs::exists(run + "/" + what, problem))
-            fs::copy(run + "/" + what, path_ + "/" + what, fs::copy_options::recursive, problem);
+    const fs::path whole = fs::absolute(run, problem);
+    const auto link = [&](const std::string &what) {
+        fs::create_symlink(whole / what, path_ + "/" + what, problem);
         if (problem) {
             const std::string why = problem.message();
             fs::remove_all(path_, problem);
-            throw Failure(exit_file, run + "/" + what + ": " + why);
+            throw Failure(exit_file, path_ + "/" + what + ": " + why);
         }
     };
-    copy("initial");
-    copy("log.jsonl");
+    // Its weights are written last: without them each process makes the same for itself.
+    if (fs::exists(whole / "initial/model.safetensors", problem))
+        link("initial");
     if (const auto latest = latest_checkpoint(run))
-        copy("step-" + std::to_string(*latest) + ".ckpt");
+        link("step-" + std::to_string(*latest) + ".ckpt");
 }
 
 FollowerFolder::~FollowerFolder() {

@@ -14,8 +14,9 @@ namespace tool {
 // number among those that are visible. Throws Failure.
 void join_by_environment(Settings &settings);
 
-// A copy of a run's folder as far as going on needs it, removed at the end: for the processes other
-// than the first, which alone writes.
+// A folder with links to what going on needs of a run's folder, removed at the end: for the processes
+// other than the first, which alone writes there, and may be writing already. Linked is what it
+// leaves alone until all have joined.
 class FollowerFolder {
 public:
     FollowerFolder(const std::string &run, bool resume);
