@@ -99,14 +99,21 @@ class Train(TrainingCase):
         self.train("adapter", "parts", *common, "--resume")
         self.assertEqual(self.content("parts", "log.jsonl"), before)
 
-    def together(self, world, kind, out, *arguments, names=("WORLD_SIZE", "RANK")):
-        """Processes as a launcher starts them; what the first one prints."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        processes = [self.start(kind, out, *arguments, env=dict(
-            os.environ, **dict(zip(names, (str(world), str(rank)))), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port)) for rank in range(world)]
+    def together(self, world, kind, out, *arguments, names=("WORLD_SIZE", "RANK"), kept=False):
+        """Processes as a launcher starts them, one that may keep the port; what the first prints."""
+        launcher = socket.socket()
+        self.addCleanup(launcher.close)
+        launcher.bind(("127.0.0.1", 0))
+        common = dict(os.environ, MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(launcher.getsockname()[1]))
+        if kept:
+            launcher.listen()
+            common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        else:
+            launcher.close()
+        processes = [self.start(kind, out, *arguments,
+                                env=dict(common, **dict(zip(names, (str(world), str(rank))))))
+                     for rank in range(world)]
         # One that fails leaves the others waiting.
         end = time.monotonic() + 120
         while any(process.poll() is None for process in processes):
@@ -130,7 +137,7 @@ class Train(TrainingCase):
             common += ["--set", "train.steps=6", "--checkpoint-every", "3",
                        "--valid-share", "0.3", "--valid-every", "3", "--json"]
             alone = json.loads(self.train(kind, kind + "-alone", *common).stdout)
-            shared = json.loads(self.together(2, kind, kind + "-shared", *common))
+            shared = json.loads(self.together(2, kind, kind + "-shared", *common, kept=True))
             self.assertEqual(self.files(kind + "-shared"), self.files(kind + "-alone"))
             self.assertEqual(alone["steps"], shared["steps"])
             self.assertAlmostEqual(alone["loss"], shared["loss"], 3)

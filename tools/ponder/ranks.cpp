@@ -26,6 +26,21 @@ bool is_number(const std::string &text) {
            text.find_first_not_of("0123456789") == std::string::npos;
 }
 
+// HOST:PORT for all processes. torchrun says MASTER_PORT, and most of its versions keep that port
+// themselves: the one beside it is then taken.
+std::string address() {
+    const std::string host = variable({"MASTER_ADDR"}), text = variable({"MASTER_PORT"});
+    unsigned port = 29500;
+    if (!text.empty()) {
+        if (!is_number(text) || std::stoul(text) == 0 || std::stoul(text) > 65535)
+            throw Failure(exit_usage, "MASTER_PORT: '" + text.substr(0, 100) + "' is no port");
+        port = unsigned(std::stoul(text));
+    }
+    if (variable({"TORCHELASTIC_USE_AGENT_STORE"}) == "True")
+        port = port < 65535 ? port + 1 : port - 1;
+    return (host.empty() ? "127.0.0.1" : host) + ":" + std::to_string(port);
+}
+
 // The entry of that number in a list such as "2,3"; the number itself where there is no list.
 std::string visible_device(size_t number) {
     std::string list = variable({"CUDA_VISIBLE_DEVICES"});
@@ -53,11 +68,8 @@ void join_by_environment(Settings &settings) {
         return;
     settings.options.emplace_back("train.world", world);
     settings.options.emplace_back("train.rank", rank);
-    if (!given(settings, "train.address")) {
-        const std::string host = variable({"MASTER_ADDR"}), port = variable({"MASTER_PORT"});
-        settings.options.emplace_back("train.address", (host.empty() ? "127.0.0.1" : host) + ":" +
-                                                           (port.empty() ? "29500" : port));
-    }
+    if (!given(settings, "train.address"))
+        settings.options.emplace_back("train.address", address());
     const std::string local =
         variable({"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"});
     if (is_number(local))
