@@ -143,9 +143,9 @@ struct OpRule {
     void (*vjp)(class Tape &, const Call &);        // nullptr: constant for gradients
 };
 
-// Of the calls that programs make out of others; see fuse.hpp.
-extern const OpRule linear_gelu_rule, cross_entropy_parts_rule, cross_entropy_parts_vjp_rule,
-    matmul_tn_group_rule;
+// Of calls that are made outside of the functions below: by fuse.hpp, by a benchmark.
+extern const OpRule attention_vjp_rule, linear_gelu_rule, cross_entropy_parts_rule,
+    cross_entropy_parts_vjp_rule, matmul_tn_group_rule;
 
 // The inputs of a call that takes the weight w, with the scales of an int8 w at their end.
 std::vector<Id> with_scales(const Graph &, Id w, std::vector<Id> in);

@@ -7,8 +7,7 @@ namespace {
 
 uint64_t no_flops(const Graph &, const Call &) { return 0; }
 
-extern const OpRule attention_vjp_rule, cross_entropy_vjp_rule, cross_entropy_vjp_table_rule,
-    mean_vjp_rule;
+extern const OpRule cross_entropy_vjp_rule, cross_entropy_vjp_table_rule, mean_vjp_rule;
 
 // ---- attention: causal, so token t meets t + 1 keys
 
@@ -36,7 +35,12 @@ void attention_backward(Tape &tape, const Call &call) {
 }
 
 const OpRule attention_rule{"attention", false, attention_flops, attention_backward};
+
+} // namespace
+
 const OpRule attention_vjp_rule{"attention_vjp", false, attention_vjp_flops, nullptr};
+
+namespace {
 
 // ---- attention_cached: for passes without gradients. How many keys there are is known at run
 // time: counted as if each token saw all rows.

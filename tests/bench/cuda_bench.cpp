@@ -93,6 +93,11 @@ struct Bound {
                 for (float &v : x)
                     v = float(random()) / 4294967296.0f * 0.02f - 0.01f;
                 d->upload(at[i], x.data(), count * 4);
+            } else if (values[i].type == DType::bf16) {
+                std::vector<uint16_t> x(count);
+                for (uint16_t &bits : x)
+                    bits = uint16_t((random() & 0x80ff) | 0x3c00); // 0.008 to 0.03, both signs
+                d->upload(at[i], x.data(), count * 2);
             }
         }
         arena = DeviceBuffer(d, program->arena_bytes());
@@ -120,6 +125,28 @@ Bound losses(const Model &model, int64_t streams, int64_t tokens) {
 Bound pass(const Model &model, const Adapter &adapter, bool learn, bool inside) {
     Recording r = record_pass(model.backbone(), adapter, {512, 512, learn, inside, false});
     return {std::move(r.graph), r.segment_ends, model.device()};
+}
+
+// One layer's attention, and its gradient alone: what torch_attention.py times of libraries.
+void attend(const Model &model, int64_t streams, int64_t tokens) {
+    const Gpt2Config &config = model.backbone().config();
+    Graph g(model.backbone().type());
+    const Shape shape{streams, tokens, config.width};
+    const Id qkv = g.external("qkv", g.act, shape.with_last(3 * config.width));
+    const Id o = attention(g, qkv, config.heads, 0);
+    const Call call = g.calls().back();
+    g.expose(o, "o");
+    g.expose(call.out[1], "lse");
+    const size_t end = g.calls().size();
+    const Id dqkv = g.temporary(g.act, g.shape(qkv));
+    g.add_call(attention_vjp_rule, {qkv, o, call.out[1], g.external("do", g.act, shape)}, {dqkv},
+               call.attr);
+    g.expose(dqkv, "dqkv");
+    const Bound b(std::move(g), {end, end + 1}, model.device());
+    for (const size_t segment : {0, 1})
+        time("attention " + std::string(segment ? "backward" : "forward") +
+                 ", 12 heads of 64, B=" + std::to_string(streams) + " T=" + std::to_string(tokens),
+             *model.device(), b.flops(segment), double(streams * tokens), [&] { b.run(segment); });
 }
 
 void session(const std::shared_ptr<const Model> &model, const char *name,
@@ -221,8 +248,7 @@ int main(int argc, char **argv) {
         }
         if (wanted("lora")) {
             const Bound b = pass(*model, lora, true, false);
-            time("LoRA last 3 layers, score with tape", device, b.flops(0), 512,
-                 [&] { b.run(0); });
+            time("LoRA last 3 layers, score with tape", device, b.flops(0), 512, [&] { b.run(0); });
             time("LoRA last 3 layers, score and gradient", device, b.flops(0) + b.flops(1), 512,
                  [&] {
                      b.run(0);
@@ -238,6 +264,11 @@ int main(int argc, char **argv) {
         if (wanted("batch")) {
             const Bound b = losses(*model, 16, 1024);
             time("SKIP, B=16 T=1024, losses", device, b.flops(0), 16384, [&] { b.run(0); });
+        }
+        if (wanted("attention")) {
+            attend(*model, 1, 512);
+            attend(*model, 16, 1024);
+            attend(*model, 32, 1024);
         }
         if (wanted("session")) {
             session(model, "session, policy skip", {{"policy", "skip"}});
