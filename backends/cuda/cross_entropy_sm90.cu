@@ -143,6 +143,7 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
                 }
             }
         }
+        __syncwarp(); // the cluster's barrier wants whole warps
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const int group = warp / 4 - 1;
