@@ -216,7 +216,8 @@ TEST(DeviceMemory, TrainersAreThoseOfTheHost) {
             EXPECT_EQ(trained(host, kind, values), trained(device, kind, values))
                 << values[0].second << " " << values.back().second << " " << dtype;
         };
-        same(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}, {"train.window", "2"}});
+        same(PONDER_TRAIN_ADAPTER,
+             {{"adapter", "lora"}, {"train.window", "2"}, {"train.average", "0.5"}});
         same(PONDER_TRAIN_ADAPTER, {{"adapter", "lora"}, {"inner.optimizer", "sgd"}});
         same(PONDER_TRAIN_ADAPTER, {{"adapter", "ttt-linear"}, {"train.permute", "0.2"}});
         if (std::string(dtype) == "f32")
@@ -224,7 +225,8 @@ TEST(DeviceMemory, TrainersAreThoseOfTheHost) {
         same(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.dropout", "0.1"}});
         same(PONDER_TRAIN_BACKBONE,
              {{"adapter", "none"}, {"train.attention_dropout", "0.1"}, {"train.recompute", "1"}});
-        same(PONDER_TRAIN_BACKBONE, {{"adapter", "none"}, {"train.micro", "2"}});
+        same(PONDER_TRAIN_BACKBONE,
+             {{"adapter", "none"}, {"train.micro", "2"}, {"train.average", "0.5"}});
     }
 }
 

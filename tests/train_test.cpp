@@ -777,8 +777,10 @@ TEST(TrainerTest, ABackboneWithDropoutLearnsAndMayRecompute) {
 TEST(TrainerTest, ACheckpointGoesOnBitForBit) {
     Trained t;
     for (const auto &[kind, adapter, tokens] : kinds) {
-        const Options options =
-            t.options({{"adapter", adapter}, {"train.dropout", "0.1"}, {"train.permute", "0.2"}});
+        const Options options = t.options({{"adapter", adapter},
+                                           {"train.dropout", "0.1"},
+                                           {"train.permute", "0.2"},
+                                           {"train.average", "0.6"}});
         const auto whole = make_trainer(t.model, kind, options);
         const TempDir dir;
         std::vector<double> losses;
@@ -889,8 +891,7 @@ TEST(TrainerTest, ProcessesFailTogether) {
             ponder_call late{};
             late.struct_size = sizeof late;
             late.timeout_ns = 1;
-            status[r] =
-                thrown_status([&] { t.step(*trainer, 1, 40, r == 1 ? &late : nullptr); });
+            status[r] = thrown_status([&] { t.step(*trainer, 1, 40, r == 1 ? &late : nullptr); });
             EXPECT_EQ(trainer->steps(), 1u);
             t.step(*trainer, 1, 40); // and they go on
             trainer->save(dir.file(std::to_string(r)), "");
@@ -938,6 +939,48 @@ TEST(TrainerTest, AStaticTttLayerTakesNoSteps) {
     session.adapt(no_limits(session));
     for (const ponder_record &r : session.records())
         EXPECT_EQ(r.update_norm, 0);
+}
+
+// Exported is the mean of the first two steps, then what fades by half with each one; the steps
+// themselves are the same without it.
+TEST(TrainerTest, ExportsTheAverageOfItsSteps) {
+    Trained t;
+    const auto exported = [&](const Trainer &trainer, bool adapter) {
+        const TempDir dir;
+        trainer.export_to(dir.path());
+        const SafeTensors file =
+            SafeTensors::open(dir.file(adapter ? "ponder.safetensors" : "model.safetensors"));
+        std::vector<float> all;
+        for (const auto &[name, tensor] : file.tensors()) {
+            const size_t before = all.size();
+            all.resize(before + tensor.count());
+            file.read(name, tensor.shape, DType::f32, all.data() + before);
+        }
+        return all;
+    };
+    for (const auto &[kind, adapter, tokens] : kinds) {
+        const bool is_adapter = kind == PONDER_TRAIN_ADAPTER;
+        const auto plain = make_trainer(t.model, kind, t.options({{"adapter", adapter}}));
+        const auto averaging = make_trainer(
+            t.model, kind, t.options({{"adapter", adapter}, {"train.average", "0.5"}}));
+        EXPECT_EQ(exported(*averaging, is_adapter), exported(*plain, is_adapter));
+        std::vector<double> mean;
+        for (uint64_t i = 1; i <= 4; ++i) {
+            EXPECT_EQ(t.step(*averaging, i, tokens).loss, t.step(*plain, i, tokens).loss);
+            const std::vector<float> now = exported(*plain, is_adapter);
+            mean.resize(now.size());
+            for (size_t j = 0; j < now.size(); ++j)
+                mean[j] += (double(now[j]) - mean[j]) * (i == 1 ? 1.0 : 0.5);
+            const std::vector<float> found = exported(*averaging, is_adapter);
+            ASSERT_EQ(found.size(), mean.size());
+            double moved = 0;
+            for (size_t j = 0; j < mean.size(); ++j) {
+                ASSERT_NEAR(found[j], mean[j], 1e-6) << adapter << " step " << i;
+                moved = std::max(moved, std::abs(double(now[j]) - mean[j]));
+            }
+            EXPECT_EQ(moved > 1e-4, i > 1) << adapter;
+        }
+    }
 }
 
 // An exported adapter gives a session the losses that the trainer saw.

@@ -127,6 +127,9 @@ constexpr ponder_option_info table[] = {
     number("train.dropout", "0", 0, 0.9, "", "backbones: on embeddings and residual branches"),
     number("train.attention_dropout", "0", 0, 0.9, "",
            "backbones: on attention's weights, which are then written out: slow, and T x T each"),
+    number("train.average", "0", 0, 0.999999, "",
+           "adapters and backbones: what is exported is the mean of about the last 1 / (1 - this) "
+           "steps; 0 = the last step"),
     boolean("train.recompute", "0",
             "backbones: blocks compute their activations again in the backward pass: less memory, "
             "about a quarter more work"),

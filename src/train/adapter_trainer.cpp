@@ -79,6 +79,8 @@ AdapterTrainer::AdapterTrainer(std::shared_ptr<const Model> model, const Options
     for (const auto &[name, slow] : adapter_->slow())
         segments.push_back({size_t(slow.shape.count()), 1, is_matrix(slow.shape)});
     outer_ = std::make_unique<Outer>(options_, device_, std::move(segments));
+    if (outer_->averages())
+        average_ = make_adapter(backbone.config(), options_, backbone.hash());
 
     values_.resize(outer_->count());
     const Parts values = parts(values_);
@@ -124,6 +126,16 @@ AdapterTrainer::Parts AdapterTrainer::parts(std::span<float> all) const {
     return {fast, log_rate, decay, all};
 }
 
+void AdapterTrainer::put(const Parts &values, Adapter &to) {
+    to.store_rates({{values.log_rate.begin(), values.log_rate.end()},
+                    {values.decay.begin(), values.decay.end()}});
+    const float *from = values.slow.data();
+    for (const auto &[name, slow] : to.slow()) {
+        std::copy_n(from, slow.values.size(), to.slow_values(name).begin());
+        from += slow.values.size();
+    }
+}
+
 // From values_ to everything that follows from it.
 void AdapterTrainer::spread() {
     const Parts values = parts(values_);
@@ -132,8 +144,7 @@ void AdapterTrainer::spread() {
     for (float &x : values.decay)
         x = std::clamp(x, -20.0f, 20.0f);
     outer_->write_values(values_);
-    adapter_->store_rates({{values.log_rate.begin(), values.log_rate.end()},
-                           {values.decay.begin(), values.decay.end()}});
+    put(values, *adapter_);
     adapter_->expand_rates(options_.number("inner.lr"), rate_, keep_);
     for (const Lane &l : lanes_) {
         const size_t n = rate_.size();
@@ -141,13 +152,9 @@ void AdapterTrainer::spread() {
         l.learned.write(keep_.data(), n, n);
         l.learned.write(values.fast.data(), n, 2 * n);
     }
-    const float *from = values.slow.data();
-    for (const auto &[name, slow] : adapter_->slow()) {
-        std::copy_n(from, slow.values.size(), adapter_->slow_values(name).begin());
+    for (const auto &[name, slow] : adapter_->slow())
         for (const Lane &l : lanes_)
             l.device->refresh(slow.values.data());
-        from += slow.values.size();
-    }
 }
 
 // The streams' part in the mean gradient, each weighing as many predictions as it has. Sums run in
@@ -259,10 +266,12 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
 }
 
 void AdapterTrainer::export_to(const std::string &folder) const {
-    std::vector<float> all = values_;
+    std::vector<float> all = average_ ? outer_->read_average() : values_;
     const Parts values = parts(all);
-    save_adapter(folder, adapter_kind(options_), model_->backbone().hash(), options_, *adapter_,
-                 values.fast);
+    if (average_)
+        put(values, *average_);
+    save_adapter(folder, adapter_kind(options_), model_->backbone().hash(), options_,
+                 average_ ? *average_ : *adapter_, values.fast);
 }
 
 void AdapterTrainer::write(SafeTensorsWriter &writer) const { outer_->write(writer); }

@@ -27,11 +27,12 @@ private:
         std::span<float> fast, log_rate, decay, slow;
     };
     Parts parts(std::span<float> all) const;
+    static void put(const Parts &values, Adapter &to); // all but the fast weights
     void spread(); // from the values to adapter, step sizes and the device's copies
     void collect(std::span<const Unroll<float>::Result> results, double predictions);
 
-    std::shared_ptr<Adapter> adapter_;
-    std::shared_ptr<const Device> device_; // its own: what it packs changes with every step
+    std::shared_ptr<Adapter> adapter_, average_; // that one for its export, if there is one
+    std::shared_ptr<const Device> device_;       // its own: what it packs changes with every step
     std::unique_ptr<Outer> outer_;
     std::vector<float> values_;      // as the outer optimizer has them
     std::vector<float> rate_, keep_; // per element

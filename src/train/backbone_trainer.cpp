@@ -260,7 +260,7 @@ void BackboneTrainer::export_to(const std::string &folder) const {
     const DType type = working_.type();
     std::vector<std::vector<bf16>> narrow; // vectors, which passes keep in f32
     std::vector<Gpt2Tensor> tensors;
-    const std::vector<float> values = outer_->read_values();
+    const std::vector<float> values = outer_->read_average();
     for (const Weight &w : weights_) {
         const float *from = values.data() + w.offset;
         const void *data = from;

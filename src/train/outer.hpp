@@ -35,6 +35,8 @@ public:
     float *gradient() const { return data_.data() + count_; }
     // Copies of it:
     std::vector<float> read_values() const;
+    bool averages() const { return average_ > 0; }
+    std::vector<float> read_average() const; // train.average; before the first step the values
     void write_values(std::span<const float> values) { data_.write(values.data(), count_); }
     void write_gradient(std::span<const float> gradient) {
         data_.write(gradient.data(), count_, count_);
@@ -47,14 +49,15 @@ public:
     double learning_rate(uint64_t step) const; // of step 1, 2, ...
 
     // One step along gradient(). Where that is not finite, values and moments stay as they are.
+    // Afterwards it holds something else.
     struct Taken {
         double norm, rate;
         bool finite;
     };
     Taken step();
 
-    // Values and moments as tensors "outer.*", the number of steps as metadata. What write() adds
-    // stays until its next call.
+    // Values, moments and the average as tensors "outer.*", the number of steps as metadata. What
+    // write() adds stays until its next call.
     void write(SafeTensorsWriter &writer) const;
     void read(const SafeTensors &file);
 
@@ -62,12 +65,15 @@ private:
     float *first_moment() const { return data_.data() + 2 * count_; }
     float *second_moment() const { return data_.data() + 3 * count_; }
 
-    double lr_, end_, beta1_, beta2_, epsilon_, decay_, clip_;
+    float *average() const { return data_.data() + 4 * count_; }
+    void add_to_average();
+
+    double lr_, end_, beta1_, beta2_, epsilon_, decay_, clip_, average_;
     uint64_t schedule_, warmup_, steps_ = 0;
     std::shared_ptr<const Device> device_;
     std::vector<Segment> segments_;
     size_t count_ = 0;
-    DeviceVector<float> data_;    // values, gradient, moments
+    DeviceVector<float> data_;    // values, gradient, moments, perhaps the average
     DeviceVector<float> scalars_; // the gradient's norm; hyperparameters of each segment
     DeviceBuffer workspace_;
     mutable std::vector<float> written_;
@@ -81,6 +87,10 @@ private:
         Id a, out;
         std::unique_ptr<const Program> program;
     } norm_;
+    struct {
+        Id average, values, difference, h, norm, out;
+        std::unique_ptr<const Program> program;
+    } mean_;
 };
 
 } // namespace ponder
