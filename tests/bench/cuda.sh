@@ -76,8 +76,8 @@ if wanted parity && [ -n "$streams" ] && python3 -c 'import torch' 2> /dev/null;
     # shellcheck disable=SC2086
     train ours 120 --new --vocab 8192 $shape --steps "${STEPS:-200}"
     part train-torch 200 python3 "$here/tests/bench/torch_train.py" --initial "$first" \
-        --tokens "$(ls "$out"/work/cache/*.tokens)" --out "$out/work/torch" --steps "${STEPS:-200}" \
-        --batch 128 --micro 32 --lr 3e-3 --warmup 20 --compile
+        --tokens "$(ls "$out"/work/cache/*.tokens)" --out "$out/work/torch" --log "$out/work/ours/log.jsonl" \
+        --steps "${STEPS:-200}" --batch 128 --micro 32 --lr 3e-3 --warmup 20 --compile
     for by in ours torch; do
         measure $by
         echo "$by: valid $(number "$out/valid-$by.log" loss), $(number "$out/train-$by.log" tokens_per_second) tokens/s"

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Trains a backbone with PyTorch as `ponder train backbone` does: the same first weights, windows of
-the same tokens (in an order of its own), schedule, optimizer and clipping, bf16 under autocast with
-f32 master weights. Writes a model folder that `ponder eval` reads, and prints one JSON object.
+"""Trains a backbone with PyTorch as `ponder train backbone` does: the same first weights, the same
+windows in the same order, schedule, optimizer and clipping; bf16 under autocast with f32 master
+weights, or f32. Writes a model folder that `ponder eval` reads, and prints one JSON object. With
+--log of a run of `ponder train`, that object also says how far the losses of each step are apart.
 
     ponder train backbone --new ... --out P --cache CACHE
-    torch_train.py --initial P/initial --tokens CACHE/FILE --out T --steps N --batch B --lr 3e-3 \\
-                   --warmup 20 --compile
+    torch_train.py --initial P/initial --tokens CACHE/FILE --out T --log P/log.jsonl --steps N \\
+                   --batch B --lr 3e-3 --warmup 20 --compile
 """
 import argparse
 import json
@@ -31,6 +32,35 @@ def read_tokens(path):
         raise SystemExit(path + ": no token cache")
     ids = np.fromfile(path, {2: "<u2", 4: "<u4"}[width], tokens, offset=HEADER)
     return torch.from_numpy(ids.astype("<i8"))
+
+
+def mersenne_twister(seed):
+    """std::mt19937_64 (Nishimura 2000, "Tables of 64-bit Mersenne twisters")"""
+    mask = 2**64 - 1
+    state = [seed & mask]
+    for i in range(1, 312):
+        state.append(6364136223846793005 * (state[-1] ^ state[-1] >> 62) + i & mask)
+    while True:
+        for i in range(312):
+            x = state[i] & 0xffffffff80000000 | state[(i + 1) % 312] & 0x7fffffff
+            state[i] = state[(i + 156) % 312] ^ x >> 1 ^ (0xb5026f5aa96619e9 if x & 1 else 0)
+        for x in state:
+            x ^= x >> 29 & 0x5555555555555555
+            x ^= x << 17 & 0x71d67fffeda60000
+            x ^= x << 37 & 0xfff7eee000000000
+            yield x ^ x >> 43
+
+
+def windows_in_order(count, seed):
+    """Endless, see Order in tools/ponder/training_data.cpp."""
+    passes = 0
+    while True:
+        row, random = list(range(count)), mersenne_twister(seed * 0x9e3779b97f4a7c15 + passes)
+        for i in range(count, 1, -1):
+            j = next(random) % i
+            row[i - 1], row[j] = row[j], row[i - 1]
+        yield from row
+        passes += 1
 
 
 class Gpt2(torch.nn.Module):
@@ -101,15 +131,16 @@ def main():
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--f32", action="store_true")
+    parser.add_argument("--log")
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(arguments.seed)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest" if arguments.f32 else "high")
     ids = read_tokens(arguments.tokens).to(device)
     model = Gpt2(arguments.initial).to(device)
     window = model.config["n_positions"]
-    windows = (len(ids) - 1) // window
+    order = windows_in_order((len(ids) - 1) // window, arguments.seed)
     groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.95), eps=1e-8,
@@ -122,20 +153,18 @@ def main():
         share = min(1, (step - arguments.warmup) / (arguments.steps - arguments.warmup))
         return arguments.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
-    order, losses, times = torch.empty(0, dtype=torch.long), [], []
+    losses, times = [], []
     offsets = torch.arange(window + 1, device=device)
     for step in range(1, arguments.steps + 1):
         begin = time.perf_counter()
-        while len(order) < arguments.batch:
-            order = torch.cat([order, torch.randperm(windows)])
-        chosen, order = order[:arguments.batch].to(device), order[arguments.batch:]
+        chosen = torch.tensor([next(order) for _ in range(arguments.batch)], device=device)
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         optimizer.zero_grad(set_to_none=True)
         total = 0
         for some in chosen.split(arguments.micro):
             batch = ids[some[:, None] * window + offsets]
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=not arguments.f32):
                 loss = forward(batch[:, :-1], batch[:, 1:])
             share = len(some) / arguments.batch
             (loss * share).backward()
@@ -148,11 +177,18 @@ def main():
         times.append(time.perf_counter() - begin)
     write_model(model, arguments.initial, arguments.out)
     times.sort()
+    apart = {}
+    if arguments.log:
+        with open(arguments.log) as file:
+            theirs = [json.loads(line)["loss"] for line in file if '"loss"' in line]
+        differences = [abs(a - b) for a, b in zip(losses, theirs)]
+        apart = {"apart_first_10": max(differences[:10]),
+                 "apart_mean": sum(differences) / len(differences)}
     print(json.dumps({
         "torch": torch.__version__, "compiled": arguments.compile, "steps": arguments.steps,
         "tokens": arguments.steps * arguments.batch * window,
         "loss": sum(losses[-5:]) / len(losses[-5:]),
-        "tokens_per_second": arguments.batch * window / times[len(times) // 2]}))
+        "tokens_per_second": arguments.batch * window / times[len(times) // 2], **apart}))
 
 
 if __name__ == "__main__":
