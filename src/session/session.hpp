@@ -1,52 +1,20 @@
 // One stream: score a chunk, decide, learn, record. Nothing in a score depends on a later token.
 #pragma once
 
-#include "adapt/update_rule.hpp"
 #include "base/options.hpp"
 #include "policy/budget.hpp"
 #include "policy/policy.hpp"
+#include "session/call_guard.hpp"
+#include "session/fast_state.hpp"
 #include "session/model.hpp"
 
 #include <atomic>
 #include <deque>
-#include <thread>
 
 namespace ponder {
 
-// Bounds of one call: throws when cancelled or late. Made at the start of every long call.
-class CallGuard {
-public:
-    CallGuard(std::atomic<bool> &cancel, const ponder_call *call);
-    void check() const; // PONDER_E_CANCELLED, PONDER_E_DEADLINE
-    // May cancel. Does nothing on other threads than the one that made the call.
-    void progress(uint64_t done, uint64_t total) const;
-
-private:
-    std::atomic<bool> &cancel_;
-    const ponder_call *call_;
-    uint64_t deadline_ns_;
-    std::thread::id caller_ = std::this_thread::get_id();
-};
-
-uint64_t now_ns();
-
 class Decoder;
 struct Generation;
-
-// Fast weights with their optimizer's moments, in one block of the device's memory.
-class FastState {
-public:
-    FastState() = default;
-    FastState(std::shared_ptr<const Device> device, size_t count, size_t moments);
-    UpdateRule::State view() const;
-    float *weights() const { return block_.data(); }
-    const DeviceVector<float> &all() const { return block_; }
-    void swap(FastState &other) { block_.swap(other.block_); }
-
-private:
-    DeviceVector<float> block_;
-    size_t count_ = 0, moments_ = 0;
-};
 
 class Session {
 public:
@@ -107,6 +75,8 @@ public:
 
 private:
     static constexpr size_t most_waiting = size_t(1) << 24;
+    // Elements until the next part of a buffer starts, so that each is aligned.
+    static size_t padded(int64_t count) { return (size_t(count) + 15) / 16 * 16; }
 
     Session(std::shared_ptr<const Model> model, const Options &options,
             std::shared_ptr<const Adapted> adapted, std::shared_ptr<const Gate> gate);
@@ -127,7 +97,7 @@ private:
     double mean(const std::vector<float> &per_token) const; // over the open chunk's predictions
     bool records_gradients() const;
     int32_t decide(int32_t forced, ponder_record &record);
-    class Undo; // takes a decision back when the call that made it fails
+    class Undo;
     void learn_between(int32_t steps, ponder_record &record, const CallGuard &guard);
     void learn_inside(ponder_record &record);
     bool accept(double update_norm) const;

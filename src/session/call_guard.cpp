@@ -1,0 +1,34 @@
+#include "session/call_guard.hpp"
+
+#include "base/error.hpp"
+
+#include <chrono>
+
+namespace ponder {
+
+uint64_t now_ns() {
+    return uint64_t(
+        std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
+}
+
+CallGuard::CallGuard(std::atomic<bool> &cancel, const ponder_call *call)
+    : cancel_(cancel), call_(call),
+      deadline_ns_(call && call->timeout_ns ? now_ns() + call->timeout_ns : 0) {
+    cancel_.store(false, std::memory_order_relaxed);
+}
+
+void CallGuard::check() const {
+    if (cancel_.load(std::memory_order_relaxed))
+        throw_error(PONDER_E_CANCELLED, "cancelled");
+    if (deadline_ns_ && now_ns() > deadline_ns_)
+        throw_error(PONDER_E_DEADLINE, "deadline passed after %llu ns",
+                    static_cast<unsigned long long>(call_->timeout_ns));
+}
+
+void CallGuard::progress(uint64_t done, uint64_t total) const {
+    if (call_ && call_->progress && std::this_thread::get_id() == caller_ &&
+        call_->progress(call_->user_data, done, total))
+        throw_error(PONDER_E_CANCELLED, "cancelled by the progress callback");
+}
+
+} // namespace ponder
