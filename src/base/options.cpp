@@ -3,6 +3,7 @@
 #include "base/error.hpp"
 #include "base/hash.hpp"
 
+#include <array>
 #include <charconv>
 #include <cmath>
 #include <limits>
@@ -13,39 +14,34 @@ namespace {
 
 constexpr double unbounded = std::numeric_limits<double>::infinity();
 
-constexpr ponder_option_info integer(const char *name, const char *value, double minimum,
-                                     double maximum, const char *unit, const char *doc) {
-    return {sizeof(ponder_option_info),
-            PONDER_OPTION_INTEGER,
-            name,
-            value,
-            unit,
-            doc,
-            minimum,
-            maximum,
-            ""};
+// A row of the table.
+struct Option {
+    ponder_option_info info;
+    bool hashed = true; // its value changes what is computed
+    // For those that say who computes, and how they meet.
+    constexpr Option not_hashed() const { return {info, false}; }
+};
+
+constexpr Option option(int32_t type, const char *name, const char *value, const char *unit,
+                        const char *doc, double minimum, double maximum, const char *choices = "") {
+    return {{sizeof(ponder_option_info), type, name, value, unit, doc, minimum, maximum, choices}};
 }
-constexpr ponder_option_info number(const char *name, const char *value, double minimum,
-                                    double maximum, const char *unit, const char *doc) {
-    return {sizeof(ponder_option_info),
-            PONDER_OPTION_NUMBER,
-            name,
-            value,
-            unit,
-            doc,
-            minimum,
-            maximum,
-            ""};
+constexpr Option integer(const char *name, const char *value, double minimum, double maximum,
+                         const char *unit, const char *doc) {
+    return option(PONDER_OPTION_INTEGER, name, value, unit, doc, minimum, maximum);
 }
-constexpr ponder_option_info boolean(const char *name, const char *value, const char *doc) {
-    return {sizeof(ponder_option_info), PONDER_OPTION_BOOLEAN, name, value, "", doc, 0, 1, ""};
+constexpr Option number(const char *name, const char *value, double minimum, double maximum,
+                        const char *unit, const char *doc) {
+    return option(PONDER_OPTION_NUMBER, name, value, unit, doc, minimum, maximum);
 }
-constexpr ponder_option_info text(const char *name, const char *value, const char *choices,
-                                  const char *doc) {
-    return {sizeof(ponder_option_info), PONDER_OPTION_TEXT, name, value, "", doc, 0, 0, choices};
+constexpr Option boolean(const char *name, const char *value, const char *doc) {
+    return option(PONDER_OPTION_BOOLEAN, name, value, "", doc, 0, 1);
+}
+constexpr Option text(const char *name, const char *value, const char *choices, const char *doc) {
+    return option(PONDER_OPTION_TEXT, name, value, "", doc, 0, 0, choices);
 }
 
-constexpr ponder_option_info table[] = {
+constexpr Option options[] = {
     text("adapter", "lora", "none|lora|ttt-linear|ttt-mlp|DIR",
          "what adapts: LoRA on the backbone's linears, a TTT layer after it, or an adapter folder"),
     text("policy", "always",
@@ -134,11 +130,13 @@ constexpr ponder_option_info table[] = {
             "backbones: blocks compute their activations again in the backward pass: less memory, "
             "about a quarter more work"),
     integer("train.world", "1", 1, 65536, "processes",
-            "that take each step together: data parallel training"),
-    integer("train.rank", "0", 0, 65535, "", "which of them this one is"),
-    text("train.address", "", "HOST:PORT", "where process 0 waits for the others"),
+            "that take each step together: data parallel training")
+        .not_hashed(),
+    integer("train.rank", "0", 0, 65535, "", "which of them this one is").not_hashed(),
+    text("train.address", "", "HOST:PORT", "where process 0 waits for the others").not_hashed(),
     number("train.patience", "600", 0.1, 1e6, "s",
-           "without a byte from the others, after which a step fails"),
+           "without a byte from the others, after which a step fails")
+        .not_hashed(),
     integer("train.micro", "8", 1, 4096, "streams",
             "backbones: streams in one pass; gradients of more are added up"),
 
@@ -176,7 +174,14 @@ constexpr ponder_option_info table[] = {
             "TTT layers: the policy may read the chunk it changes (not causal, marked so)"),
 };
 
-constexpr size_t table_size = sizeof table / sizeof table[0];
+constexpr size_t table_size = std::size(options);
+
+constexpr auto table = [] {
+    std::array<ponder_option_info, table_size> infos{};
+    for (size_t i = 0; i < table_size; ++i)
+        infos[i] = options[i].info;
+    return infos;
+}();
 
 size_t index_of(std::string_view name) {
     for (size_t i = 0; i < table_size; ++i)
@@ -219,7 +224,7 @@ void check_choice(const ponder_option_info &info, const std::string &value) {
 
 } // namespace
 
-std::span<const ponder_option_info> option_table() { return {table, table_size}; }
+std::span<const ponder_option_info> option_table() { return table; }
 
 Options::Options() {
     for (const ponder_option_info &info : table)
@@ -259,9 +264,7 @@ int64_t Options::integer(std::string_view name) const { return int64_t(number(na
 std::string Options::hash() const {
     Hash hash;
     for (size_t i = 0; i < table_size; ++i) {
-        const std::string_view name = table[i].name; // who computes is not what is computed
-        if (name == "train.world" || name == "train.rank" || name == "train.address" ||
-            name == "train.patience")
+        if (!options[i].hashed)
             continue;
         hash.add(std::string(table[i].name));
         hash.add(values_[i]);

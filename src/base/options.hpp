@@ -26,7 +26,7 @@ public:
     double number(std::string_view name) const;
     int64_t integer(std::string_view name) const;
     bool boolean(std::string_view name) const { return integer(name) != 0; }
-    // Of every value, for snapshots.
+    // Of every value that changes what is computed, for snapshots.
     std::string hash() const;
 
     Options();
