@@ -1,9 +1,7 @@
 // The CUDA module: that it loads anywhere and says why it cannot run; and, where there is a device,
 // whole sessions and trainers against the reference backend and other implementations.
 // PONDER_CUDA_MODULE in the environment names another build of it.
-#include "backend/reference/reference.hpp"
-#include "support.hpp"
-#include "train/trainer.hpp"
+#include "device_runs.hpp"
 
 #include <cstdlib>
 #include <cstring>
@@ -12,8 +10,6 @@
 
 namespace ponder::test {
 namespace {
-
-const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny"; // 2 layers, width 64, vocabulary 320
 
 Backend module() {
     const char *path = std::getenv("PONDER_CUDA_MODULE");
@@ -34,11 +30,7 @@ Backend module() {
 
 std::shared_ptr<const Model> load(const std::string &folder, const char *backend,
                                   const char *dtype, uint64_t limit = 0) {
-    auto runtime = std::make_shared<Runtime>();
-    runtime->memory = std::make_shared<Memory>(limit, nullptr, nullptr, nullptr);
-    runtime->threads = std::make_shared<Threads>(4);
-    runtime->backends = {{reference_backend(), "reference", "", ""}, module()};
-    return std::make_shared<Model>(runtime, folder, backend, dtype, [](uint64_t, uint64_t) {});
+    return load_beside_reference(module(), folder, backend, dtype, limit);
 }
 
 TEST(CudaModule, LoadsAndSaysWhatIsMissing) {
@@ -66,21 +58,8 @@ protected:
     }
 };
 
-std::vector<int32_t> random_tokens(size_t count, uint64_t seed) {
-    Random random(seed);
-    std::vector<int32_t> tokens(count);
-    for (int32_t &t : tokens)
-        t = int32_t(random.next() % 12 + (random.next() % 8 == 0 ? 200 : 0));
-    return tokens;
-}
-
-using Values = std::vector<std::pair<const char *, std::string>>;
-
 Options options_of(const Values &values) {
-    Options options = make_options({{"chunk", "32"}, {"context", "64"}, {"lora.rank", "4"}});
-    for (const auto &[name, value] : values)
-        options.set(name, value);
-    return options;
+    return with(make_options({{"chunk", "32"}, {"context", "64"}, {"lora.rank", "4"}}), values);
 }
 
 const std::vector<Values> cases{
@@ -127,19 +106,8 @@ TEST_F(Cuda, SnapshotsMoveBothWays) {
     const auto host = load(tiny, "reference", "f32"), device = load(tiny, "cuda", "f32");
     const auto tokens = random_tokens(32 * 6, 6);
     for (const Values &values : {cases[0], cases[4]}) {
-        const auto half = [&](const std::shared_ptr<const Model> &model,
-                              std::span<const std::byte> from) {
-            Session session(model, options_of(values));
-            if (from.empty())
-                session.feed(tokens);
-            else
-                session.load(from, "snapshot");
-            for (int i = 0; i < 3; ++i) {
-                session.score(no_limits(session));
-                session.learn(-1, no_limits(session));
-            }
-            return std::pair(session.save(), std::vector(session.losses().begin(),
-                                                         session.losses().end()));
+        const auto half = [&](const auto &model, std::span<const std::byte> from) {
+            return three_chunks(model, options_of(values), tokens, from);
         };
         const auto stay = half(host, half(host, {}).first);
         EXPECT_LE(relative_error(half(host, half(device, {}).first).second, stay.second), 1e-4);
@@ -197,17 +165,9 @@ TEST_F(Cuda, LoraTttMatchesPyTorch) {
 std::vector<double> trained(const std::shared_ptr<const Model> &model, int32_t kind,
                             const Values &values) {
     const auto trainer = make_trainer(model, kind, options_of(values));
-    std::atomic<bool> cancel{false};
     std::vector<double> log;
-    const size_t tokens = kind == PONDER_TRAIN_BACKBONE ? 33 : 32 * 4;
-    for (uint64_t i = 0; i < 4; ++i) {
-        std::vector<std::vector<int32_t>> streams;
-        std::vector<ponder_stream> given;
-        for (uint64_t s = 0; s < 3; ++s)
-            streams.push_back(random_tokens(tokens, i * 16 + s));
-        for (const auto &s : streams)
-            given.push_back({s.data(), s.size()});
-        const ponder_train_record r = trainer->step(given, CallGuard(cancel, nullptr));
+    for (const ponder_train_record &r :
+         take_steps(*trainer, 4, kind == PONDER_TRAIN_BACKBONE ? 33 : 32 * 4)) {
         log.push_back(r.loss);
         log.push_back(r.gradient_norm);
     }

@@ -1,10 +1,9 @@
 // Everything above the backends on a device whose memory is not the host's, bit for bit as on the
 // reference backend: sessions, snapshots, gates' features, trainers; and what happens when such a
 // device runs out of memory or breaks.
+#include "device_runs.hpp"
 #include "offset_backend.hpp"
 #include "session/generate.hpp"
-#include "support.hpp"
-#include "train/trainer.hpp"
 
 #include <gtest/gtest.h>
 
@@ -13,34 +12,14 @@
 namespace ponder::test {
 namespace {
 
-const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny"; // 2 layers, width 64, vocabulary 320
-
 std::shared_ptr<const Model> load(const char *backend, const char *dtype, uint64_t limit = 0,
                                   const char *weights = "auto") {
-    auto runtime = std::make_shared<Runtime>();
-    runtime->memory = std::make_shared<Memory>(limit, nullptr, nullptr, nullptr);
-    runtime->threads = std::make_shared<Threads>(3);
-    runtime->backends = {{reference_backend(), "reference", "", ""},
-                         {offset::backend(), "offset", "", ""}};
-    return std::make_shared<Model>(
-        runtime, tiny, backend, dtype, [](uint64_t, uint64_t) {}, weights);
+    return load_beside_reference({offset::backend(), "offset", "", ""}, tiny, backend, dtype, limit,
+                                 weights);
 }
-
-std::vector<int32_t> random_tokens(size_t count, uint64_t seed) {
-    Random random(seed);
-    std::vector<int32_t> tokens(count);
-    for (int32_t &t : tokens)
-        t = int32_t(random.next() % 12 + (random.next() % 8 == 0 ? 200 : 0));
-    return tokens;
-}
-
-using Values = std::vector<std::pair<const char *, std::string>>;
 
 Options options_of(const Values &values) {
-    Options options = make_options({{"chunk", "16"}, {"context", "32"}, {"lora.rank", "4"}});
-    for (const auto &[name, value] : values)
-        options.set(name, value);
-    return options;
+    return with(make_options({{"chunk", "16"}, {"context", "32"}, {"lora.rank", "4"}}), values);
 }
 
 const std::vector<Values> cases{
@@ -109,19 +88,8 @@ TEST(DeviceMemory, SnapshotsMove) {
     const auto host = load("reference", "f32"), device = load("offset", "f32");
     const auto tokens = random_tokens(16 * 6, 6);
     for (const Values &values : {cases[0], cases[7]}) {
-        const auto half = [&](const std::shared_ptr<const Model> &model,
-                              std::span<const std::byte> from) {
-            Session session(model, options_of(values));
-            if (from.empty())
-                session.feed(tokens);
-            else
-                session.load(from, "snapshot");
-            for (int i = 0; i < 3; ++i) {
-                session.score(no_limits(session));
-                session.learn(-1, no_limits(session));
-            }
-            return std::pair(session.save(), std::vector(session.losses().begin(),
-                                                         session.losses().end()));
+        const auto half = [&](const auto &model, std::span<const std::byte> from) {
+            return three_chunks(model, options_of(values), tokens, from);
         };
         const auto stay = half(host, half(host, {}).first);
         EXPECT_EQ(half(host, half(device, {}).first).second, stay.second);
@@ -181,18 +149,10 @@ TEST(DeviceMemory, AnUpdateReadsBackTwice) {
 
 std::string trained(const std::shared_ptr<const Model> &model, int32_t kind, const Values &values) {
     const auto trainer = make_trainer(model, kind, options_of(values));
-    std::atomic<bool> cancel{false};
     std::string log;
-    const size_t tokens = kind == PONDER_TRAIN_BACKBONE ? 17 : 16 * 5;
     const TempDir dir;
-    for (uint64_t i = 0; i < 3; ++i) {
-        std::vector<std::vector<int32_t>> streams;
-        std::vector<ponder_stream> given;
-        for (uint64_t s = 0; s < 3; ++s)
-            streams.push_back(random_tokens(tokens, i * 16 + s));
-        for (const auto &s : streams)
-            given.push_back({s.data(), s.size()});
-        const ponder_train_record r = trainer->step(given, CallGuard(cancel, nullptr));
+    for (const ponder_train_record &r :
+         take_steps(*trainer, 3, kind == PONDER_TRAIN_BACKBONE ? 17 : 16 * 5)) {
         char text[128];
         std::snprintf(text, sizeof text, "%.17g %.17g %.17g\n", r.loss, r.loss_first,
                       r.gradient_norm);

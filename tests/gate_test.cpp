@@ -318,21 +318,6 @@ TEST(GatePolicy, ThresholdsSpendWhatTheySay) {
 
 // ---- Sessions with a gate
 
-const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny";
-
-const std::shared_ptr<const Model> &tiny_model() {
-    static const auto model = load_model(tiny, "reference");
-    return model;
-}
-
-std::vector<int32_t> tokens_of(size_t count, uint64_t seed) {
-    Random random(seed);
-    std::vector<int32_t> tokens(count);
-    for (int32_t &t : tokens)
-        t = int32_t(random.next() % 12 + (random.next() % 8 == 0 ? 200 : 0));
-    return tokens;
-}
-
 Options gate_options(std::initializer_list<std::pair<const char *, std::string>> more = {}) {
     Options options = make_options({{"chunk", "16"},
                                     {"context", "32"},
@@ -347,7 +332,7 @@ Options gate_options(std::initializer_list<std::pair<const char *, std::string>>
 // An adapter folder with an untrained LoRA.
 void save_plain_adapter(const std::string &folder) {
     const Options options = gate_options();
-    const Gpt2 &backbone = tiny_model()->backbone();
+    const Gpt2 &backbone = tiny_model("reference")->backbone();
     const auto adapter = make_adapter(backbone.config(), options, backbone.hash());
     std::vector<float> fast(adapter->fast_count());
     Random random(0);
@@ -365,7 +350,7 @@ protected:
                                 {"gate.samples", "4"},
                                 {"gate.replay", "5"}});
         for (uint64_t i = 0; i < 3; ++i)
-            text.push_back(tokens_of(16 * 10, 20 + i));
+            text.push_back(random_tokens(16 * 10, 20 + i));
         for (const auto &ids : text)
             streams.push_back({ids.data(), ids.size()});
     }
@@ -384,7 +369,7 @@ protected:
 
 // Two processes (threads stand for them) measure what one measures, in the same order.
 TEST_F(Trained, ProcessesMeasureTogether) {
-    GateTrainer alone(tiny_model(), options);
+    GateTrainer alone(tiny_model("reference"), options);
     train(alone, 2);
     alone.save(dir.path() + "/alone", "");
     const std::string address = free_address();
@@ -395,7 +380,7 @@ TEST_F(Trained, ProcessesMeasureTogether) {
             own.set("train.world", "2");
             own.set("train.rank", std::to_string(r));
             own.set("train.address", address);
-            GateTrainer trainer(tiny_model(), own);
+            GateTrainer trainer(tiny_model("reference"), own);
             std::atomic<bool> cancel{false};
             for (int i = 0; i < 2; ++i)
                 trainer.step(streams, CallGuard(cancel, nullptr));
@@ -408,11 +393,11 @@ TEST_F(Trained, ProcessesMeasureTogether) {
 }
 
 TEST_F(Trained, CheckpointGoesOnBitForBit) {
-    GateTrainer whole(tiny_model(), options), half(tiny_model(), options);
+    GateTrainer whole(tiny_model("reference"), options), half(tiny_model("reference"), options);
     train(whole, 3);
     train(half, 2);
     half.save(dir.path() + "/checkpoint", "here");
-    GateTrainer rest(tiny_model(), options);
+    GateTrainer rest(tiny_model("reference"), options);
     rest.load(dir.path() + "/checkpoint");
     EXPECT_EQ(rest.steps(), 2u);
     EXPECT_EQ(rest.note(), "here");
@@ -436,11 +421,11 @@ TEST_F(Trained, PolicyAdapterFollowsTheStoredGate) {
             options.set("gate.form", form);
             options.set("gate.features", features);
             options.set("gate.loss", features == std::string("ponder") ? "ponder" : "advantage");
-            GateTrainer trainer(tiny_model(), options);
+            GateTrainer trainer(tiny_model("reference"), options);
             train(trainer, 1);
             trainer.export_to(folder());
             // The stored policy is `adapter`.
-            Session session(tiny_model(), gate_options({{"adapter", folder()}}));
+            Session session(tiny_model("reference"), gate_options({{"adapter", folder()}}));
             session.expect(10);
             session.feed(text[0]);
             session.feed(text[1]);
@@ -451,7 +436,7 @@ TEST_F(Trained, PolicyAdapterFollowsTheStoredGate) {
             }
             ASSERT_TRUE(session.score(no_limits(session)));
             const auto fork = session.fork();
-            Session loaded(tiny_model(), gate_options({{"adapter", folder()}}));
+            Session loaded(tiny_model("reference"), gate_options({{"adapter", folder()}}));
             loaded.load(session.save(), "snapshot");
             for (Session *s : {&session, fork.get(), &loaded})
                 s->adapt(no_limits(*s));
@@ -467,7 +452,7 @@ TEST_F(Trained, PolicyAdapterFollowsTheStoredGate) {
                 }
             }
             // Another policy overrides; a snapshot of another gate is refused.
-            Session always(tiny_model(),
+            Session always(tiny_model("reference"),
                            gate_options({{"adapter", folder()}, {"policy", "always"}}));
             always.feed(text[0]);
             always.adapt(no_limits(always));
@@ -475,13 +460,13 @@ TEST_F(Trained, PolicyAdapterFollowsTheStoredGate) {
             const auto before = session.save();
             train(trainer, 1);
             trainer.export_to(folder());
-            Session other(tiny_model(), gate_options({{"adapter", folder()}}));
+            Session other(tiny_model("reference"), gate_options({{"adapter", folder()}}));
             expect_error(PONDER_E_MISMATCH, {"gate"}, [&] { other.load(before, "snapshot"); });
         }
 }
 
 TEST_F(Trained, FeaturesOfOneChunkDoNotDependOnLaterOnes) {
-    GateTrainer trainer(tiny_model(), options);
+    GateTrainer trainer(tiny_model("reference"), options);
     train(trainer, 1);
     trainer.export_to(folder());
     std::vector<std::vector<double>> seen[2];
@@ -490,7 +475,7 @@ TEST_F(Trained, FeaturesOfOneChunkDoNotDependOnLaterOnes) {
         if (run == 1)
             for (size_t i = 16 * 6; i < ids.size(); ++i)
                 ids[i] = 7;
-        Session session(tiny_model(), gate_options({{"adapter", folder()}}));
+        Session session(tiny_model("reference"), gate_options({{"adapter", folder()}}));
         session.feed(ids);
         while (session.score(no_limits(session))) {
             seen[run].push_back(session.features());
@@ -509,30 +494,31 @@ TEST_F(Trained, FeaturesOfOneChunkDoNotDependOnLaterOnes) {
 }
 
 TEST_F(Trained, CalibrationIsStoredAndHolds) {
-    GateTrainer trainer(tiny_model(), options);
+    GateTrainer trainer(tiny_model("reference"), options);
     train(trainer, 2);
     trainer.export_to(folder());
     std::atomic<bool> cancel{false};
     CalibrationGoal goal;
     goal.target = 0.4;
     const Options with = gate_options({{"adapter", folder()}});
-    const std::vector<std::vector<int32_t>> others{tokens_of(16 * 20, 77), tokens_of(16 * 20, 78)};
+    const std::vector<std::vector<int32_t>> others{random_tokens(16 * 20, 77),
+                                                   random_tokens(16 * 20, 78)};
     const std::vector<ponder_stream> held{{others[0].data(), others[0].size()},
                                           {others[1].data(), others[1].size()}};
     const ponder_calibration report =
-        calibrate(tiny_model(), with, streams, held, goal, CallGuard(cancel, nullptr));
+        calibrate(tiny_model("reference"), with, streams, held, goal, CallGuard(cancel, nullptr));
     EXPECT_EQ(report.target, 0.4);
     EXPECT_NEAR(report.rate, 0.4, 0.05);
     EXPECT_NEAR(report.held_rate, 0.4, 0.04);
     EXPECT_NEAR(report.share[0] + report.share[1] + report.share[2] + report.share[3], 1, 1e-9);
-    Session session(tiny_model(), with);
+    Session session(tiny_model("reference"), with);
     session.expect(20);
     session.feed(others[0]);
     session.adapt(no_limits(session));
     EXPECT_LE(session.info().steps, 8u);
     EXPECT_GE(session.info().steps, 7u);
     // The operating point is an option.
-    Session more(tiny_model(),
+    Session more(tiny_model("reference"),
                  gate_options({{"adapter", folder()}, {"policy.target_rate", "0.8"}}));
     more.expect(20);
     more.feed(others[0]);
@@ -542,7 +528,7 @@ TEST_F(Trained, CalibrationIsStoredAndHolds) {
 }
 
 TEST_F(Trained, HostileFoldersAreRefused) {
-    GateTrainer trainer(tiny_model(), options);
+    GateTrainer trainer(tiny_model("reference"), options);
     train(trainer, 1);
     trainer.export_to(folder());
     const std::string file = folder() + "/ponder.json", good = read_file(file, 1 << 20);
@@ -555,7 +541,7 @@ TEST_F(Trained, HostileFoldersAreRefused) {
     };
     const auto refused = [&](ponder_status status, const char *words) {
         expect_error(status, {words}, [&] {
-            Session session(tiny_model(), gate_options({{"adapter", folder()}}));
+            Session session(tiny_model("reference"), gate_options({{"adapter", folder()}}));
         });
     };
     with("\"form\": \"steps\"", "\"form\": \"guess\"");
@@ -585,8 +571,8 @@ TEST_F(Trained, HostileFoldersAreRefused) {
 // ---- The oracle
 
 TEST(Oracle, SpendsItsTargetAndSaysThatItIsNotCausal) {
-    const std::vector<int32_t> ids = tokens_of(16 * 16, 5);
-    Session session(tiny_model(), gate_options({{"policy", "oracle:0.5"}}));
+    const std::vector<int32_t> ids = random_tokens(16 * 16, 5);
+    Session session(tiny_model("reference"), gate_options({{"policy", "oracle:0.5"}}));
     session.expect(16);
     session.feed(ids);
     session.adapt(no_limits(session));

@@ -12,25 +12,6 @@
 namespace ponder::test {
 namespace {
 
-const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny"; // 2 layers, width 64, vocabulary 320
-
-std::vector<int32_t> random_tokens(size_t count, uint64_t seed) {
-    Random random(seed);
-    std::vector<int32_t> tokens(count);
-    for (int32_t &t : tokens)
-        t = int32_t(random.next() % 12 + (random.next() % 8 == 0 ? 200 : 0));
-    return tokens;
-}
-
-const std::shared_ptr<const Model> &model(const std::string &backend,
-                                          const std::string &dtype = "f32", uint32_t threads = 2) {
-    static std::map<std::string, std::shared_ptr<const Model>> models;
-    auto &entry = models[backend + dtype + std::to_string(threads)];
-    if (!entry)
-        entry = load_model(tiny, backend, dtype, threads);
-    return entry;
-}
-
 struct Written {
     std::vector<int32_t> ids;
     std::vector<double> log_p;
@@ -137,7 +118,7 @@ TEST(Decode, IsScoringTokenByToken) {
     for (const char *backend : {"cpu", "reference"})
         for (const Case &c : cases()) {
             SCOPED_TRACE(std::string(backend) + " " + c.name);
-            Session session(model(backend), options_of(c));
+            Session session(tiny_model(backend), options_of(c));
             // What is learned inside a pass begins with the text; LoRA has learned from three
             // chunks.
             const size_t before = c.inside ? 0 : 3;
@@ -161,11 +142,11 @@ TEST(Decode, GoesOnAfterARestore) {
     const std::vector<int32_t> text = random_tokens(150, 6);
     for (const Case &c : cases()) {
         SCOPED_TRACE(c.name);
-        Session session(model("cpu"), options_of(c));
+        Session session(tiny_model("cpu"), options_of(c));
         session.feed(random_tokens(64, 7));
         session.adapt(no_limits(session));
         const std::vector<double> expected = decode(session, text, 1, 150);
-        Session other(model("cpu"), options_of(c));
+        Session other(tiny_model("cpu"), options_of(c));
         other.load(session.save(), "snapshot");
         for (const size_t from : {1, 77, 149}) {
             other.load(session.save(), "snapshot");
@@ -184,7 +165,7 @@ TEST(Decode, ManyStreamsAsEachAlone) {
         std::vector<Generation> wishes;
         std::vector<Written> alone;
         for (size_t i = 0; i < 3; ++i) {
-            sessions.push_back(std::make_unique<Session>(model("cpu"), options_of(c)));
+            sessions.push_back(std::make_unique<Session>(tiny_model("cpu"), options_of(c)));
             list.push_back(sessions.back().get());
             list[i]->feed(random_tokens(32 * (i + 1), 11 + i)); // other fast weights each
             list[i]->adapt(no_limits(*list[i]));
@@ -218,7 +199,7 @@ TEST(Decode, TheStreamNeverNotices) {
         for (const Case &c : cases()) {
             SCOPED_TRACE(c.name);
             const auto run = [&](bool writes) {
-                Session session(model("cpu", dtype), options_of(c));
+                Session session(tiny_model("cpu", dtype), options_of(c));
                 const auto write = [&] {
                     if (writes)
                         generate(session,
@@ -250,14 +231,14 @@ TEST(Decode, TheStreamNeverNotices) {
 }
 
 TEST(Decode, AcceptedTextIsRead) {
-    Session session(model("cpu"), options_of(cases()[1]));
+    Session session(tiny_model("cpu"), options_of(cases()[1]));
     const Written w = generate(session, wish({1, 2, 3}, 40));
     EXPECT_EQ(session.info().tokens_fed, 0u);
     session.accept_text(3, 40);
     EXPECT_EQ(session.info().tokens_fed, 40u);
     EXPECT_THROW(session.accept_text(4, 40), Error);
     EXPECT_THROW(session.accept_text(1, UINT64_MAX), Error);
-    Session other(model("cpu"), options_of(cases()[1]));
+    Session other(tiny_model("cpu"), options_of(cases()[1]));
     other.feed(w.ids);
     for (Session *s : {&session, &other})
         s->flush(no_limits(*s));
@@ -270,7 +251,7 @@ TEST(Cache, AfterAnUpdate) {
     for (const char *layers : {"all", "last:1"}) {
         SCOPED_TRACE(layers);
         Case c{"", {{"lora.layers", layers}, {"inner.lr", "0.05"}}};
-        Session session(model("cpu"), options_of(c)), keeps(model("cpu"), options_of(c));
+        Session session(tiny_model("cpu"), options_of(c)), keeps(tiny_model("cpu"), options_of(c));
         for (Session *s : {&session, &keeps}) {
             decode(*s, text, 50, 51);
             s->feed(random_tokens(64, 10));
@@ -291,7 +272,7 @@ TEST(Cache, AfterAnUpdate) {
 }
 
 TEST(Cache, OnlyWhatIsNewIsComputed) {
-    Session session(model("cpu"), options_of(cases()[0]));
+    Session session(tiny_model("cpu"), options_of(cases()[0]));
     const std::vector<int32_t> text = random_tokens(50, 12);
     const auto cached = [&](size_t n) {
         return generate(session, wish({text.begin(), text.begin() + std::ptrdiff_t(n)}, 1))
@@ -309,7 +290,7 @@ TEST(Decode, ThreadsDoNotMatter) {
     for (const char *dtype : {"f32", "bf16"}) {
         std::vector<Written> all;
         for (const uint32_t threads : {1u, 2u, 3u, 7u}) {
-            Session session(model("cpu", dtype, threads), options_of(cases()[1]));
+            Session session(tiny_model("cpu", dtype, threads), options_of(cases()[1]));
             session.feed(random_tokens(96, 3));
             session.adapt(no_limits(session));
             Generation g = wish(random_tokens(20, 4), 100);
@@ -430,7 +411,7 @@ TEST(Sampler, GreedyTakesTheFirstOfEquals) {
 }
 
 TEST(Sampler, AnotherSeedIsAnotherText) {
-    Session session(model("cpu"), options_of(cases()[0]));
+    Session session(tiny_model("cpu"), options_of(cases()[0]));
     Generation g = wish({1, 2}, 30);
     g.sampling.temperature = 1;
     const auto with = [&](uint64_t seed) {

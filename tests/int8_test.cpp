@@ -42,14 +42,6 @@ std::vector<int32_t> source_tokens(const Model &model, size_t count) {
     return tokens;
 }
 
-std::vector<int32_t> random_tokens(size_t count, int32_t vocabulary) {
-    Random random(5);
-    std::vector<int32_t> tokens(count);
-    for (int32_t &t : tokens)
-        t = int32_t(random.next() % uint64_t(vocabulary));
-    return tokens;
-}
-
 struct Read {
     std::vector<float> losses;
     std::vector<float> fast;
@@ -233,7 +225,7 @@ TEST(Int8Session, IsThatOfTheSameNumbers) {
     TempDir folder;
     const std::string out = folder.file("int8");
     convert(tiny, out);
-    const auto tokens = random_tokens(16 * 6 + 5, 320);
+    const auto tokens = uniform_tokens(16 * 6 + 5, 320, 5);
     for (const char *adapter : {"none", "lora", "ttt-linear"})
         for (const char *backend : {"cpu", "reference"}) {
             SCOPED_TRACE(std::string(adapter) + " on " + backend);
@@ -252,7 +244,7 @@ TEST(Int8Session, IsThatOfTheSameNumbers) {
 // Token by token as in one pass, for one stream and for many together.
 TEST(Int8Session, DecodesAsItScores) {
     const auto model = load(tiny, "int8");
-    const std::vector<int32_t> text = random_tokens(64, 320);
+    const std::vector<int32_t> text = uniform_tokens(64, 320, 5);
     for (const char *adapter : {"none", "lora"}) {
         const Options options = make_options(
             {{"adapter", adapter}, {"chunk", "32"}, {"context", "64"}, {"lora.rank", "4"}});
@@ -333,7 +325,7 @@ TEST(Int8Session, SnapshotsStayWithTheirStorage) {
     const auto int8 = load(tiny, "int8"), plain = load(tiny, "float");
     const Options options = make_options({{"chunk", "16"}, {"context", "32"}, {"lora.rank", "4"}});
     Session session(int8, options);
-    session.feed(random_tokens(40, 320));
+    session.feed(uniform_tokens(40, 320, 5));
     ASSERT_TRUE(session.score(no_limits(session)));
     const std::vector<std::byte> bytes = session.save();
     Session same(int8, options), other(plain, options);

@@ -8,25 +8,6 @@
 namespace ponder::test {
 namespace {
 
-const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny"; // 2 layers, width 64, vocabulary 320
-
-std::vector<int32_t> random_tokens(size_t count, uint64_t seed) {
-    Random random(seed);
-    std::vector<int32_t> tokens(count);
-    for (int32_t &t : tokens) // runs of few values, so that there is something to learn
-        t = int32_t(random.next() % 12 + (random.next() % 8 == 0 ? 200 : 0));
-    return tokens;
-}
-
-const std::shared_ptr<const Model> &model(const std::string &backend, const std::string &dtype,
-                                          uint32_t threads = 2) {
-    static std::map<std::string, std::shared_ptr<const Model>> models;
-    auto &entry = models[backend + dtype + std::to_string(threads)];
-    if (!entry)
-        entry = load_model(tiny, backend, dtype, threads);
-    return entry;
-}
-
 // Every score of a stream, token by token.
 struct Trace {
     std::vector<float> losses;
@@ -93,7 +74,7 @@ TEST(Causality, NoScoreReadsALaterToken) {
     for (const char *dtype : {"f32", "bf16"})
         for (const Case &c : cases()) {
             std::vector<int32_t> tokens = random_tokens(tokens_count, 3);
-            Session session(model("cpu", dtype), options_of(c));
+            Session session(tiny_model("cpu", dtype), options_of(c));
             session.expect(6);
             const Trace before = run(session, tokens);
             tokens[changed] = (tokens[changed] + 131) % 320;
@@ -111,7 +92,8 @@ TEST(Causality, NoScoreReadsALaterToken) {
 
 TEST(Determinism, SameSeedSameRecords) {
     for (const Case &c : cases()) {
-        Session a(model("cpu", "f32"), options_of(c)), b(model("cpu", "f32"), options_of(c));
+        Session a(tiny_model("cpu", "f32"), options_of(c)),
+            b(tiny_model("cpu", "f32"), options_of(c));
         a.expect(5);
         b.expect(5);
         const auto tokens = random_tokens(32 * 5, 4);
@@ -126,7 +108,7 @@ TEST(Determinism, ThreadsDoNotMatter) {
         for (const Case &c : cases()) {
             std::vector<Trace> traces;
             for (uint32_t threads : {1u, 3u}) {
-                Session session(model("cpu", dtype, threads), options_of(c));
+                Session session(tiny_model("cpu", dtype, threads), options_of(c));
                 session.expect(5);
                 traces.push_back(run(session, random_tokens(32 * 5, 5)));
                 for (ponder_record &r : traces.back().records)
@@ -140,11 +122,11 @@ TEST(Determinism, ThreadsDoNotMatter) {
 TEST(Snapshot, ForkAndRestoreContinueBitForBit) {
     const auto tokens = random_tokens(32 * 8 + 11, 6);
     for (const Case &c : cases()) {
-        Session whole(model("cpu", "f32"), options_of(c));
+        Session whole(tiny_model("cpu", "f32"), options_of(c));
         whole.expect(8);
         const Trace expected = run(whole, tokens);
         for (const bool between : {false, true}) { // cut after learn, or between score and learn
-            Session first(model("cpu", "f32"), options_of(c));
+            Session first(tiny_model("cpu", "f32"), options_of(c));
             first.expect(8);
             Trace trace = run(first, std::span(tokens).first(32 * 3 + 7));
             std::span<const int32_t> rest = std::span(tokens).subspan(32 * 3 + 7);
@@ -154,7 +136,7 @@ TEST(Snapshot, ForkAndRestoreContinueBitForBit) {
                 ASSERT_TRUE(first.score(no_limits(first)));
             }
             auto fork = first.fork();
-            Session restored(model("cpu", "f32"), options_of(c));
+            Session restored(tiny_model("cpu", "f32"), options_of(c));
             restored.load(first.save(), "snapshot");
             for (Session *session : {&first, fork.get(), &restored}) {
                 Trace all = trace;
@@ -174,7 +156,7 @@ TEST(Snapshot, ForkAndRestoreContinueBitForBit) {
 
 TEST(Snapshot, RefusesAnotherModelOptionsOrFormat) {
     const Case c{"lora", {}};
-    Session session(model("cpu", "f32"), options_of(c));
+    Session session(tiny_model("cpu", "f32"), options_of(c));
     run(session, random_tokens(64, 1));
     std::vector<std::byte> bytes = session.save();
     const auto refuses = [&](Session &other, ponder_status wanted, const char *text) {
@@ -190,14 +172,14 @@ TEST(Snapshot, RefusesAnotherModelOptionsOrFormat) {
     };
     Options different = options_of(c);
     different.set("inner.lr", "1e-4");
-    Session other_options(model("cpu", "f32"), different);
+    Session other_options(tiny_model("cpu", "f32"), different);
     refuses(other_options, PONDER_E_MISMATCH, "options");
-    Session other_dtype(model("cpu", "bf16"), options_of(c));
+    Session other_dtype(tiny_model("cpu", "bf16"), options_of(c));
     refuses(other_dtype, PONDER_E_MISMATCH, "dtype");
     Session other_model(load_model(PONDER_MODEL_CODE10M, "cpu"), options_of(c));
     refuses(other_model, PONDER_E_MISMATCH, "model");
 
-    Session same(model("cpu", "f32"), options_of(c));
+    Session same(tiny_model("cpu", "f32"), options_of(c));
     const std::vector<std::byte> good = bytes;
     for (size_t cut = 0; cut < good.size(); cut += 1 + cut / 7) {
         bytes.assign(good.begin(), good.begin() + std::ptrdiff_t(cut));
@@ -207,9 +189,9 @@ TEST(Snapshot, RefusesAnotherModelOptionsOrFormat) {
 
 TEST(Transaction, NormBoundRollsBack) {
     Options options = options_of({"lora", {{"guard.norm", "1e-6"}}});
-    Session session(model("cpu", "f32"), options);
+    Session session(tiny_model("cpu", "f32"), options);
     Options frozen_options = options_of({"none", {{"adapter", "none"}}});
-    Session frozen(model("cpu", "f32"), frozen_options);
+    Session frozen(tiny_model("cpu", "f32"), frozen_options);
     const auto tokens = random_tokens(32 * 4, 8);
     const Trace trace = run(session, tokens), skip = run(frozen, tokens);
     for (const ponder_record &r : trace.records) {
@@ -224,7 +206,7 @@ TEST(Transaction, NonFiniteStepRollsBackAndTheSessionGoesOn) {
     Options options = options_of(
         {"lora",
          {{"inner.optimizer", "sgd"}, {"inner.lr", "100"}, {"inner.clip", "0"}, {"steps", "40"}}});
-    Session session(model("cpu", "f32"), options);
+    Session session(tiny_model("cpu", "f32"), options);
     const Trace trace = run(session, random_tokens(32 * 4, 9));
     for (const ponder_record &r : trace.records) {
         EXPECT_TRUE(std::isfinite(r.loss_before));
@@ -234,7 +216,8 @@ TEST(Transaction, NonFiniteStepRollsBackAndTheSessionGoesOn) {
 
 TEST(Transaction, CancelledCallsChangeNothing) {
     for (const Case &c : cases()) {
-        Session a(model("cpu", "f32"), options_of(c)), b(model("cpu", "f32"), options_of(c));
+        Session a(tiny_model("cpu", "f32"), options_of(c)),
+            b(tiny_model("cpu", "f32"), options_of(c));
         const auto tokens = random_tokens(32 * 4, 10);
         a.expect(4);
         b.expect(4);
@@ -262,7 +245,7 @@ TEST(Transaction, CancelledCallsChangeNothing) {
 TEST(Budget, IsHard) {
     Options options =
         options_of({"lora", {{"steps", "3"}, {"budget.rate", "0.5"}, {"budget.burst", "4"}}});
-    Session session(model("cpu", "f32"), options);
+    Session session(tiny_model("cpu", "f32"), options);
     const Trace trace = run(session, random_tokens(32 * 40, 11));
     int64_t steps = 0;
     bool denied = false;
@@ -277,7 +260,7 @@ TEST(Budget, IsHard) {
 
 TEST(Learning, LowersTheLossOfARepeatedStream) {
     for (const char *dtype : {"f32", "bf16"}) {
-        Session session(model("cpu", dtype), options_of({"lora", {}}));
+        Session session(tiny_model("cpu", dtype), options_of({"lora", {}}));
         const auto once = random_tokens(32 * 4, 12);
         double first = 0, last = 0;
         for (int round = 0; round < 6; ++round)
@@ -288,7 +271,7 @@ TEST(Learning, LowersTheLossOfARepeatedStream) {
 }
 
 TEST(Learning, MoreStepsGiveLossAfter) {
-    Session session(model("cpu", "f32"),
+    Session session(tiny_model("cpu", "f32"),
                     options_of({"lora", {{"steps", "3"}, {"record.loss_after", "1"}}}));
     for (const ponder_record &r : run(session, random_tokens(32 * 3, 13)).records) {
         EXPECT_LT(r.loss_after, r.loss_before);
@@ -297,7 +280,7 @@ TEST(Learning, MoreStepsGiveLossAfter) {
 }
 
 TEST(Stream, FlushScoresTheShortEndAndGoesOn) {
-    Session session(model("cpu", "f32"), options_of({"lora", {}}));
+    Session session(tiny_model("cpu", "f32"), options_of({"lora", {}}));
     const auto tokens = random_tokens(32 * 3 + 9, 14);
     session.feed(std::span(tokens).first(32 + 9));
     session.flush(no_limits(session));
@@ -312,9 +295,9 @@ TEST(Stream, FlushScoresTheShortEndAndGoesOn) {
 
 TEST(Stream, AnyCutOfTheFeedGivesTheSameResult) {
     const auto tokens = random_tokens(32 * 5, 15);
-    Session whole(model("cpu", "f32"), options_of({"lora", {}}));
+    Session whole(tiny_model("cpu", "f32"), options_of({"lora", {}}));
     const Trace expected = run(whole, tokens);
-    Session pieces(model("cpu", "f32"), options_of({"lora", {}}));
+    Session pieces(tiny_model("cpu", "f32"), options_of({"lora", {}}));
     Trace got;
     for (size_t at = 0, step = 1; at < tokens.size(); step = step * 3 % 41) {
         const size_t n = std::min(step, tokens.size() - at);
@@ -326,7 +309,7 @@ TEST(Stream, AnyCutOfTheFeedGivesTheSameResult) {
 }
 
 TEST(Memory, IsFlatOverManyChunks) {
-    const auto m = model("cpu", "f32");
+    const auto m = tiny_model("cpu", "f32");
     Session session(m, options_of({"lora", {{"record.ring", "8"}}}));
     const auto tokens = random_tokens(32 * 16, 16);
     run(session, tokens);

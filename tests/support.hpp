@@ -11,10 +11,22 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <map>
 #include <string>
 #include <utility>
 
 namespace ponder::test {
+
+inline const std::string tiny = PONDER_TEST_DATA "/gpt2_tiny"; // 2 layers, width 64, vocabulary 320
+
+// A stream for it: runs of few values, so that there is something to learn.
+inline std::vector<int32_t> random_tokens(size_t count, uint64_t seed) {
+    Random random(seed);
+    std::vector<int32_t> tokens(count);
+    for (int32_t &t : tokens)
+        t = int32_t(random.next() % 12 + (random.next() % 8 == 0 ? 200 : 0));
+    return tokens;
+}
 
 inline std::shared_ptr<const Runtime> make_runtime(uint32_t threads = 2) {
     auto runtime = std::make_shared<Runtime>();
@@ -30,6 +42,24 @@ inline std::shared_ptr<const Model> load_model(const std::string &folder,
                                                uint32_t threads = 2) {
     return std::make_shared<Model>(make_runtime(threads), folder, backend, dtype,
                                    [](uint64_t, uint64_t) {});
+}
+
+inline std::vector<int32_t> uniform_tokens(size_t count, int64_t vocabulary, uint64_t seed) {
+    Random random(seed);
+    std::vector<int32_t> tokens(count);
+    for (int32_t &t : tokens)
+        t = int32_t(random.next() % uint64_t(vocabulary));
+    return tokens;
+}
+
+// A model that a suite's tests share.
+inline const std::shared_ptr<const Model> &
+tiny_model(const std::string &backend, const std::string &dtype = "f32", uint32_t threads = 2) {
+    static std::map<std::string, std::shared_ptr<const Model>> models;
+    auto &entry = models[backend + dtype + std::to_string(threads)];
+    if (!entry)
+        entry = load_model(tiny, backend, dtype, threads);
+    return entry;
 }
 
 inline Options make_options(std::initializer_list<std::pair<const char *, std::string>> values) {

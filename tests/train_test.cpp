@@ -36,14 +36,6 @@ void write_backbone(const std::string &folder, const Gpt2Config &config, double 
     write_gpt2(folder, config, DType::f32, tensors);
 }
 
-std::vector<int32_t> random_tokens(size_t count, int64_t vocabulary, uint64_t seed = 3) {
-    Random random(seed);
-    std::vector<int32_t> ids(count);
-    for (int32_t &id : ids)
-        id = int32_t(random.next() % uint64_t(vocabulary));
-    return ids;
-}
-
 // ---- through the inner loop
 
 struct Float64Loop {
@@ -83,7 +75,7 @@ struct Float64Loop {
             keep.push_back(0.9 + 0.1 * random.uniform());
         }
         make();
-        tokens = random_tokens(count, small.vocabulary);
+        tokens = uniform_tokens(count, small.vocabulary, 3);
     }
     void make() {
         unroll = std::make_unique<Unroll<double>>(
@@ -605,7 +597,7 @@ struct BackbonePass {
             g.expose(id, "gradient");
         ends.insert(ends.end(), g.breaks().begin(), g.breaks().end());
         ends.push_back(g.calls().size());
-        tokens_ = random_tokens(size_t(streams * length) + 1, size_t(config.vocabulary));
+        tokens_ = uniform_tokens(size_t(streams * length) + 1, config.vocabulary, 3);
         at_.resize(g.values().size());
         at_[size_t(tokens)] = tokens_.data();
         at_[size_t(targets)] = tokens_.data() + 1;
@@ -717,7 +709,7 @@ struct Trained {
         std::vector<std::vector<int32_t>> streams;
         for (uint64_t s = 0; s < 3; ++s) {
             // A pattern to be learned, and some noise.
-            std::vector<int32_t> ids = random_tokens(tokens, 50, seed * 16 + s);
+            std::vector<int32_t> ids = uniform_tokens(tokens, 50, seed * 16 + s);
             for (size_t i = 0; i < ids.size(); ++i)
                 if (ids[i] % 4 != 0)
                     ids[i] = int32_t(i * 7 % 13);
