@@ -1,5 +1,4 @@
 /* ponder/ponder.h - adaptive test-time training of language models. C99.
- *
  * A frozen backbone reads a stream of tokens. A small set of fast weights keeps
  * learning from what was read, and a policy decides when and how much.
  *
@@ -7,6 +6,7 @@
  *     ponder_model     a backbone: immutable after load, shareable between threads
  *     ponder_options   hyperparameters by name, from one table
  *     ponder_session   one stream: fast weights, optimizer, policy, open chunk
+ *     ponder_trainer   learns beforehand what a session starts from
  *
  * Conventions, true for every function unless its comment says otherwise:
  *
@@ -51,7 +51,7 @@ typedef int32_t ponder_status;
 enum ponder_status_code {
     PONDER_OK = 0,
     PONDER_E_ARGUMENT = 1,    /* NULL, wrong kind, out of range, unknown option or value */
-    PONDER_E_STATE = 2,       /* right call at the wrong time, e.g. learn before score */
+    PONDER_E_STATE = 2,       /* right call at the wrong time, e.g. score twice without learn */
     PONDER_E_NOT_FOUND = 3,   /* no such file, folder, or backend */
     PONDER_E_IO = 4,          /* reading or writing failed */
     PONDER_E_FORMAT = 5,      /* a file's content is malformed */
@@ -135,7 +135,7 @@ PONDER_API ponder_status ponder_backend_get(const ponder_runtime *runtime, uint3
 
 /* ---- Options ------------------------------------------------------------ */
 
-/* Hyperparameters of a session, by name. Defaults come from the option table. */
+/* Hyperparameters by name, of sessions, trainers and new backbones; unset ones have defaults. */
 typedef struct ponder_options ponder_options;
 
 enum ponder_option_type {
@@ -190,7 +190,7 @@ typedef struct ponder_model ponder_model;
 typedef struct ponder_model_options {
     uint32_t struct_size;
     int32_t reserved;    /* 0 */
-    const char *backend; /* "auto" (NULL), "reference", "cpu", ... A name that is not
+    const char *backend; /* "auto" (NULL), "reference", "cpu", "cuda". A name that is not
                             available is PONDER_E_NOT_FOUND, never a fallback */
     const char *dtype;   /* "f32" (NULL) or "bf16": storage of frozen weights and activations.
                             Not supported by the backend: PONDER_E_UNSUPPORTED */
@@ -302,7 +302,7 @@ typedef struct ponder_record {
     double update_norm;      /* |new - old| of all fast weights */
     double gate_score;       /* the signal that the policy compared */
     double gate_threshold;
-    double update_rate;      /* the policy's running rate */
+    double update_rate;      /* chunks updated so far over chunks scored */
     uint64_t flops;          /* executed matrix products, 2 per multiply-add */
     uint64_t score_ns, decide_ns, learn_ns;
     uint64_t bytes;          /* activations and workspace in use */
@@ -321,8 +321,8 @@ PONDER_API ponder_status ponder_session_reset(ponder_session *session, ponder_er
 PONDER_API ponder_status ponder_session_fork(ponder_session **out, const ponder_session *session,
                                              ponder_error *error);
 
-/* Declares how many chunks this stream will have, for policies that need it (first:P).
- * 0 = unknown. Reset clears it. */
+/* Declares how many chunks this stream will have: first:P needs it (PONDER_E_STATE), gates
+ * and oracles spend by it. 0 = unknown. Reset clears it. */
 PONDER_API ponder_status ponder_session_expect(ponder_session *session, uint64_t chunks,
                                                ponder_error *error);
 /* Appends tokens; computes nothing. Ids outside the vocabulary refuse the whole call. At
@@ -533,9 +533,9 @@ typedef struct ponder_train_record {
 } ponder_train_record;
 
 /* options may be NULL; they are copied: adapter structure, inner.*, train.*, gate.*. The
- * trainer holds a reference to the model. Adapters and gates train on a model of any dtype;
- * second order (train.higher) and backbones need the dtype that the options' documentation
- * names: PONDER_E_UNSUPPORTED otherwise. */
+ * trainer holds a reference to the model. Adapters and gates train on a model of any dtype and
+ * storage, backbones on one with weights "float"; second order (train.higher) needs f32:
+ * PONDER_E_UNSUPPORTED otherwise. */
 PONDER_API ponder_status ponder_trainer_create(ponder_trainer **out, const ponder_model *model,
                                                int32_t kind, const ponder_options *options,
                                                ponder_error *error);
@@ -635,7 +635,7 @@ PONDER_API ponder_status ponder_adapter_merge(const char *model, const char *ada
 
 /* ---- Measuring ---------------------------------------------------------- */
 
-/* Seconds spent in each op of the last pass kind, for profiles. */
+/* Time spent in one op of one kind of pass. */
 typedef struct ponder_profile_entry {
     uint32_t struct_size;
     uint32_t calls;
@@ -646,9 +646,9 @@ typedef struct ponder_profile_entry {
     uint64_t ns;        /* wall-clock of those calls, once each, mean over repeats */
 } ponder_profile_entry;
 
-/* Runs the passes of the chunk now open `repeat` times, each op call timed apart (no chains
+/* Runs the passes of the chunk scored last `repeat` times, each op call timed apart (no chains
  * across ops), fast weights untouched. `count` receives the number of entries;
- * PONDER_E_BUFFER if capacity is below. Needs a chunk that was scored at least once. */
+ * PONDER_E_BUFFER if capacity is below, PONDER_E_STATE before the first chunk. */
 PONDER_API ponder_status ponder_session_profile(ponder_session *session, uint32_t repeat,
                                                 ponder_profile_entry *entries, size_t capacity,
                                                 size_t *count, ponder_error *error);
