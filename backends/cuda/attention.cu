@@ -45,11 +45,11 @@ __global__ __launch_bounds__(128 * SPLIT) void attention_kernel(const bf16 *qkv,
     const float factor = scale * log2_e;
     const int row = first + 16 * warp + lane / 4;
     fetch(0);
-    wait_copies<1>();
+    wait_for_copies<1>();
     __syncthreads();
     load_rows<D>(mine, at_q, 16 * warp);
     for (int j = 0; j < rounds; ++j) {
-        wait_copies<0>();
+        wait_for_copies<0>();
         __syncthreads();
         if (j + 1 < rounds)
             fetch(j + 1);

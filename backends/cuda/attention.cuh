@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernel.hpp"
+#include "warp.cuh"
 
 namespace ponder::cuda {
 
@@ -18,20 +19,6 @@ template <int D> struct Tile {
     }
 };
 
-__device__ inline uint32_t shared_address(const void *p) {
-    return uint32_t(__cvta_generic_to_shared(p));
-}
-
-__device__ inline void copy_piece(void *to, const void *from, bool there) {
-    const int bytes = there ? 16 : 0; // the rest is zeros
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes));
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
-template <int left> __device__ inline void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(left));
-}
-
 // Rows first .. first + ROWS of a matrix of `rows` rows that are `stride` apart.
 template <int D, int ROWS, int THREADS>
 __device__ inline void load_tile(bf16 *tile, const bf16 *from, int first, int rows,
@@ -40,27 +27,9 @@ __device__ inline void load_tile(bf16 *tile, const bf16 *from, int first, int ro
     for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
         const int row = i / pieces, piece = i % pieces;
         const bool there = first + row < rows;
-        copy_piece(tile + Tile<D>::place(row, piece),
+        copy_async(tile + Tile<D>::place(row, piece),
                    from + (there ? int64_t(first + row) * stride : 0) + piece * 8, there);
     }
-}
-
-__device__ inline void load_matrices(uint32_t (&r)[4], const bf16 *at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(at)));
-}
-__device__ inline void load_transposed(uint32_t (&r)[4], const bf16 *at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(at)));
-}
-
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A first operand: rows row0 .. row0 + 15, all of D.
@@ -84,14 +53,9 @@ __device__ inline void multiply_rows(float (&c)[N / 8][4], const uint32_t (&a)[D
             uint32_t b[4];
             load_matrices(b, tile + Tile<D>::place(16 * n + lane / 16 * 8 + lane % 8,
                                                    2 * k + lane / 8 % 2));
-            multiply(c[2 * n], a[k], b[0], b[1]);
-            multiply(c[2 * n + 1], a[k], b[2], b[3]);
+            mma_bf16(c[2 * n], a[k], b[0], b[1]);
+            mma_bf16(c[2 * n + 1], a[k], b[2], b[3]);
         }
-}
-
-__device__ inline uint32_t pack(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t &>(both);
 }
 
 // c[16,D] += p[16,N] b[N,D] for results p and a tile b of N rows
@@ -101,15 +65,17 @@ __device__ inline void multiply_results(float (&c)[D / 8][4], const float (&p)[N
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) {
-        const uint32_t a[4] = {pack(p[2 * k][0], p[2 * k][1]), pack(p[2 * k][2], p[2 * k][3]),
-                               pack(p[2 * k + 1][0], p[2 * k + 1][1]),
-                               pack(p[2 * k + 1][2], p[2 * k + 1][3])};
+        const uint32_t a[4] = {pack_bf16(p[2 * k][0], p[2 * k][1]),
+                               pack_bf16(p[2 * k][2], p[2 * k][3]),
+                               pack_bf16(p[2 * k + 1][0], p[2 * k + 1][1]),
+                               pack_bf16(p[2 * k + 1][2], p[2 * k + 1][3])};
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             uint32_t b[4];
-            load_transposed(b, tile + Tile<D>::place(16 * k + lane % 16, 2 * n + lane / 16));
-            multiply(c[2 * n], a, b[0], b[1]);
-            multiply(c[2 * n + 1], a, b[2], b[3]);
+            load_matrices_transposed(
+                b, tile + Tile<D>::place(16 * k + lane % 16, 2 * n + lane / 16));
+            mma_bf16(c[2 * n], a, b[0], b[1]);
+            mma_bf16(c[2 * n + 1], a, b[2], b[3]);
         }
     }
 }
@@ -123,10 +89,10 @@ __device__ inline void store_rows(bf16 *to, const float (&c)[D / 8][4], int row0
     for (int n = 0; n < D / 8; ++n) {
         if (row < rows)
             *reinterpret_cast<uint32_t *>(to + int64_t(row) * stride + 8 * n + column) =
-                pack(c[n][0] * low, c[n][1] * low);
+                pack_bf16(c[n][0] * low, c[n][1] * low);
         if (row + 8 < rows)
             *reinterpret_cast<uint32_t *>(to + int64_t(row + 8) * stride + 8 * n + column) =
-                pack(c[n][2] * high, c[n][3] * high);
+                pack_bf16(c[n][2] * high, c[n][3] * high);
     }
 }
 

@@ -66,7 +66,7 @@ __device__ inline void of_queries(std::byte *memory, int block, const bf16 *qkv,
     load_tile<D, rows, threads>(stage + rows * D, grad + s * tokens * width + head * D, first,
                                 tokens, width);
     commit_copies();
-    wait_copies<0>();
+    wait_for_copies<0>();
     __syncthreads();
     load_rows<D>(mine, stage, 16 * warp);
     load_rows<D>(up, stage + rows * D, 16 * warp);
@@ -90,7 +90,7 @@ __device__ inline void of_queries(std::byte *memory, int block, const bf16 *qkv,
     float out[D / 8][4] = {};
     fetch(0);
     for (int j = 0; j < tiles; ++j) {
-        wait_copies<0>();
+        wait_for_copies<0>();
         __syncthreads();
         if (j + 1 < tiles)
             fetch(j + 1);
@@ -131,7 +131,7 @@ __device__ inline void of_keys(std::byte *memory, int block, const bf16 *qkv, co
     load_tile<D, rows, threads>(stage, k, first, tokens, stride);
     load_tile<D, rows, threads>(stage + rows * D, v, first, tokens, stride);
     commit_copies();
-    wait_copies<0>();
+    wait_for_copies<0>();
     __syncthreads();
     load_rows<D>(mine_k, stage, 16 * warp);
     load_rows<D>(mine_v, stage + rows * D, 16 * warp);
@@ -155,7 +155,7 @@ __device__ inline void of_keys(std::byte *memory, int block, const bf16 *qkv, co
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     fetch(begin);
     for (int j = begin; j < tiles; ++j) {
-        wait_copies<0>();
+        wait_for_copies<0>();
         __syncthreads();
         if (j + 1 < tiles)
             fetch(j + 1);

@@ -16,8 +16,9 @@ __device__ inline float rest_of(float x) { return x - __bfloat162float(__float2b
 
 // c += a b for an f32 second operand: its four places of this lane
 __device__ inline void multiply_wide(float (&c)[4], const uint32_t (&a)[4], const float (&b)[4]) {
-    multiply(c, a, pack(b[0], b[1]), pack(b[2], b[3]));
-    multiply(c, a, pack(rest_of(b[0]), rest_of(b[1])), pack(rest_of(b[2]), rest_of(b[3])));
+    mma_bf16(c, a, pack_bf16(b[0], b[1]), pack_bf16(b[2], b[3]));
+    mma_bf16(c, a, pack_bf16(rest_of(b[0]), rest_of(b[1])),
+             pack_bf16(rest_of(b[2]), rest_of(b[3])));
 }
 
 } // namespace ponder::cuda

@@ -19,7 +19,8 @@ __device__ inline void read_eight(uint32_t (&to)[4], const bf16 *from) {
 __device__ inline void read_eight(uint32_t (&to)[4], const float *from) {
     const float4 x = *reinterpret_cast<const float4 *>(from),
                  y = *reinterpret_cast<const float4 *>(from + 4);
-    to[0] = pack(x.x, x.y), to[1] = pack(x.z, x.w), to[2] = pack(y.x, y.y), to[3] = pack(y.z, y.w);
+    to[0] = pack_bf16(x.x, x.y), to[1] = pack_bf16(x.z, x.w);
+    to[2] = pack_bf16(y.x, y.y), to[3] = pack_bf16(y.z, y.w);
 }
 
 // The sum over a cluster of what lies at the same place in each block's shared memory.

@@ -42,7 +42,7 @@ __device__ inline void read(uint32_t (&to)[N / 2], const void *from, int64_t row
         const Pack<float, N> x = load<N>(static_cast<const float *>(from) + place);
 #pragma unroll
         for (int i = 0; i < N / 2; ++i)
-            to[i] = pack(x.v[2 * i], x.v[2 * i + 1]);
+            to[i] = pack_bf16(x.v[2 * i], x.v[2 * i + 1]);
     } else {
         const Pack<uint32_t, N / 2> x =
             *reinterpret_cast<const Pack<uint32_t, N / 2> *>(static_cast<const bf16 *>(from) + place);
@@ -90,8 +90,8 @@ __global__ __launch_bounds__(threads, 3) void group_kernel(const Pairs pairs) {
             const uint32_t a[4] = {
                 low_halves(z[0][i], z[1][i]), high_halves(z[0][i], z[1][i]),
                 low_halves(z[2][i], z[3][i]), high_halves(z[2][i], z[3][i])};
-            multiply(c[i][0], a, low_halves(s[0][0], s[1][0]), low_halves(s[2][0], s[3][0]));
-            multiply(c[i][1], a, high_halves(s[0][0], s[1][0]), high_halves(s[2][0], s[3][0]));
+            mma_bf16(c[i][0], a, low_halves(s[0][0], s[1][0]), low_halves(s[2][0], s[3][0]));
+            mma_bf16(c[i][1], a, high_halves(s[0][0], s[1][0]), high_halves(s[2][0], s[3][0]));
         }
     }
 #pragma unroll

@@ -6,7 +6,7 @@
 // for the instruction's t and t + 4: the same order in both factors, and that in which results lie.
 #pragma once
 
-#include "ttt_warp.cuh"
+#include "warp.cuh"
 
 namespace ponder::cuda {
 

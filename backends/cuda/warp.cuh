@@ -1,7 +1,8 @@
-// What the scans need of the machine: matrix instructions, exchange within a warp, copies to shared
-// memory, launches. sm_80 and later. Instructions as the PTX ISA manual defines them.
-#ifndef PONDER_TTT_WARP
-#define PONDER_TTT_WARP
+// What kernels need of the machine: matrix instructions, exchange within a warp, copies to shared
+// memory, launches. sm_80 and later. Instructions as the PTX ISA manual defines them. The emulator
+// (tests/emulator) has these functions for the CPU and keeps this file out by its guard.
+#ifndef PONDER_CUDA_WARP
+#define PONDER_CUDA_WARP
 
 #include <cstddef>
 #include <cstdint>
@@ -18,12 +19,16 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
 }
 
 // c[16,8] += a[16,16] b[16,8]. Lane 4 g + t holds c of rows g, g + 8 and columns 2 t, 2 t + 1.
-__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+    mma_bf16(c, a, b[0], b[1]);
 }
 // c[16,8] += a[16,8] b[8,8] with factors of 10 bits after the point; lower bits are not read.
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t *a, const uint32_t *b) {

@@ -1,0 +1,106 @@
+// Fibers as x86-64 and System V have them.
+#include "fibers.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+extern "C" void ponder_switch_stack(void **from, void *to);
+asm(R"(
+.text
+.type ponder_switch_stack, @function
+ponder_switch_stack:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size ponder_switch_stack, .-ponder_switch_stack
+)");
+
+namespace emulator {
+
+Block *block = nullptr;
+Thread *thread = nullptr;
+uint3 block_index;
+dim3 block_size, grid_size;
+cudaError_t last_error = cudaSuccess;
+
+static void *scheduler = nullptr;
+
+void yield() { ponder_switch_stack(&thread->stack_pointer, scheduler); }
+
+static void entry() {
+    (*block->body)();
+    thread->done = true;
+    yield();
+    std::abort();
+}
+
+static void start(Thread &t, unsigned char *stack, size_t size) {
+    const auto top = (reinterpret_cast<uintptr_t>(stack) + size) & ~uintptr_t(15);
+    void **sp = reinterpret_cast<void **>(top);
+    *--sp = nullptr; // where a caller would be: rsp is 8 off 16 at the entry
+    *--sp = reinterpret_cast<void *>(entry);
+    sp -= 6;
+    std::fill_n(sp, 6, nullptr);
+    t.stack_pointer = sp;
+}
+
+static void run_block(Block &b) {
+    constexpr size_t size = 128 * 1024;
+    static std::vector<std::unique_ptr<unsigned char[]>> stacks;
+    while (stacks.size() < b.threads.size())
+        stacks.push_back(std::make_unique_for_overwrite<unsigned char[]>(size));
+    block = &b;
+    for (size_t i = 0; i < b.threads.size(); ++i) {
+        Thread &t = b.threads[i];
+        t.id = unsigned(i);
+        t.index = {t.id % block_size.x, t.id / block_size.x % block_size.y,
+                   t.id / block_size.x / block_size.y};
+        ++b.warps[i / 32].lanes;
+        start(t, stacks[i].get(), size);
+    }
+    for (size_t left = b.threads.size(); left > 0;)
+        for (Thread &t : b.threads) {
+            if (t.done)
+                continue;
+            thread = &t;
+            ponder_switch_stack(&scheduler, t.stack_pointer);
+            left -= t.done;
+        }
+}
+
+void launch(const Config &c, const std::function<void()> &body) {
+    const unsigned threads = c.block.x * c.block.y * c.block.z;
+    if (threads == 0 || threads > 1024 || c.shared > most_shared ||
+        c.grid.x * c.grid.y * c.grid.z == 0) {
+        last_error = cudaErrorInvalidConfiguration;
+        return;
+    }
+    block_size = c.block;
+    grid_size = c.grid;
+    for (unsigned z = 0; z < c.grid.z; ++z)
+        for (unsigned y = 0; y < c.grid.y; ++y)
+            for (unsigned x = 0; x < c.grid.x; ++x) {
+                block_index = {x, y, z};
+                Block b;
+                b.body = &body;
+                b.threads.resize(threads);
+                b.warps.resize((threads + 31) / 32);
+                b.shared.assign(c.shared + 128, 0xff);
+                run_block(b);
+            }
+}
+
+} // namespace emulator
