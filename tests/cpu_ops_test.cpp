@@ -480,6 +480,22 @@ TEST_P(CpuOps, AttentionCached) {
             }
 }
 
+TEST_P(CpuOps, KeepRows) {
+    if (on_host())
+        GTEST_SKIP() << "left to the reference";
+    for (const auto &[t, first] : {std::pair<int64_t, std::vector<double>>{1, {0, 19, 20}},
+                                   {7, {16}},
+                                   {20, {0, 3}}}) {
+        const int64_t s = int64_t(first.size()), places = 20, c = 37;
+        check({"keep_rows",
+               {random(f32, {s, t, c}), from_values(DType::i32, {s}, first),
+                random(f32, {s, places, c})},
+               {{f32, {s, places, c}}},
+               {}},
+              0, "T=" + std::to_string(t));
+    }
+}
+
 // Decoding is attention: token by token over a cache as all at once.
 TEST_P(CpuOps, AttentionCachedIsAttention) {
     const int64_t t = 40, c = 64, heads = 2, d = c / heads;

@@ -64,6 +64,7 @@ constexpr Named ops[] = {
     {"attention", plan_attention},
     {"attention_vjp", plan_attention_vjp},
     {"attention_cached", plan_attention_cached},
+    {"keep_rows", plan_keep_rows},
     {"conv1d", plan_conv1d},
     {"rope", plan_rope},
     {"ttt_linear", plan_ttt_linear},

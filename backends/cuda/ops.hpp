@@ -23,7 +23,7 @@ int32_t plan_cross_entropy(const Call &), plan_cross_entropy_vjp(const Call &),
         plan_cross_entropy_vjp_table(const Call &), plan_cross_entropy_parts(const Call &),
         plan_cross_entropy_parts_vjp(const Call &);
 int32_t plan_attention(const Call &), plan_attention_vjp(const Call &),
-        plan_attention_cached(const Call &);
+        plan_attention_cached(const Call &), plan_keep_rows(const Call &);
 int32_t plan_conv1d(const Call &), plan_conv1d_vjp(const Call &), plan_rope(const Call &);
 int32_t plan_ttt_linear(const Call &), plan_ttt_mlp(const Call &), plan_ttt_linear_vjp(const Call &);
 int32_t plan_mean(const Call &), plan_mean_vjp(const Call &), plan_norm(const Call &);

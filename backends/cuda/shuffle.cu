@@ -1,4 +1,4 @@
-// Ops that move elements: slice_rows, split_heads, merge_heads, pick and their vjps; rope.
+// Ops that move elements: slice_rows, split_heads, merge_heads, pick and their vjps; keep_rows; rope.
 #include "ops.hpp"
 
 namespace ponder::cuda {
@@ -89,6 +89,17 @@ template <class X> struct PickVjp {
     }
 };
 
+// The first of the rows is known at run time, so that a recorded pass serves every length.
+__global__ void keep_kernel(const float *x, const int32_t *first, float *kept, int64_t n,
+                            int64_t tokens, int64_t places, int64_t width) {
+    const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
+    if (i >= n)
+        return;
+    const int64_t row = i / width, s = row / tokens, place = first[s] + row % tokens;
+    if (place < places)
+        kept[(s * places + place) * width + i % width] = x[i];
+}
+
 // A thread turns one pair.
 template <class X, class Y>
 __global__ void rope_kernel(const X *x, Y *y, int64_t pairs, int64_t tokens, int64_t width,
@@ -171,6 +182,20 @@ int32_t plan_pick_vjp(const Call &call) {
             make(run.at<Y>(2), n, run.stream,
                  PickVjp<X>{run.at<const X>(0), run.at<const int32_t>(1), width});
         });
+    });
+}
+
+int32_t plan_keep_rows(const Call &call) {
+    const int64_t n = call.count(0), tokens = call.dim(0, 1), width = call.last(0);
+    const int64_t places = call.dim(2, 1), all = call.count(2);
+    return call.is(0, [=](const Run &run) {
+        if (run.at(2) != run.at(3))
+            run.device->check(cudaMemcpyAsync(run.at(3), run.at(2), size_t(all) * sizeof(float),
+                                              cudaMemcpyDeviceToDevice, run.stream),
+                              "keep_rows");
+        keep_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(
+            run.at<const float>(0), run.at<const int32_t>(1), run.at<float>(3), n, tokens, places,
+            width);
     });
 }
 

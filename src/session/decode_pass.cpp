@@ -12,6 +12,10 @@ std::unique_ptr<const Program> program_of(Graph graph,
     return std::make_unique<Program>(std::move(graph), std::vector<size_t>{calls}, device);
 }
 
+Id logits_of(Graph &g, const Gpt2 &model, Id hidden) {
+    return linear(g, hidden, model.head(g), none, none, true, g.wide);
+}
+
 } // namespace
 
 const DecodePass &DecodePasses::decode(const DecodeShape &shape) const {
@@ -46,14 +50,20 @@ const DecodePass &DecodePasses::decode(const DecodeShape &shape) const {
         pass.at = g.external("positions", DType::i32, {streams, tokens});
         x = model_.embed(g, pass.ids, pass.at);
         x = model_.blocks(g, x, 0, lowest, adapter_, attend);
-        if (lowest > 0 && lowest < config.layers)
-            g.expose(pass.residual = x, "residual stream");
+        if (lowest > 0 && lowest < config.layers) {
+            pass.kept = g.external("residual streams", g.wide, {streams, shape.places, width});
+            pass.kept_new = keep_rows(g, x, pass.first, pass.kept);
+            g.expose(pass.kept_new, "residual streams");
+        }
     } else {
         x = pass.residual = g.external("residual stream", g.wide, {streams, tokens, width});
     }
     x = model_.blocks(g, x, lowest, config.layers, adapter_, attend);
-    pass.hidden = model_.last_norm(g, x, with_layer_ ? g.wide : g.act);
-    g.expose(pass.hidden, "hidden states");
+    const Id hidden = model_.last_norm(g, x, with_layer_ ? g.wide : g.act);
+    if (shape.logits)
+        g.expose(pass.logits = logits_of(g, model_, hidden), "logits");
+    else
+        g.expose(pass.hidden = hidden, "hidden states");
     pass.program = program_of(std::move(g), device_);
     return p = std::move(pass);
 }
@@ -66,18 +76,17 @@ const HeadPass &DecodePasses::head(int64_t streams) const {
     HeadPass pass;
     Graph g(model_.type());
     pass.hidden = g.external("hidden states", g.act, {streams, 1, model_.config().width});
-    pass.logits = linear(g, pass.hidden, model_.head(g), none, none, true, g.wide);
-    g.expose(pass.logits, "logits");
+    g.expose(pass.logits = logits_of(g, model_, pass.hidden), "logits");
     pass.program = program_of(std::move(g), device_);
     return p = std::move(pass);
 }
 
-const LayerPass &DecodePasses::layer(int64_t rows) const {
+const LayerPass &DecodePasses::layer(const LayerShape &shape) const {
     const std::lock_guard lock(mutex_);
-    LayerPass &p = layer_[rows];
+    LayerPass &p = layer_[shape];
     if (p.program)
         return p;
-    const int64_t width = model_.config().width;
+    const int64_t rows = shape.rows, width = model_.config().width;
     LayerPass pass;
     Graph g(model_.type());
     adapter_.bind(g);
@@ -85,9 +94,13 @@ const LayerPass &DecodePasses::layer(int64_t rows) const {
     if (const int64_t taps = adapter_.taps(); taps > 0)
         pass.before = g.external("taps", g.wide, {1, taps, width});
     const InsideResult result = adapter_.after_backbone(g, pass.hidden, pass.before);
-    pass.out = result.hidden;
     pass.state = result.state;
-    g.expose(pass.out, "hidden states");
+    if (shape.logits) {
+        const Id last = rows > 1 ? slice_rows(g, result.hidden, rows - 1, 1) : result.hidden;
+        g.expose(pass.logits = logits_of(g, model_, last), "logits");
+    } else {
+        g.expose(pass.out = result.hidden, "hidden states");
+    }
     for (const Id id : pass.state)
         g.expose(id, "new fast weights");
     if (pass.before != none)

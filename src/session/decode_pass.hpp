@@ -1,6 +1,7 @@
 // Passes for generating, recorded: some tokens of each stream through the backbone, over the keys
 // and values of those before; the layer after the backbone over one open mini-batch; logits. Where
-// a stream is and how much it has read are inputs, so a few recordings serve every length.
+// a stream is and how much it has read are inputs, so a few recordings serve every length. A pass
+// that decodes ends in logits, so that a token is one upload, one replayed pass and one download.
 #pragma once
 
 #include "adapt/adapter.hpp"
@@ -11,12 +12,13 @@
 
 namespace ponder {
 
-// The backbone over `tokens` new tokens of each stream. Their keys and values go to rows first_s ..
-// of the caches.
+// The backbone over `tokens` new tokens of each stream. Their keys and values, and what later passes
+// from `from_layer` on begin with, go to rows first_s .. of the caches.
 struct DecodeShape {
     int64_t streams, tokens;
     int64_t places;     // rows of a cache
     int64_t from_layer; // 0, or the first layer that fast weights enter: residual streams come in
+    bool logits;        // of each token; else hidden states
     auto operator<=>(const DecodeShape &) const = default;
 };
 
@@ -25,9 +27,12 @@ struct DecodePass {
     Id ids = none, at = none;     // i32 [S, T]: tokens, their positions
     Id first = none;              // i32 [S]: rows of the caches before
     Id residual = none;           // wide [S, T, C]: at the first layer that fast weights enter
+    Id kept = none;               // wide [S, N, C]: of all tokens so far
     std::vector<Id> k, v;         // of each layer, act [S, H, N, D]
-    std::vector<Id> k_new, v_new; // the same afterwards, in place
-    Id hidden = none;             // [S, T, C]
+    Id kept_new = none;           // these three afterwards, in place
+    std::vector<Id> k_new, v_new;
+    Id hidden = none; // [S, T, C]
+    Id logits = none; // wide [S, T, V]
     std::unique_ptr<const Program> program;
 };
 
@@ -38,11 +43,18 @@ struct HeadPass {
 };
 
 // The layer after the backbone over rows of a stream that begin with a mini-batch.
+struct LayerShape {
+    int64_t rows;
+    bool logits; // of the last row; else `out`
+    auto operator<=>(const LayerShape &) const = default;
+};
+
 struct LayerPass {
     Id hidden = none;      // wide [1, R, C]
     Id before = none;      // wide [1, B, C]: the convolutions' inputs before these rows
     Id taps = none;        // wide [1, R, C]: of these rows
     Id out = none;         // act [1, R, C]
+    Id logits = none;      // wide [1, 1, V]
     std::vector<Id> state; // fast weights after the rows
     std::unique_ptr<const Program> program;
 };
@@ -55,7 +67,7 @@ public:
         : model_(model), adapter_(adapter), device_(std::move(device)), with_layer_(with_layer) {}
     const DecodePass &decode(const DecodeShape &shape) const;
     const HeadPass &head(int64_t streams) const;
-    const LayerPass &layer(int64_t rows) const;
+    const LayerPass &layer(const LayerShape &shape) const;
 
 private:
     const Gpt2 &model_;
@@ -65,7 +77,7 @@ private:
     mutable std::mutex mutex_;
     mutable std::map<DecodeShape, DecodePass> decode_;
     mutable std::map<int64_t, HeadPass> head_;
-    mutable std::map<int64_t, LayerPass> layer_;
+    mutable std::map<LayerShape, LayerPass> layer_;
 };
 
 } // namespace ponder

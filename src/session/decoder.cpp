@@ -17,6 +17,7 @@ int64_t next_piece(int64_t left) {
     return left > 64 && left <= 128 ? 64 : std::min(left, largest_piece);
 }
 
+// Inputs of a pass lie in one block: ids, positions, rows before, each padded to 64 bytes.
 size_t aligned(size_t count) { return (count + 15) / 16 * 16; }
 
 } // namespace
@@ -54,7 +55,7 @@ Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<const Adapt
                                       act_size_);
     if (lowest_ > 0 && lowest_ < layers_) {
         residual_ = DeviceVector<float>(device, streams * size_t(form_.context) * width);
-        piece_ = DeviceVector<float>(device, rows * width);
+        piece_ = DeviceVector<float>(device, size_t(largest_piece) * width);
     }
     hidden_ = DeviceBuffer(device, rows * width * hidden_size_);
     last_ = DeviceBuffer(device, streams * width * act_size_);
@@ -89,7 +90,11 @@ void Decoder::take(size_t slot, Decoder &from, size_t from_slot) {
         residual_.copy(from.residual_.data() + from_slot * rows, size_t(there.cached() * width_),
                        slot * rows);
     const size_t row = size_t(width_) * act_size_;
-    device.copy(last_.data() + slot * row, from.last_.data() + from_slot * row, row);
+    if (there.has_hidden)
+        device.copy(last_.data() + slot * row, from.last_.data() + from_slot * row, row);
+    if (there.has_logits)
+        device.copy(logits_of(slot), from.logits_of(from_slot),
+                    logits_.size() / slots_.size() * sizeof(float));
     slots_[slot] = std::move(from.slots_[from_slot]);
     from.clear(from_slot);
 }
@@ -113,7 +118,8 @@ size_t Decoder::read(size_t index, std::span<const int32_t> text, const Weights 
         const size_t context = size_t(form_.context), turn = context - context / 2;
         const size_t start =
             text.size() <= context ? 0 : (text.size() - context + turn - 1) / turn * turn;
-        const bool whole = same == text.size() && same == slot.ids.size() && slot.has_last;
+        const bool whole = same == text.size() && same == slot.ids.size() &&
+                           (slot.has_hidden || slot.has_logits);
         size_t cached = 0;
         if (slot.start == start && same > start)
             cached = std::min(same, whole && !stale ? text.size() : text.size() - 1) - start;
@@ -125,7 +131,7 @@ size_t Decoder::read(size_t index, std::span<const int32_t> text, const Weights 
             for (size_t at = 0; at < cached; at += size_t(largest_piece)) {
                 const size_t n = std::min(cached - at, size_t(largest_piece));
                 run_rows(index, std::span(slot.ids).subspan(start + at, n), int64_t(at), lowest_,
-                         weights, guard);
+                         false, weights, guard);
             }
         reused = cached;
         if (stale && keep_stale && cached > 0 && lowest_ < layers_)
@@ -161,13 +167,17 @@ void Decoder::append(Slot &slot, size_t index, std::span<const int32_t> ids, con
             refill(slot, index, weights, guard);
         const int64_t room = form_.context - slot.cached();
         const size_t n = size_t(next_piece(std::min(int64_t(ids.size()), room)));
-        run_rows(index, ids.first(n), slot.cached(), 0, weights, guard);
-        if (slot.layer)
+        // Several streams' logits are one product afterwards.
+        const bool logits = !slot.layer && ids.size() == 1 && slots_.size() == 1;
+        run_rows(index, ids.first(n), slot.cached(), 0, logits, weights, guard);
+        if (slot.layer) {
             advance_layer(slot, index, int64_t(n), hidden_.data(), weights, guard);
-        else
-            device.copy(last_.data() + index * row, hidden_.data() + (n - 1) * row, row);
+        } else {
+            if (!logits)
+                device.copy(last_.data() + index * row, hidden_.data() + (n - 1) * row, row);
+            slot.has_logits = logits, slot.has_hidden = !logits;
+        }
         slot.ids.insert(slot.ids.end(), ids.begin(), ids.begin() + std::ptrdiff_t(n));
-        slot.has_last = true;
         ids = ids.subspan(n);
     }
 }
@@ -177,17 +187,23 @@ void Decoder::refill(Slot &slot, size_t index, const Weights &weights, const Cal
     const std::span<const int32_t> kept = std::span(slot.ids).subspan(slot.start);
     for (size_t at = 0; at < kept.size();) {
         const size_t n = size_t(next_piece(int64_t(kept.size() - at)));
-        run_rows(index, kept.subspan(at, n), int64_t(at), 0, weights, guard);
+        run_rows(index, kept.subspan(at, n), int64_t(at), 0, false, weights, guard);
         at += n;
     }
 }
 
 void Decoder::set_inputs(std::span<const int32_t> ids, std::span<const int32_t> at,
-                         std::span<const int32_t> first) const {
-    const size_t next = aligned(std::max(size_t(largest_piece), slots_.size()));
-    inputs_.write(ids.data(), ids.size());
-    inputs_.write(at.data(), at.size(), next);
-    inputs_.write(first.data(), first.size(), 2 * next);
+                         std::span<const int32_t> first) {
+    const size_t next = aligned(ids.size());
+    host_inputs_.resize(2 * next + first.size());
+    std::copy(ids.begin(), ids.end(), host_inputs_.begin());
+    std::copy(at.begin(), at.end(), host_inputs_.begin() + std::ptrdiff_t(next));
+    std::copy(first.begin(), first.end(), host_inputs_.begin() + std::ptrdiff_t(2 * next));
+    inputs_.write(host_inputs_.data(), host_inputs_.size());
+}
+
+float *Decoder::logits_of(size_t slot) const {
+    return logits_.data() + logits_.size() / slots_.size() * slot;
 }
 
 Program::Bindings Decoder::bind(const DecodePass &pass, size_t first_slot, const float *fast,
@@ -200,12 +216,15 @@ Program::Bindings Decoder::bind(const DecodePass &pass, size_t first_slot, const
     const std::vector<FastTensor> &tensors = adapted_->adapter().fast_tensors();
     for (size_t i = 0; fast && i < tensors.size(); ++i)
         at(Adapter::fast_id(i), fast + tensors[i].offset * fast_streams);
-    const size_t next = aligned(std::max(size_t(largest_piece), slots_.size()));
+    const size_t next = aligned(size_t(pass.shape.streams * pass.shape.tokens));
     at(pass.ids, inputs_.data());
     at(pass.at, inputs_.data() + next);
     at(pass.first, inputs_.data() + 2 * next);
     at(pass.residual, piece_.data());
+    for (const Id kept : {pass.kept, pass.kept_new})
+        at(kept, residual_.data() + first_slot * size_t(form_.context * width_));
     at(pass.hidden, hidden_.data());
+    at(pass.logits, logits_of(first_slot));
     for (size_t layer = 0; layer < size_t(layers_); ++layer) {
         at(pass.k[layer], cache(layer, 0, first_slot));
         at(pass.v[layer], cache(layer, 1, first_slot));
@@ -231,13 +250,14 @@ void Decoder::run(const Program &program, const Program::Bindings &bindings,
 }
 
 void Decoder::run_rows(size_t index, std::span<const int32_t> ids, int64_t first,
-                       int64_t from_layer, const Weights &weights, const CallGuard &guard) {
+                       int64_t from_layer, bool logits, const Weights &weights,
+                       const CallGuard &guard) {
     const int64_t n = int64_t(ids.size());
     int64_t tokens = largest_piece;
     for (const int64_t piece : pieces)
         if (piece >= n)
             tokens = piece;
-    const DecodePass &pass = passes_.decode({1, tokens, form_.context, from_layer});
+    const DecodePass &pass = passes_.decode({1, tokens, form_.context, from_layer, logits});
     int32_t padded[largest_piece] = {}, at[largest_piece];
     std::copy(ids.begin(), ids.end(), padded);
     const int64_t positions = model_->backbone().config().context;
@@ -245,14 +265,11 @@ void Decoder::run_rows(size_t index, std::span<const int32_t> ids, int64_t first
         at[t] = int32_t(std::min(first + t, positions - 1));
     const int32_t rows_before = int32_t(first);
     set_inputs({padded, size_t(tokens)}, {at, size_t(tokens)}, {&rows_before, 1});
-    const size_t width = size_t(width_);
-    const size_t kept = (index * size_t(form_.context) + size_t(first)) * width; // in residual_
     if (from_layer > 0)
-        piece_.copy(residual_.data() + kept, size_t(n) * width);
+        piece_.copy(residual_.data() + (int64_t(index) * form_.context + first) * width_,
+                    size_t(n * width_));
     run(*pass.program, bind(pass, index, weights.fast ? weights.fast->weights() : nullptr, 1),
         guard);
-    if (from_layer == 0 && pass.residual != none)
-        residual_.copy(piece_.data(), size_t(n) * width, kept);
 }
 
 // All streams' fast weights, tensor by tensor, so that one product does for all.
@@ -295,22 +312,18 @@ void Decoder::step(std::span<const int32_t> ids, std::span<const Weights> weight
         at[s] = int32_t(std::min<int64_t>(first[s], positions - 1));
     }
     set_inputs(tokens, at, first);
-    const DecodePass &pass = passes_.decode({int64_t(streams), 1, form_.context, 0});
+    const bool logits = !form_.with_layer;
+    const DecodePass &pass = passes_.decode({int64_t(streams), 1, form_.context, 0, logits});
     run(*pass.program, bind(pass, 0, stack(weights), streams), guard);
-    const Device &device = *model_->device();
     const size_t row = size_t(width_) * hidden_size_;
     for (size_t s = 0; s < streams; ++s) {
         Slot &slot = slots_[s];
-        if (ids[s] < 0)
-            continue;
-        if (residual_.size() > 0)
-            residual_.copy(piece_.data() + s * size_t(width_), size_t(width_),
-                           (s * size_t(form_.context) + size_t(slot.cached())) * size_t(width_));
-        if (slot.layer)
+        if (logits) // of no use where a stream waits
+            slot.has_logits = ids[s] >= 0, slot.has_hidden = false;
+        else if (ids[s] >= 0)
             advance_layer(slot, s, 1, hidden_.data() + s * row, weights[s], guard);
-        else
-            device.copy(last_.data() + s * row, hidden_.data() + s * row, row);
-        slot.ids.push_back(ids[s]);
+        if (ids[s] >= 0)
+            slot.ids.push_back(ids[s]);
     }
     undo.disarm();
 }
@@ -324,6 +337,7 @@ void Decoder::advance_layer(Slot &slot, size_t index, int64_t rows, const std::b
     const Adapter &adapter = adapted_->adapter();
     const int64_t batch = adapter.mini_batch(), taps = adapter.taps();
     const size_t row = size_t(width_) * sizeof(float);
+    const bool logits = rows == 1 && slots_.size() == 1;
     for (int64_t done = 0; done < rows;) {
         const int64_t left = std::min(rows - done, form_.chunk - layer.in_chunk);
         const bool many = layer.open == 0 && left >= largest_piece && largest_piece % batch == 0;
@@ -331,7 +345,7 @@ void Decoder::advance_layer(Slot &slot, size_t index, int64_t rows, const std::b
         device.copy(layer.rows.data() + layer.open * width_, hidden + size_t(done) * row,
                     size_t(n) * row);
         const int64_t all = layer.open + n;
-        const LayerPass &pass = passes_.layer(all);
+        const LayerPass &pass = passes_.layer({all, logits});
         Program::Bindings bindings(pass.program->graph().values().size());
         const auto at = [&](Id id, void *address) {
             if (id != none)
@@ -346,11 +360,12 @@ void Decoder::advance_layer(Slot &slot, size_t index, int64_t rows, const std::b
         at(pass.before, layer.before.data());
         at(pass.taps, taps_.data());
         at(pass.out, out_.data());
+        at(pass.logits, logits_of(index));
         run(*pass.program, bindings, guard);
         layer.open = all;
         layer.in_chunk += n;
         done += n;
-        if (done == rows) {
+        if (done == rows && !logits) {
             const size_t bytes = size_t(width_) * act_size_;
             device.copy(last_.data() + index * bytes, out_.data() + size_t(all - 1) * bytes, bytes);
         }
@@ -375,14 +390,32 @@ void Decoder::advance_layer(Slot &slot, size_t index, int64_t rows, const std::b
         if (!form_.carry)
             layer.fast.all().copy(weights.fast->weights(), adapter.fast_count());
     }
+    slot.has_logits = logits, slot.has_hidden = !logits;
+}
+
+// Of the hidden states in last_.
+void Decoder::run_head(size_t first_slot, size_t count, const CallGuard &guard) {
+    const HeadPass &pass = passes_.head(int64_t(count));
+    Program::Bindings bindings(pass.program->graph().values().size());
+    bindings[size_t(pass.hidden)] = last_.data() + first_slot * size_t(width_) * act_size_;
+    bindings[size_t(pass.logits)] = logits_of(first_slot);
+    run(*pass.program, bindings, guard);
+    for (size_t s = first_slot; s < first_slot + count; ++s)
+        slots_[s].has_logits = true;
 }
 
 std::span<const float> Decoder::logits(const CallGuard &guard) {
-    const HeadPass &pass = passes_.head(int64_t(slots_.size()));
-    Program::Bindings bindings(pass.program->graph().values().size());
-    bindings[size_t(pass.hidden)] = last_.data();
-    bindings[size_t(pass.logits)] = logits_.data();
-    run(*pass.program, bindings, guard);
+    const size_t streams = slots_.size();
+    const auto count = [&](bool Slot::*what) {
+        return size_t(std::count_if(slots_.begin(), slots_.end(),
+                                    [&](const Slot &slot) { return slot.*what; }));
+    };
+    if (count(&Slot::has_logits) < streams && count(&Slot::has_hidden) == streams)
+        run_head(0, streams, guard);
+    else
+        for (size_t s = 0; s < streams; ++s)
+            if (slots_[s].has_hidden && !slots_[s].has_logits)
+                run_head(s, 1, guard);
     if (model_->device()->on_host())
         return {logits_.data(), logits_.size()};
     host_logits_.resize(logits_.size());

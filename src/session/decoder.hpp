@@ -57,7 +57,7 @@ private:
     struct Slot {
         std::vector<int32_t> ids; // all tokens read; the caches hold those from `start` on
         size_t start = 0;
-        bool has_last = false; // last_ is that of the last token
+        bool has_hidden = false, has_logits = false; // last_, logits_ are the last token's
         uint64_t version = 0;  // of the weights that made all of it; 0: of several
         std::unique_ptr<Layer> layer;
         int64_t cached() const { return int64_t(ids.size() - start); }
@@ -67,19 +67,21 @@ private:
     void append(Slot &slot, size_t index, std::span<const int32_t> ids, const Weights &weights,
                 const CallGuard &guard);
     void refill(Slot &slot, size_t index, const Weights &weights, const CallGuard &guard);
-    // Tokens of one stream into rows first.. ; hidden states stay in hidden_. from_layer > 0: their
-    // residual streams are there.
+    // Tokens of one stream into rows first.. ; hidden states stay in hidden_, or a single token's
+    // logits in logits_. from_layer > 0: their residual streams are there.
     void run_rows(size_t index, std::span<const int32_t> ids, int64_t first, int64_t from_layer,
-                  const Weights &weights, const CallGuard &guard);
+                  bool logits, const Weights &weights, const CallGuard &guard);
     void advance_layer(Slot &slot, size_t index, int64_t rows, const std::byte *hidden,
                        const Weights &weights, const CallGuard &guard);
+    void run_head(size_t first_slot, size_t count, const CallGuard &guard);
     Program::Bindings bind(const DecodePass &pass, size_t first_slot, const float *fast,
                            size_t fast_streams) const;
     void run(const Program &program, const Program::Bindings &bindings, const CallGuard &guard);
     std::byte *cache(size_t layer, size_t part, size_t slot) const;
     const float *stack(std::span<const Weights> weights);
     void set_inputs(std::span<const int32_t> ids, std::span<const int32_t> at,
-                    std::span<const int32_t> first) const;
+                    std::span<const int32_t> first);
+    float *logits_of(size_t slot) const;
 
     std::shared_ptr<const Model> model_;
     std::shared_ptr<const Adapted> adapted_;
@@ -91,11 +93,12 @@ private:
 
     DeviceBuffer cache_;           // [L, 2, S, H, N, D]
     DeviceVector<float> residual_; // [S, N, C] at the lowest layer with fast weights
-    DeviceVector<float> piece_;    // [rows of a pass, C] of it
+    DeviceVector<float> piece_;    // [rows of a pass, C] of it, to begin there
     DeviceBuffer hidden_;          // [rows of a pass, C]
     DeviceBuffer last_;            // [S, C]: of each stream's last token
-    DeviceVector<float> logits_;   // [S, V]
-    DeviceVector<int32_t> inputs_; // ids, positions, rows before
+    DeviceVector<float> logits_;   // [S, V]: the same
+    DeviceVector<int32_t> inputs_; // of a pass: ids, positions, rows before
+    std::vector<int32_t> host_inputs_;
     DeviceVector<float> stacked_;  // fast weights of all streams, tensor by tensor
     std::vector<Weights> stacked_of_;
     DeviceBuffer out_; // [rows, C] of the layer

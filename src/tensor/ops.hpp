@@ -53,6 +53,9 @@
 //                     row first_s + t of k', v' is the key, the value of token t (none from N on),
 //                     the others are those of k, v; token t sees rows j <= first_s + t. k', v' may
 //                     be k, v
+//   keep_rows         x wide[S,T,C], first i32[S], rows wide[S,N,C] -> rows'
+//                     row first_s + t of rows' is row t of x (none from N on), the others are those
+//                     of rows. rows' may be rows
 //   conv1d            x[S,T,C], w[4,C], b[C], before?[S,3+shift,C] -> y  [shift]  depthwise,
 //                     causal: y_t = b + sum_j w_j x_{t-3-shift+j}; before the start come the rows
 //                     of `before`, zeros where it is absent
@@ -184,6 +187,7 @@ struct CachedAttention {
     Id o, k, v; // k, v: the caches afterwards
 };
 CachedAttention attention_cached(Graph &, Id qkv, Id first, Id k, Id v);
+Id keep_rows(Graph &, Id x, Id first, Id rows); // the rows afterwards
 Id conv1d(Graph &, Id x, Id w, Id b, int64_t shift, Id before = none);
 Id rope(Graph &, Id x, int64_t heads, int64_t period, double theta);
 struct TttScan {

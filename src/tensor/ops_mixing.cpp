@@ -51,6 +51,7 @@ uint64_t attention_cached_flops(const Graph &g, const Call &call) {
 }
 
 const OpRule attention_cached_rule{"attention_cached", false, attention_cached_flops, nullptr};
+const OpRule keep_rows_rule{"keep_rows", false, no_flops, nullptr};
 
 // ---- cross_entropy: nll_t = lse_t - logit_t[target], d nll / d logit = p - onehot
 
@@ -233,6 +234,12 @@ CachedAttention attention_cached(Graph &g, Id qkv, Id first, Id k, Id v) {
                             g.temporary(g.value(v).type, g.shape(v))};
     g.add_call(attention_cached_rule, {qkv, first, k, v}, {r.o, r.k, r.v});
     return r;
+}
+
+Id keep_rows(Graph &g, Id x, Id first, Id rows) {
+    const Id kept = g.temporary(g.value(rows).type, g.shape(rows));
+    g.add_call(keep_rows_rule, {x, first, rows}, {kept});
+    return kept;
 }
 
 CrossEntropy cross_entropy(Graph &g, Id h, Id table, Id target, bool keep) {

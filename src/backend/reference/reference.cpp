@@ -33,6 +33,7 @@ const Op *const ops[] = {
     &attention_op,
     &attention_vjp_op,
     &attention_cached_op,
+    &keep_rows_op,
     &conv1d_op,
     &rope_op,
     &ttt_linear_op,
