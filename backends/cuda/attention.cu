@@ -1,147 +1,47 @@
 // attention: o_i = sum_{j<=i} p_ij v_j, p_ij = exp(q_i k_j / sqrt(D) - lse_i). Scores never leave
-// the chip: a block takes some queries, walks the keys before them and keeps a running maximum
-// (Dao 2023, arXiv 2307.08691). bf16 on tensor cores for D of 32, 64 and 128; anything else plainly.
-#include "attention.cuh"
+// the chip: a block takes some queries and walks the keys before them. bf16 on tensor cores for D of
+// 32, 64 and 128; anything else plainly.
 #include "attention_sm90.hpp"
+#include "attention_walk.cuh"
 #include "launch.cuh"
 #include "ops.hpp"
+
+#include <climits>
 
 namespace ponder::cuda {
 
 namespace {
 
-constexpr int warps = 4, queries = 16 * warps, keys = 64;
-
-// SPLIT groups of four warps share a block's queries and take the tiles of keys by turns; in the
-// end the first group adds up what all found. That shortens the way of the longest block, which is
-// what counts where there are fewer blocks than multiprocessors.
+// The longest blocks come first.
 template <int D, int SPLIT>
 __global__ __launch_bounds__(128 * SPLIT) void attention_kernel(const bf16 *qkv, bf16 *o,
                                                                 float *lse, int tokens, int width,
                                                                 float scale) {
-    constexpr int threads = 128 * SPLIT, step = keys * SPLIT;
+    constexpr int threads = 128 * SPLIT, step = walk_keys * SPLIT;
     extern __shared__ __align__(128) std::byte memory[];
-    bf16 *const stage = reinterpret_cast<bf16 *>(memory); // k and v, twice
-    const int first = (int(gridDim.x) - 1 - int(blockIdx.x)) * queries; // longest blocks first
-    const int head = blockIdx.y, lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32 % warps, group = threadIdx.x / 128;
+    const int first = (int(gridDim.x) - 1 - int(blockIdx.x)) * walk_queries;
+    const int head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % walk_warps;
     const int64_t stride = 3 * int64_t(width), s = blockIdx.z;
     const bf16 *const q = qkv + s * tokens * stride + head * D, *const k = q + width,
                      *const v = k + width;
-
-    uint32_t mine[D / 16][4];
     wait_for_earlier();
-    bf16 *const at_q = stage + 4 * step * D;
-    load_tile<D, queries, threads>(at_q, q, first, tokens, stride);
-    commit_copies();
-    const auto fetch = [&](int j) {
-        bf16 *to = stage + j % 2 * 2 * step * D;
-        load_tile<D, step, threads>(to, k, j * step, tokens, stride);
-        load_tile<D, step, threads>(to + step * D, v, j * step, tokens, stride);
-        commit_copies();
-    };
-    const int last = min(first + queries, tokens) - 1, rounds = last / step + 1;
-    float out[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    const float factor = scale * log2_e;
+    Found<D> found;
+    if (!walk<D, SPLIT>(
+            memory, found, first, INT_MAX, min(first + walk_queries, tokens) - 1, scale * log2_e,
+            [&](bf16 *to) { load_tile<D, walk_queries, threads>(to, q, first, tokens, stride); },
+            [&](bf16 *to_k, bf16 *to_v, int key) {
+                load_tile<D, step, threads>(to_k, k, key, tokens, stride);
+                load_tile<D, step, threads>(to_v, v, key, tokens, stride);
+            }))
+        return;
     const int row = first + 16 * warp + lane / 4;
-    fetch(0);
-    wait_for_copies<1>();
-    __syncthreads();
-    load_rows<D>(mine, at_q, 16 * warp);
-    for (int j = 0; j < rounds; ++j) {
-        wait_for_copies<0>();
-        __syncthreads();
-        if (j + 1 < rounds)
-            fetch(j + 1);
-        const int begin = j * step + group * keys;
-        if (begin > last)
-            continue;
-        const bf16 *const at_k = stage + (j % 2 * 2 * step + group * keys) * D,
-                         *const at_v = at_k + step * D;
-        float p[keys / 8][4] = {};
-        multiply_rows<D, keys>(p, mine, at_k);
-        if (begin + keys > first + 16 * warp)
-#pragma unroll
-            for (int n = 0; n < keys / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (begin + 8 * n + lane % 4 * 2 + i % 2 > row + i / 2 * 8)
-                        p[n][i] = -INFINITY;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float high = top[half];
-#pragma unroll
-            for (int n = 0; n < keys / 8; ++n)
-                high = fmaxf(high, fmaxf(p[n][2 * half], p[n][2 * half + 1]));
-            high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
-            high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
-            const float base = high == -INFINITY ? 0.0f : high; // no key seen yet
-            const float shrink = exp2f((top[half] - base) * factor), offset = base * factor;
-            top[half] = high;
-            sum[half] *= shrink;
-#pragma unroll
-            for (int n = 0; n < keys / 8; ++n)
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    p[n][i] = exp2f(p[n][i] * factor - offset);
-                    sum[half] += p[n][i];
-                }
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                out[n][2 * half] *= shrink;
-                out[n][2 * half + 1] *= shrink;
-            }
-        }
-        multiply_results<D, keys>(out, p, at_v);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-        sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
-    }
-    if constexpr (SPLIT > 1) {
-        constexpr int size = (D / 2 + 4) * 128;
-        float *other = reinterpret_cast<float *>(memory) + threadIdx.x % 128;
-        __syncthreads(); // the stages are free
-        if (group > 0) {
-            other += (group - 1) * size;
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    other[(4 * n + i) * 128] = out[n][i];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                other[(D / 2 + half) * 128] = top[half];
-                other[(D / 2 + 2 + half) * 128] = sum[half];
-            }
-        }
-        __syncthreads();
-        if (group > 0)
-            return;
-        for (int g = 1; g < SPLIT; ++g, other += size)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float their_top = other[(D / 2 + half) * 128];
-                const float high = fmaxf(top[half], their_top); // this group has seen key 0
-                const float a = exp2f((top[half] - high) * factor),
-                            b = exp2f((their_top - high) * factor);
-                sum[half] = sum[half] * a + other[(D / 2 + 2 + half) * 128] * b;
-                top[half] = high;
-#pragma unroll
-                for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; ++i)
-                        out[n][i] = out[n][i] * a + other[(4 * n + i) * 128] * b;
-            }
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half)
         if (lane % 4 == 0 && row + 8 * half < tokens)
             lse[(s * gridDim.y + head) * tokens + row + 8 * half] =
-                top[half] * scale + logf(sum[half]);
-    store_rows<D>(o + s * tokens * width + head * D, out, first + 16 * warp, tokens, width,
-                  1 / sum[0], 1 / sum[1]);
+                found.top[half] * scale + logf(found.sum[half]);
+    store_rows<D>(o + s * tokens * width + head * D, found.out, first + 16 * warp, tokens, width,
+                  1 / found.sum[0], 1 / found.sum[1]);
 }
 
 // ---- any type and D: 16 queries a block, 32 keys at a time
@@ -226,8 +126,7 @@ __global__ void plain_kernel(const T *qkv, T *o, float *lse, int tokens, int wid
 
 template <int D, int SPLIT>
 void queue_tiles(const Run &run, dim3 grid, int64_t tokens, int64_t width) {
-    constexpr size_t memory = size_t((4 * SPLIT * keys + queries) * D) * sizeof(bf16);
-    static_assert(size_t((SPLIT - 1) * (D / 2 + 4) * 128) * sizeof(float) <= memory);
+    constexpr size_t memory = walk_memory<D, SPLIT>;
     run.device->check(cudaFuncSetAttribute(attention_kernel<D, SPLIT>,
                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            int(memory)),
@@ -241,12 +140,12 @@ void queue_tiles(const Run &run, int64_t streams, int64_t heads, int64_t tokens,
     if (attention_fits(*run.device, streams, heads, tokens, D) && aligned(run.at(1), 16))
         return attention_tiles(run, run.at<const bf16>(0), run.at<bf16>(1), run.at<float>(2),
                                streams, heads, tokens);
-    const dim3 grid(blocks_for(tokens, queries), unsigned(heads), unsigned(streams));
+    const dim3 grid(blocks_for(tokens, walk_queries), unsigned(heads), unsigned(streams));
     const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
     if constexpr (D <= 64) {
-        if (tokens > 2 * keys && blocks <= run.device->processors)
+        if (tokens > 2 * walk_keys && blocks <= run.device->processors)
             return queue_tiles<D, 4>(run, grid, tokens, width);
-        if (tokens > keys && blocks <= 2 * run.device->processors)
+        if (tokens > walk_keys && blocks <= 2 * run.device->processors)
             return queue_tiles<D, 2>(run, grid, tokens, width);
     }
     queue_tiles<D, 1>(run, grid, tokens, width);

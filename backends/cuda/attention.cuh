@@ -80,13 +80,15 @@ __device__ inline void multiply_results(float (&c)[D / 8][4], const float (&p)[N
     }
 }
 
-// Rows row0 + l/4 and +8 of a result, bf16, to rows that are `stride` apart.
+// Rows row0 + l/4 and +8 of a result, bf16, to rows that are `stride` apart; the first `columns`.
 template <int D>
 __device__ inline void store_rows(bf16 *to, const float (&c)[D / 8][4], int row0, int rows,
-                                  int64_t stride, float low, float high) {
+                                  int64_t stride, float low, float high, int columns = D) {
     const int lane = threadIdx.x % 32, row = row0 + lane / 4, column = lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
+        if (8 * n >= columns)
+            break;
         if (row < rows)
             *reinterpret_cast<uint32_t *>(to + int64_t(row) * stride + 8 * n + column) =
                 pack_bf16(c[n][0] * low, c[n][1] * low);

@@ -1,6 +1,8 @@
-// attention_cached: new keys and values go into the caches, then a block takes one head of one
-// token over all rows up to its own: each warp every eighth key with a running maximum, a lane
-// every 32nd column; in the end the warps' sums are added in their order.
+// attention_cached: new keys and values go into the caches, then each token attends to all rows up to
+// its own. Here: which kernel does it, and the one that does for any type and size. It takes one head
+// of one token a block: each warp every eighth key with a running maximum, a lane every 32nd column;
+// in the end the warps' sums are added in their order.
+#include "attention_cached.hpp"
 #include "ops.hpp"
 
 #include <type_traits>
@@ -82,25 +84,35 @@ __global__ void cached_kernel(const T *qkv, const int32_t *first, const T *k_all
 } // namespace
 
 int32_t plan_attention_cached(const Call &call) {
-    const int64_t streams = call.dim(0, 0), tokens = call.dim(0, 1);
-    const int64_t heads = call.dim(2, 1), places = call.dim(2, 2), d = call.dim(2, 3);
+    const CachedShape shape(call);
+    const auto [streams, tokens, heads, places, d, type] = shape;
     for (size_t i = 2; i < 7; ++i)
         if (call.type(i) != call.type(0))
             return PONDER_PLAN_NONE;
     if (d > 256)
         return PONDER_PLAN_NONE;
-    return by_type(call.type(0), [&]<class T>(T) {
-        return call.is(0, [=](const Run &run) {
+    const FewTokens few(shape, *call.device);
+    const bool is_few = FewTokens::fit(shape), is_many = !is_few && many_tokens_fit(shape);
+    return by_type(type, [&]<class T>(T) {
+        return call.is(is_few ? few.workspace() : 0, [=](const Run &run) {
+            const auto [streams, tokens, heads, places, d, type] = shape;
+            bool words = true;
+            for (size_t i : {0, 4, 5, 6})
+                words = words && aligned(run.at(i), 16);
             const size_t bytes = size_t(streams * heads * places * d) * sizeof(T);
             for (size_t i = 2; i < 4; ++i)
                 if (run.at(i) != run.at(i + 3))
                     run.device->check(cudaMemcpyAsync(run.at(i + 3), run.at(i), bytes,
                                                       cudaMemcpyDeviceToDevice, run.stream),
                                       "attention_cached");
+            if (is_few && words)
+                return few.run(run);
             const int64_t n = streams * tokens * heads * d;
             append_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(
                 run.at<const T>(0), run.at<const int32_t>(1), run.at<T>(5), run.at<T>(6), n, tokens,
                 heads, places, d);
+            if (is_many && words)
+                return attend_many_tokens(run, shape);
             const auto queue = [&]<int N>(std::integral_constant<int, N>) {
                 cached_kernel<T, N>
                     <<<dim3(unsigned(tokens), unsigned(heads), unsigned(streams)), threads,
