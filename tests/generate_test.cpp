@@ -1,9 +1,9 @@
 // Generating: token by token as in one pass, whatever lies between; draws as their distribution
 // says; and the stream never notices.
+#include "generating.hpp"
 #include "session/decoder.hpp"
-#include "session/generate.hpp"
+#include "session/plan.hpp"
 #include "session/text_pieces.hpp"
-#include "support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -11,63 +11,6 @@
 
 namespace ponder::test {
 namespace {
-
-struct Written {
-    std::vector<int32_t> ids;
-    std::vector<double> log_p;
-    ponder_generation_result result{};
-};
-
-std::vector<Written> generate(const std::vector<Session *> &sessions,
-                              std::vector<Generation> wishes) {
-    std::vector<Written> written(sessions.size());
-    std::vector<ponder_generation_result> results(sessions.size());
-    std::vector<CallGuard> guards;
-    for (size_t i = 0; i < sessions.size(); ++i) {
-        wishes[i].log_probabilities = true;
-        if (!wishes[i].token)
-            wishes[i].token = [&w = written[i]](uint64_t, int32_t id, double log_p,
-                                                std::string_view) {
-                if (id >= 0) {
-                    w.ids.push_back(id);
-                    w.log_p.push_back(log_p);
-                }
-                return false;
-            };
-        guards.push_back(no_limits(*sessions[i]));
-    }
-    Session::generate(sessions, wishes, results, guards);
-    for (size_t i = 0; i < sessions.size(); ++i)
-        written[i].result = results[i];
-    return written;
-}
-
-Written generate(Session &session, const Generation &wish) {
-    return generate(std::vector<Session *>{&session}, {wish})[0];
-}
-
-Generation wish(std::vector<int32_t> prompt, uint64_t tokens) {
-    Generation g;
-    g.prompt = std::move(prompt);
-    g.max_tokens = tokens;
-    return g;
-}
-
-// ln p of tokens [first, end) of the text, each given those before it: one token is generated at a
-// time, and a bias makes it the text's own.
-std::vector<double> decode(Session &session, std::span<const int32_t> text, size_t first,
-                           size_t end, bool keep = false) {
-    std::vector<double> log_p;
-    for (size_t t = first; t < end; ++t) {
-        Generation g = wish({text.begin(), text.begin() + std::ptrdiff_t(t)}, 1);
-        g.sampling.bias = {{text[t], 10000.0f}};
-        g.keep_cache = keep;
-        const Written w = generate(session, g);
-        EXPECT_EQ(w.ids, std::vector<int32_t>{text[t]});
-        log_p.push_back(w.log_p.at(0));
-    }
-    return log_p;
-}
 
 struct Case {
     std::string name;
@@ -97,19 +40,6 @@ Options options_of(const Case &c) {
     for (const auto &[name, value] : c.options)
         options.set(name, value);
     return options;
-}
-
-// What a session's scores say of chunks [first, end), without learning from them (TTT layers do).
-std::vector<double> score(Session &session, std::span<const int32_t> tokens, size_t chunks) {
-    std::vector<double> log_p;
-    session.feed(tokens);
-    for (size_t i = 0; i < chunks; ++i) {
-        EXPECT_TRUE(session.score(no_limits(session)));
-        for (const float nll : session.losses())
-            log_p.push_back(-double(nll));
-        session.learn(0, no_limits(session));
-    }
-    return log_p;
 }
 
 // Positions across chunks, mini-batches and full windows (of 64 tokens), token by token.
@@ -284,6 +214,29 @@ TEST(Cache, OnlyWhatIsNewIsComputed) {
     EXPECT_EQ(cached(30), 29u);
     session.reset();
     EXPECT_EQ(cached(30), 0u);
+}
+
+// What is allocated for generating is what the plan says: exactly on the reference backend, whose
+// kernels have no workspace, and within the plan's workspace on the other.
+TEST(Cache, IsInTheMemoryPlan) {
+    for (const char *dtype : {"f32", "bf16"})
+        for (const char *backend : {"reference", "cpu"})
+            for (const Case &c : cases()) {
+                SCOPED_TRACE(std::string(backend) + " " + dtype + " " + c.name);
+                const auto &on = model(backend, dtype);
+                const ponder_memory_plan plan =
+                    plan_memory(on->runtime(), tiny, backend, dtype, "auto", options_of(c));
+                Session session(on, options_of(c));
+                const auto use = [&] {
+                    generate(session, wish(random_tokens(100, 2), 20));
+                    return on->runtime().memory->in_use();
+                };
+                use(); // packs and records what the model keeps
+                session.reset();
+                const uint64_t before = on->runtime().memory->in_use(), used = use() - before;
+                EXPECT_LE(used, plan.generation);
+                EXPECT_GE(used, plan.generation - plan.workspace); // is 0 on the reference backend
+            }
 }
 
 TEST(Decode, ThreadsDoNotMatter) {

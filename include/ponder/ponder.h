@@ -262,6 +262,8 @@ typedef struct ponder_memory_plan {
     uint64_t fast_parameters;    /* count */
     uint64_t flops_score;        /* of one full chunk; 2 per multiply-add */
     uint64_t flops_step;         /* what one inner step adds */
+    uint64_t generation;         /* when the session generates, besides `total`: keys and values of
+                                    a full context, the rest of its buffers, its passes */
 } ponder_memory_plan;
 
 /* Plans from the files' headers alone: no weight is read, nothing large is allocated.

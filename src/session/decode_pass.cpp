@@ -18,18 +18,14 @@ Id logits_of(Graph &g, const Gpt2 &model, Id hidden) {
 
 } // namespace
 
-const DecodePass &DecodePasses::decode(const DecodeShape &shape) const {
-    const std::lock_guard lock(mutex_);
-    DecodePass &p = decode_[shape];
-    if (p.program)
-        return p;
-    const Gpt2Config &config = model_.config();
+DecodePass record_decode(Graph &g, const Gpt2 &model, const Adapter &adapter, bool with_layer,
+                         const DecodeShape &shape) {
+    const Gpt2Config &config = model.config();
     const int64_t streams = shape.streams, tokens = shape.tokens, width = config.width;
-    const int64_t lowest = adapter_.lowest_stale_layer(config.layers);
+    const int64_t lowest = adapter.lowest_stale_layer(config.layers);
     DecodePass pass;
     pass.shape = shape;
-    Graph g(model_.type());
-    adapter_.bind(g, streams);
+    adapter.bind(g, streams);
     pass.first = g.external("rows before", DType::i32, {streams});
     pass.k.resize(size_t(config.layers), none);
     pass.v = pass.k_new = pass.v_new = pass.k;
@@ -48,8 +44,8 @@ const DecodePass &DecodePasses::decode(const DecodeShape &shape) const {
     if (shape.from_layer == 0) {
         pass.ids = g.external("tokens", DType::i32, {streams, tokens});
         pass.at = g.external("positions", DType::i32, {streams, tokens});
-        x = model_.embed(g, pass.ids, pass.at);
-        x = model_.blocks(g, x, 0, lowest, adapter_, attend);
+        x = model.embed(g, pass.ids, pass.at);
+        x = model.blocks(g, x, 0, lowest, adapter, attend);
         if (lowest > 0 && lowest < config.layers) {
             pass.kept = g.external("residual streams", g.wide, {streams, shape.places, width});
             pass.kept_new = keep_rows(g, x, pass.first, pass.kept);
@@ -58,12 +54,45 @@ const DecodePass &DecodePasses::decode(const DecodeShape &shape) const {
     } else {
         x = pass.residual = g.external("residual stream", g.wide, {streams, tokens, width});
     }
-    x = model_.blocks(g, x, lowest, config.layers, adapter_, attend);
-    const Id hidden = model_.last_norm(g, x, with_layer_ ? g.wide : g.act);
+    x = model.blocks(g, x, lowest, config.layers, adapter, attend);
+    const Id hidden = model.last_norm(g, x, with_layer ? g.wide : g.act);
     if (shape.logits)
-        g.expose(pass.logits = logits_of(g, model_, hidden), "logits");
+        g.expose(pass.logits = logits_of(g, model, hidden), "logits");
     else
         g.expose(pass.hidden = hidden, "hidden states");
+    return pass;
+}
+
+LayerPass record_layer(Graph &g, const Gpt2 &model, const Adapter &adapter,
+                       const LayerShape &shape) {
+    const int64_t rows = shape.rows, width = model.config().width;
+    LayerPass pass;
+    adapter.bind(g);
+    pass.hidden = g.external("hidden states", g.wide, {1, rows, width});
+    if (const int64_t taps = adapter.taps(); taps > 0)
+        pass.before = g.external("taps", g.wide, {1, taps, width});
+    const InsideResult result = adapter.after_backbone(g, pass.hidden, pass.before);
+    pass.state = result.state;
+    if (shape.logits) {
+        const Id last = rows > 1 ? slice_rows(g, result.hidden, rows - 1, 1) : result.hidden;
+        g.expose(pass.logits = logits_of(g, model, last), "logits");
+    } else {
+        g.expose(pass.out = result.hidden, "hidden states");
+    }
+    for (const Id id : pass.state)
+        g.expose(id, "new fast weights");
+    if (pass.before != none)
+        g.expose(pass.taps = result.taps, "taps");
+    return pass;
+}
+
+const DecodePass &DecodePasses::decode(const DecodeShape &shape) const {
+    const std::lock_guard lock(mutex_);
+    DecodePass &p = decode_[shape];
+    if (p.program)
+        return p;
+    Graph g(model_.type());
+    DecodePass pass = record_decode(g, model_, adapter_, with_layer_, shape);
     pass.program = program_of(std::move(g), device_);
     return p = std::move(pass);
 }
@@ -86,25 +115,8 @@ const LayerPass &DecodePasses::layer(const LayerShape &shape) const {
     LayerPass &p = layer_[shape];
     if (p.program)
         return p;
-    const int64_t rows = shape.rows, width = model_.config().width;
-    LayerPass pass;
     Graph g(model_.type());
-    adapter_.bind(g);
-    pass.hidden = g.external("hidden states", g.wide, {1, rows, width});
-    if (const int64_t taps = adapter_.taps(); taps > 0)
-        pass.before = g.external("taps", g.wide, {1, taps, width});
-    const InsideResult result = adapter_.after_backbone(g, pass.hidden, pass.before);
-    pass.state = result.state;
-    if (shape.logits) {
-        const Id last = rows > 1 ? slice_rows(g, result.hidden, rows - 1, 1) : result.hidden;
-        g.expose(pass.logits = logits_of(g, model_, last), "logits");
-    } else {
-        g.expose(pass.out = result.hidden, "hidden states");
-    }
-    for (const Id id : pass.state)
-        g.expose(id, "new fast weights");
-    if (pass.before != none)
-        g.expose(pass.taps = result.taps, "taps");
+    LayerPass pass = record_layer(g, model_, adapter_, shape);
     pass.program = program_of(std::move(g), device_);
     return p = std::move(pass);
 }

@@ -59,6 +59,12 @@ struct LayerPass {
     std::unique_ptr<const Program> program;
 };
 
+// Without a program, which is made of the graph.
+DecodePass record_decode(Graph &graph, const Gpt2 &model, const Adapter &adapter, bool with_layer,
+                         const DecodeShape &shape);
+LayerPass record_layer(Graph &graph, const Gpt2 &model, const Adapter &adapter,
+                       const LayerShape &shape);
+
 // Recorded at the first request, kept for good: there are few. Any thread.
 class DecodePasses {
 public:

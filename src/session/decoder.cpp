@@ -38,6 +38,75 @@ private:
     bool armed_ = true;
 };
 
+// In elements, but for bytes of what is of the model's type.
+struct Decoder::Sizes {
+    size_t cache, residual = 0, piece = 0, hidden, last, logits, inputs, out = 0, taps = 0;
+    size_t rows = 0, before = 0; // of a stream's layer
+    size_t fast = 0;
+
+    Sizes(const Gpt2 &model, const Adapter &adapter, size_t streams, const Form &form) {
+        const Gpt2Config &config = model.config();
+        const size_t act = size_of(model.type()), width = size_t(config.width);
+        const size_t context = size_t(form.context), most = size_t(largest_piece);
+        const int64_t lowest = adapter.lowest_stale_layer(config.layers);
+        cache = size_t(config.layers) * 2 * streams * context * width * act;
+        if (lowest > 0 && lowest < config.layers) {
+            residual = streams * context * width;
+            piece = most * width;
+        }
+        hidden = std::max(most, streams) * width * (form.with_layer ? sizeof(float) : act);
+        last = streams * width * act;
+        logits = streams * size_t(config.vocabulary);
+        inputs = 2 * aligned(std::max(most, streams)) + streams;
+        if (!form.with_layer)
+            return;
+        const size_t longest = std::max(most, size_t(adapter.mini_batch()));
+        out = longest * width * act;
+        taps = rows = longest * width;
+        before = size_t(adapter.taps()) * width;
+        fast = adapter.fast_count();
+    }
+};
+
+uint64_t Decoder::memory(const Gpt2 &model, const Adapter &adapter, size_t streams,
+                         const Form &form) {
+    const Sizes s(model, adapter, streams, form);
+    // A block of Memory is aligned and has a header.
+    const auto block = [](size_t bytes) { return bytes ? (bytes + 63) / 64 * 64 + 64 : 0; };
+    const auto floats = [&](size_t count) { return block(count * sizeof(float)); };
+    uint64_t all = block(s.cache) + floats(s.residual) + floats(s.piece) + block(s.hidden) +
+                   block(s.last) + floats(s.logits) + floats(s.inputs) + block(s.out) +
+                   floats(s.taps);
+    if (form.with_layer)
+        all += streams * (floats(s.rows) + 2 * floats(std::max<size_t>(s.before, 1)) +
+                          2 * floats(s.fast));
+    else if (streams > 1)
+        all += floats(streams * adapter.fast_count());
+    const auto arena = [](const Graph &graph) {
+        return plan_arena(graph, schedule(graph, {graph.calls().size()})).bytes;
+    };
+    size_t passes = 0;
+    int64_t tokens = largest_piece;
+    for (const int64_t piece : pieces)
+        if (piece >= std::min(form.context, largest_piece))
+            tokens = piece;
+    for (const DecodeShape &shape : {DecodeShape{1, tokens, form.context, 0, false},
+                                     DecodeShape{int64_t(streams), 1, form.context, 0,
+                                                 !form.with_layer}}) {
+        Graph g(model.type());
+        record_decode(g, model, adapter, form.with_layer, shape);
+        passes = std::max(passes, arena(g));
+    }
+    if (form.with_layer) {
+        const int64_t batch = adapter.mini_batch();
+        const bool many = form.chunk >= largest_piece && largest_piece % batch == 0;
+        Graph g(model.type());
+        record_layer(g, model, adapter, {many ? largest_piece : batch, false});
+        passes = std::max(passes, arena(g));
+    }
+    return all + block(passes);
+}
+
 Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<const Adapted> adapted,
                  size_t streams, const Form &form)
     : model_(std::move(model)), adapted_(std::move(adapted)),
@@ -50,21 +119,19 @@ Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<const Adapt
     lowest_ = adapter.lowest_stale_layer(layers_);
     act_size_ = size_of(backbone.type());
     hidden_size_ = form_.with_layer ? sizeof(float) : act_size_;
-    const size_t rows = std::max(size_t(largest_piece), streams), width = size_t(width_);
-    cache_ = DeviceBuffer(device, size_t(layers_) * 2 * streams * size_t(form_.context) * width *
-                                      act_size_);
-    if (lowest_ > 0 && lowest_ < layers_) {
-        residual_ = DeviceVector<float>(device, streams * size_t(form_.context) * width);
-        piece_ = DeviceVector<float>(device, size_t(largest_piece) * width);
+    const Sizes sizes(backbone, adapter, streams, form_);
+    cache_ = DeviceBuffer(device, sizes.cache);
+    if (sizes.residual > 0) {
+        residual_ = DeviceVector<float>(device, sizes.residual);
+        piece_ = DeviceVector<float>(device, sizes.piece);
     }
-    hidden_ = DeviceBuffer(device, rows * width * hidden_size_);
-    last_ = DeviceBuffer(device, streams * width * act_size_);
-    logits_ = DeviceVector<float>(device, streams * size_t(config.vocabulary));
-    inputs_ = DeviceVector<int32_t>(device, 2 * aligned(rows) + streams);
+    hidden_ = DeviceBuffer(device, sizes.hidden);
+    last_ = DeviceBuffer(device, sizes.last);
+    logits_ = DeviceVector<float>(device, sizes.logits);
+    inputs_ = DeviceVector<int32_t>(device, sizes.inputs);
     if (form_.with_layer) {
-        const size_t most = std::max(size_t(largest_piece), size_t(adapter.mini_batch()));
-        out_ = DeviceBuffer(device, most * width * act_size_);
-        taps_ = DeviceVector<float>(device, most * width);
+        out_ = DeviceBuffer(device, sizes.out);
+        taps_ = DeviceVector<float>(device, sizes.taps);
     }
 }
 
@@ -142,15 +209,14 @@ size_t Decoder::read(size_t index, std::span<const int32_t> text, const Weights 
     if (!slot.layer && form_.with_layer) {
         const std::shared_ptr<const Device> &device = model_->device();
         const Adapter &adapter = adapted_->adapter();
-        const size_t rows = std::max(size_t(largest_piece), size_t(adapter.mini_batch()));
-        const size_t taps = size_t(adapter.taps() * width_);
+        const Sizes sizes(model_->backbone(), adapter, slots_.size(), form_);
         slot.layer = std::make_unique<Layer>();
-        slot.layer->fast = FastState(device, adapter.fast_count(), 0);
-        slot.layer->next = FastState(device, adapter.fast_count(), 0);
-        slot.layer->fast.all().copy(weights.fast->weights(), adapter.fast_count());
-        slot.layer->rows = DeviceVector<float>(device, rows * size_t(width_));
-        slot.layer->before = DeviceVector<float>(device, taps);
-        slot.layer->next_before = DeviceVector<float>(device, taps);
+        slot.layer->fast = FastState(device, sizes.fast, 0);
+        slot.layer->next = FastState(device, sizes.fast, 0);
+        slot.layer->fast.all().copy(weights.fast->weights(), sizes.fast);
+        slot.layer->rows = DeviceVector<float>(device, sizes.rows);
+        slot.layer->before = DeviceVector<float>(device, sizes.before);
+        slot.layer->next_before = DeviceVector<float>(device, sizes.before);
         slot.version = weights.version;
     }
     append(slot, index, text.subspan(slot.ids.size()), weights, guard);

@@ -20,6 +20,9 @@ public:
         bool carry;      // its weights go on from chunk to chunk
         bool alone;      // on the calling thread
     };
+    // What it allocates for its streams, without their passes' workspace.
+    static uint64_t memory(const Gpt2 &model, const Adapter &adapter, size_t streams,
+                           const Form &form);
     // The fast weights of a stream now; each change has a version of its own, 0 is none.
     struct Weights {
         const FastState *fast;
@@ -62,7 +65,8 @@ private:
         std::unique_ptr<Layer> layer;
         int64_t cached() const { return int64_t(ids.size() - start); }
     };
-    class Undo; // clears the slots of a call that fails
+    struct Sizes; // of its buffers
+    class Undo;   // clears the slots of a call that fails
 
     void append(Slot &slot, size_t index, std::span<const int32_t> ids, const Weights &weights,
                 const CallGuard &guard);

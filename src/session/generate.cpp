@@ -115,6 +115,7 @@ void Session::generate(std::span<Session *const> sessions, std::span<const Gener
         results[i].prompt_tokens = wishes[i].prompt.size();
         results[i].cached_tokens =
             decoder.read(i, wishes[i].prompt, weights[i], wishes[i].keep_cache, guards[i]);
+        first.model_->device()->synchronize(); // for an honest time
         sessions[i]->text_ = wishes[i].prompt;
         results[i].prefill_ns = now_ns() - start;
     }

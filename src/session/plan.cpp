@@ -2,7 +2,9 @@
 
 #include "adapt/stored.hpp"
 #include "policy/policy.hpp"
+#include "session/decoder.hpp"
 #include "session/pass.hpp"
+#include "tensor/fuse.hpp"
 
 #include <algorithm>
 
@@ -24,6 +26,15 @@ uint64_t workspace_of_worker(const Gpt2Config &c) {
 
 // A device's share for logits and for the products of its library, at most.
 constexpr uint64_t workspace_of_device = uint64_t(192) << 20;
+
+// On a device some calls may be joined, which gives other temporaries: the larger of both.
+size_t arena_of(Graph graph, std::vector<size_t> segment_ends, bool may_join) {
+    const size_t apart = plan_arena(graph, schedule(graph, segment_ends)).bytes;
+    if (!may_join)
+        return apart;
+    fuse(graph, segment_ends, [](const Call &) { return true; });
+    return std::max(apart, plan_arena(graph, schedule(graph, segment_ends)).bytes);
+}
 
 } // namespace
 
@@ -63,7 +74,7 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     plan.fast_parameters = adapter->fast_count();
     plan.fast_weights = 3 * vector; // now, shadow, initial
     plan.optimizer = vector * (2 * moments + (learn ? 1 : 0));
-    plan.activations = plan_arena(pass.graph, groups).bytes;
+    plan.activations = arena_of(pass.graph, pass.segment_ends, own_memory);
     for (Id id : pass.watched())
         plan.activations += id == none ? 0 : pass.graph.value(id).bytes();
     plan.workspace = own_memory ? workspace_of_device
@@ -71,6 +82,9 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
                                 : 0;
     plan.total = plan.weights + plan.packed_weights + plan.fast_weights + plan.optimizer +
                  plan.activations + plan.workspace;
+    plan.generation = Decoder::memory(model, *adapter, 1,
+                                      {context, chunk, inside && !never, true, false}) +
+                      plan.workspace;
     plan.flops_score = count_flops(pass.graph, groups, score_segment);
     plan.flops_step = learn ? count_flops(pass.graph, groups, learn_segment) : 0;
     return plan;

@@ -76,7 +76,7 @@ IS(offsetof(ponder_model_info, has_tokenizer), 80);
 IS(offsetof(ponder_model_info, end_of_text), 84);
 IS(offsetof(ponder_model_info, weights), 88);
 
-IS(sizeof(ponder_memory_plan), 88);
+IS(sizeof(ponder_memory_plan), 96);
 IS(offsetof(ponder_memory_plan, struct_size), 0);
 IS(offsetof(ponder_memory_plan, reserved), 4);
 IS(offsetof(ponder_memory_plan, weights), 8);
@@ -89,6 +89,7 @@ IS(offsetof(ponder_memory_plan, total), 56);
 IS(offsetof(ponder_memory_plan, fast_parameters), 64);
 IS(offsetof(ponder_memory_plan, flops_score), 72);
 IS(offsetof(ponder_memory_plan, flops_step), 80);
+IS(offsetof(ponder_memory_plan, generation), 88);
 
 IS(sizeof(ponder_record), 152);
 IS(offsetof(ponder_record, struct_size), 0);

@@ -26,6 +26,7 @@ constexpr PlanRow plan_rows[] = {
     {"activations", "activations", &ponder_memory_plan::activations, "arena of the largest pass"},
     {"workspace", "workspace", &ponder_memory_plan::workspace, "of all workers"},
     {"total", "total", &ponder_memory_plan::total, ""},
+    {"to generate", "generation", &ponder_memory_plan::generation, "besides: keys, values, passes"},
 };
 
 void print_plan(const ponder_memory_plan &plan, const std::string &folder,
