@@ -6,6 +6,7 @@
 #include "adapt/ttt.hpp"
 #include "base/options.hpp"
 #include "formats/gpt2_create.hpp"
+#include "session/generate.hpp"
 #include "session/session.hpp"
 #include "tensor/ops.hpp"
 #include "train/trainer.hpp"
@@ -30,6 +31,7 @@ double now() {
 struct Line {
     std::string name;
     double alone_ms, queued_ms, flops, tokens;
+    double floor_ms = 0; // to move what has to be moved at the bandwidth of copies, where it is stated
 };
 std::vector<Line> lines;
 
@@ -37,6 +39,9 @@ void add(Line line) {
     const double s = (line.queued_ms > 0 ? line.queued_ms : line.alone_ms) * 1e-3;
     std::printf("%-44s %9.3f %9.3f %9.1f %12.0f\n", line.name.c_str(), line.alone_ms,
                 line.queued_ms, line.flops / s * 1e-12, line.tokens / s);
+    if (line.floor_ms > 0)
+        std::printf("    floor %.3f ms: %.0f %% of it\n", line.floor_ms,
+                    100 * line.floor_ms / (s * 1e3));
     std::fflush(stdout);
     lines.push_back(std::move(line));
 }
@@ -208,6 +213,79 @@ void train(const std::shared_ptr<const Model> &model, const char *name, size_t s
     std::printf("    loss %.4f after %d steps\n", loss, steps);
 }
 
+// Bytes a second of a copy, read and written.
+double bandwidth(const std::shared_ptr<const Device> &device) {
+    constexpr size_t size = size_t(512) << 20;
+    const DeviceBuffer from(device, size), to(device, size);
+    double best = 0;
+    for (int i = 0; i < 5; ++i) {
+        device->synchronize();
+        const double start = now();
+        for (int j = 0; j < 4; ++j)
+            device->copy(to.data(), from.data(), size);
+        device->synchronize();
+        best = std::max(best, 8 * double(size) / (now() - start));
+    }
+    return best;
+}
+
+// Prompts of new tokens until the first one is generated, and each of the 64 after it, as a caller
+// times them: medians. What has to move: the matrices once for a pass, and keys and values so far.
+void generate(const std::shared_ptr<const Model> &model, const std::string &name, size_t streams,
+              size_t prompt, const char *adapter) {
+    constexpr uint64_t more = 64;
+    const Gpt2 &backbone = model->backbone();
+    const Gpt2Config &config = backbone.config();
+    Options options;
+    options.set("adapter", adapter);
+    options.set("policy", std::strcmp(adapter, "none") ? "always" : "skip");
+    std::vector<std::unique_ptr<Session>> sessions;
+    std::vector<Session *> list;
+    std::vector<CallGuard> guards;
+    std::vector<Generation> wishes(streams);
+    for (size_t i = 0; i < streams; ++i) {
+        sessions.push_back(std::make_unique<Session>(model, options));
+        list.push_back(sessions[i].get());
+        guards.emplace_back(list[i]->cancel_flag(), nullptr);
+    }
+    std::mt19937 random(4);
+    const auto run = [&](uint64_t tokens) { // milliseconds
+        std::vector<ponder_generation_result> results(streams);
+        for (Generation &wish : wishes) {
+            wish.max_tokens = tokens;
+            wish.prompt.resize(prompt);
+            for (int32_t &id : wish.prompt)
+                id = int32_t(random() % 8000);
+        }
+        const double start = now();
+        Session::generate(list, wishes, results, guards);
+        return (now() - start) * 1e3;
+    };
+    for (int i = 0; i < 3; ++i)
+        run(1 + more); // passes are noted down
+    std::vector<double> fill, write;
+    for (int i = 0; i < 5; ++i) {
+        fill.push_back(run(1));
+        write.push_back(run(1 + more));
+    }
+    std::sort(fill.begin(), fill.end());
+    std::sort(write.begin(), write.end());
+    const double first = fill[2], each = (write[2] - first) / double(more);
+    const double speed = bandwidth(model->device()) * 1e-3, // bytes a millisecond
+        element = double(size_of(backbone.type())), matrices = double(backbone.packed_estimate(false, 0)),
+                 rest = matrices - double(config.vocabulary * config.width) * element,
+                 row = double(config.layers * 2 * config.width) * element; // keys and values
+    const std::string what = name + ", " + adapter;
+    if (streams == 1)
+        add({what + ", prompt of " + std::to_string(prompt) + ", first token", first, 0,
+             2 * rest / element * double(prompt), double(prompt),
+             (matrices + row * double(prompt)) / speed});
+    const double before = double(prompt) + double(more) / 2;
+    add({what + ", a token, " + std::to_string(streams) + " sessions", each, 0,
+         2 * matrices / element * double(streams), double(streams),
+         (matrices + double(streams) * row * before) / speed});
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
@@ -279,6 +357,13 @@ int main(int argc, char **argv) {
             session(model, "session, LoRA last 3, gate that skips",
                     {{"policy", "ema:loss:0.001"}, {"lora.layers", "last:3"}});
         }
+        if (wanted("generate"))
+            for (const auto &[name, m] : {std::pair("GPT-2 124M", model),
+                                          {"code-10m's shape", load(small)}})
+                for (const char *adapter : {"none", "lora", "ttt-linear"}) {
+                    generate(m, name, 1, 512, adapter);
+                    generate(m, name, 16, 64, adapter);
+                }
         if (wanted("train"))
             train(model, "train GPT-2 124M, B=32 T=1024", 32, 1024, 13);
         if (wanted("train10m"))
@@ -293,9 +378,10 @@ int main(int argc, char **argv) {
             for (size_t i = 0; i < lines.size(); ++i)
                 std::fprintf(file,
                              "%s\n {\"name\": \"%s\", \"alone_ms\": %.4f, \"queued_ms\": %.4f, "
-                             "\"flops\": %.6g, \"tokens\": %.0f}",
+                             "\"flops\": %.6g, \"tokens\": %.0f, \"floor_ms\": %.4f}",
                              i ? "," : "", lines[i].name.c_str(), lines[i].alone_ms,
-                             lines[i].queued_ms, lines[i].flops, lines[i].tokens);
+                             lines[i].queued_ms, lines[i].flops, lines[i].tokens,
+                             lines[i].floor_ms);
             std::fprintf(file, "\n]\n");
             std::fclose(file);
         }
