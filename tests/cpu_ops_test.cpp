@@ -480,6 +480,29 @@ TEST_P(CpuOps, AttentionCached) {
             }
 }
 
+// Drawn shapes: heads that fill no tile, and on devices tokens that the caches have no room for,
+// which passes of a fixed length have where a text ends.
+TEST_P(CpuOps, AttentionCachedOfDrawnShapes) {
+    std::mt19937 draw(7);
+    const auto up_to = [&](int64_t n) { return 1 + int64_t(draw() % uint64_t(n)); };
+    for (int i = 0; i < 24; ++i) {
+        const DType act = i % 2 ? half : f32;
+        const int64_t t = i % 4 < 2 ? up_to(8) : 8 + up_to(120), s = up_to(3), heads = up_to(3);
+        const int64_t d = 8 * up_to(16), places = t + up_to(500), c = heads * d;
+        std::vector<double> firsts;
+        for (int64_t j = 0; j < s; ++j)
+            firsts.push_back(double(up_to(places - (on_host() ? t : t / 2)) - 1));
+        const Shape cache = {s, heads, places, d};
+        check({"attention_cached",
+               {random(act, {s, t, 3 * c}, 2), from_values(DType::i32, {s}, firsts),
+                random(act, cache), random(act, cache)},
+               {{act, {s, t, c}}, {act, cache}, {act, cache}},
+               {}},
+              limit(act),
+              shape_name(act, s, t) + " D=" + std::to_string(d) + " N=" + std::to_string(places));
+    }
+}
+
 TEST_P(CpuOps, KeepRows) {
     if (on_host())
         GTEST_SKIP() << "left to the reference";

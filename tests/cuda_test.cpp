@@ -2,6 +2,7 @@
 // whole sessions and trainers against the reference backend and other implementations.
 // PONDER_CUDA_MODULE in the environment names another build of it.
 #include "device_runs.hpp"
+#include "generating.hpp"
 
 #include <cstdlib>
 #include <cstring>
@@ -67,6 +68,16 @@ const std::vector<Values> cases{
     {{"adapter", "lora"}, {"policy", "threshold:gradient_norm:0.001"}},
     {{"adapter", "lora"}, {"inner.optimizer", "sgd"}, {"inner.lr", "0.1"}},
     {{"adapter", "none"}},
+    {{"adapter", "ttt-linear"}},
+    {{"adapter", "ttt-linear"}, {"ttt.form", "ponder"}},
+    {{"adapter", "ttt-mlp"}},
+};
+
+// For generating: where fast weights enter, and how they learn.
+const std::vector<Values> forms{
+    {{"adapter", "none"}},
+    {{"adapter", "lora"}, {"inner.lr", "0.02"}, {"lora.layers", "all"}},
+    {{"adapter", "lora"}, {"inner.lr", "0.02"}, {"lora.layers", "last:1"}},
     {{"adapter", "ttt-linear"}},
     {{"adapter", "ttt-linear"}, {"ttt.form", "ponder"}},
     {{"adapter", "ttt-mlp"}},
@@ -192,6 +203,117 @@ TEST_F(Cuda, TrainersAreNearTheReferences) {
              {{"adapter", "none"}, {"train.attention_dropout", "0.1"}, {"train.recompute", "1"}});
         near(PONDER_TRAIN_BACKBONE,
              {{"adapter", "none"}, {"train.micro", "2"}, {"train.average", "0.5"}});
+    }
+}
+
+// Token by token as in one pass, across chunks, mini-batches and full windows.
+TEST_F(Cuda, DecodingIsScoring) {
+    const auto text = random_tokens(32 * 6, 8);
+    for (const auto &[dtype, tolerance] : {std::pair("f32", 1e-4), {"bf16", 3e-2}}) {
+        const auto device = load(tiny, "cuda", dtype);
+        for (const Values &values : forms) {
+            SCOPED_TRACE(std::string(dtype) + " " + values.back().second);
+            Session session(device, options_of(values));
+            // What is learned inside a pass begins with the text; LoRA has learned before.
+            const size_t before = values[0].second == "lora" ? 2 : 0;
+            session.feed(std::span(text).first(32 * before));
+            session.adapt(no_limits(session));
+            const auto writer = session.fork();
+            const std::vector<double> expected =
+                score(session, std::span(text).subspan(32 * before), 6 - before);
+            size_t at = 0;
+            for (size_t chunk = before; chunk < 6; ++chunk)
+                for (const double found : decode(*writer, text, 32 * chunk + 1, 32 * chunk + 32))
+                    ASSERT_NEAR(found, expected[at++], tolerance) << "chunk " << chunk;
+        }
+    }
+}
+
+// One session and several, past a full window, some ending before others; the caches follow a
+// session that goes on alone.
+TEST_F(Cuda, TextIsTheReferences) {
+    const auto host = load(tiny, "reference", "f32"), device = load(tiny, "cuda", "f32");
+    for (const Values &values : forms) {
+        SCOPED_TRACE(values.back().second);
+        std::vector<std::vector<Written>> all;
+        for (const auto &model : {host, device}) {
+            std::vector<std::unique_ptr<Session>> sessions;
+            std::vector<Session *> list;
+            std::vector<Generation> wishes;
+            for (size_t i = 0; i < 3; ++i) {
+                sessions.push_back(std::make_unique<Session>(model, options_of(values)));
+                list.push_back(sessions[i].get());
+                list[i]->feed(random_tokens(32 * (i + 1), 11 + i)); // other fast weights each
+                list[i]->adapt(no_limits(*list[i]));
+                wishes.push_back(wish(random_tokens(3 + 25 * i, 21 + i), 60 - 15 * i));
+            }
+            std::vector<Written> written{generate(*list[0]->fork(), wishes[0])};
+            for (const Written &w : generate(list, wishes))
+                written.push_back(w);
+            Generation more = wishes[1];
+            more.prompt.insert(more.prompt.end(), written[2].ids.begin(), written[2].ids.end());
+            written.push_back(generate(*list[1], more));
+            EXPECT_EQ(written[0].ids, written[1].ids);
+            all.push_back(written);
+        }
+        for (size_t i = 0; i < all[0].size(); ++i) {
+            EXPECT_EQ(all[1][i].ids, all[0][i].ids) << i;
+            // Learned weights differ a little already.
+            const double tolerance = values[0].second == "lora" ? 3e-3 : 1e-4;
+            EXPECT_LE(relative_error(all[1][i].log_p, all[0][i].log_p), tolerance) << i;
+            EXPECT_EQ(all[1][i].result.cached_tokens, all[0][i].result.cached_tokens) << i;
+        }
+    }
+}
+
+// The text goes on on the device and on the host.
+TEST_F(Cuda, TextGoesOnAfterARestore) {
+    const auto host = load(tiny, "reference", "f32"), device = load(tiny, "cuda", "f32");
+    for (const Values &values : forms) {
+        SCOPED_TRACE(values.back().second);
+        Session session(device, options_of(values));
+        session.feed(random_tokens(64, 13));
+        session.adapt(no_limits(session));
+        Generation g = wish(random_tokens(20, 14), 40);
+        const Written whole = generate(session, g);
+        g.prompt.insert(g.prompt.end(), whole.ids.begin(), whole.ids.begin() + 17);
+        g.max_tokens = 40 - 17;
+        const std::vector<int32_t> rest(whole.ids.begin() + 17, whole.ids.end());
+        for (const auto &model : {host, device}) {
+            Session other(model, options_of(values));
+            other.load(session.save(), "snapshot");
+            EXPECT_EQ(generate(other, g).ids, rest) << model->device()->backend().name;
+        }
+    }
+}
+
+// Fast weights change between two texts: what depends on them is computed again, or kept.
+TEST_F(Cuda, CachesAfterAnUpdate) {
+    const auto device = load(tiny, "cuda", "f32");
+    const auto text = random_tokens(60, 15);
+    for (const Values &values : {forms[1], forms[2]}) {
+        SCOPED_TRACE(values.back().second);
+        Session session(device, options_of(values)), keeps(device, options_of(values));
+        for (Session *s : {&session, &keeps}) {
+            decode(*s, text, 50, 51);
+            s->feed(random_tokens(64, 16));
+            s->adapt(no_limits(*s));
+        }
+        const std::vector<double> again = decode(session, text, 51, 60),
+                                  fresh = decode(*session.fork(), text, 51, 60);
+        EXPECT_LE(relative_error(again, fresh), 1e-5);
+        EXPECT_GT(relative_error(decode(keeps, text, 51, 60, true), fresh), 1e-4);
+    }
+}
+
+TEST_F(Cuda, HasNoInt8Weights) {
+    const auto runtime = std::make_shared<Runtime>(load(tiny, "cuda", "f32")->runtime());
+    try {
+        Model(runtime, tiny, "cuda", "f32", [](uint64_t, uint64_t) {}, "int8");
+        ADD_FAILURE();
+    } catch (const Error &e) {
+        EXPECT_EQ(e.status(), PONDER_E_UNSUPPORTED);
+        EXPECT_NE(std::string(e.what()).find("'cuda' has no int8 weights"), std::string::npos);
     }
 }
 

@@ -136,6 +136,61 @@ TEST(DeviceMemory, GeneratingIsThatOfTheHost) {
         }
 }
 
+// What a token of a text costs in calls of the device: its inputs go up in one, its pass is noted
+// down and replayed, its logits come back. A layer that learns inside is a second pass.
+TEST(DeviceMemory, ATokenIsOneReplay) {
+    struct Calls {
+        size_t uploads, copies, replays, kernels, downloads;
+        bool operator==(const Calls &) const = default;
+    };
+    const auto calls = [](const Values &values, size_t streams, uint64_t tokens) {
+        const auto model = load("offset", "f32");
+        std::vector<std::unique_ptr<Session>> sessions;
+        std::vector<Session *> list;
+        std::vector<CallGuard> guards;
+        std::vector<Generation> wishes(streams);
+        std::vector<ponder_generation_result> results(streams);
+        for (size_t i = 0; i < streams; ++i) {
+            sessions.push_back(std::make_unique<Session>(model, options_of(values)));
+            list.push_back(sessions[i].get());
+            guards.push_back(no_limits(*list[i]));
+            wishes[i].prompt = random_tokens(5 + i, 50);
+            wishes[i].max_tokens = tokens;
+        }
+        const offset::Control &c = offset::control;
+        const Calls before{c.uploads, c.copies, c.replays, c.kernels, c.downloads};
+        Session::generate(list, wishes, results, guards);
+        return Calls{c.uploads - before.uploads, c.copies - before.copies,
+                     c.replays - before.replays, c.kernels - before.kernels,
+                     c.downloads - before.downloads};
+    };
+    const auto each = [&](const Values &values, size_t streams) {
+        const Calls few = calls(values, streams, 8), many = calls(values, streams, 9);
+        return Calls{many.uploads - few.uploads, many.copies - few.copies,
+                     many.replays - few.replays, many.kernels - few.kernels,
+                     many.downloads - few.downloads};
+    };
+    for (const Values &values : std::initializer_list<Values>{
+             {{"adapter", "none"}},
+             {{"adapter", "lora"}},
+             {{"adapter", "lora"}, {"lora.layers", "last:1"}},
+             {{"adapter", "lora"}, {"policy", "skip"}}})
+        for (const size_t streams : {1, 3})
+            EXPECT_EQ(each(values, streams), (Calls{1, 0, 1, 0, 1})) << values.back().second;
+    // Of a mini-batch of two tokens.
+    const Calls two = [&] {
+        const Values values{{"adapter", "ttt-linear"}, {"ttt.mini_batch", "2"}, {"chunk", "32"}};
+        const Calls few = calls(values, 1, 16), many = calls(values, 1, 18);
+        return Calls{many.uploads - few.uploads, many.copies - few.copies,
+                     many.replays - few.replays, many.kernels - few.kernels,
+                     many.downloads - few.downloads};
+    }();
+    EXPECT_EQ(two.uploads, 2u);
+    EXPECT_EQ(two.replays, 4u);
+    EXPECT_EQ(two.kernels, 0u);
+    EXPECT_EQ(two.downloads, 2u);
+}
+
 TEST(DeviceMemory, AnUpdateReadsBackTwice) {
     const auto device = load("offset", "f32");
     Session session(device, options_of({{"adapter", "lora"}, {"policy", "always"}}));

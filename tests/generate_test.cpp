@@ -223,7 +223,7 @@ TEST(Cache, IsInTheMemoryPlan) {
         for (const char *backend : {"reference", "cpu"})
             for (const Case &c : cases()) {
                 SCOPED_TRACE(std::string(backend) + " " + dtype + " " + c.name);
-                const auto &on = model(backend, dtype);
+                const auto &on = tiny_model(backend, dtype);
                 const ponder_memory_plan plan =
                     plan_memory(on->runtime(), tiny, backend, dtype, "auto", options_of(c));
                 Session session(on, options_of(c));

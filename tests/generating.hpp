@@ -1,4 +1,5 @@
-// What tests of generating share: texts, and their tokens' probabilities by decoding and by scoring.
+// What tests of generating share: texts, and their tokens' probabilities by decoding and by
+// scoring.
 #pragma once
 
 #include "session/generate.hpp"
@@ -15,7 +16,7 @@ struct Written {
 };
 
 inline std::vector<Written> generate(const std::vector<Session *> &sessions,
-                              std::vector<Generation> wishes) {
+                                     std::vector<Generation> wishes) {
     std::vector<Written> written(sessions.size());
     std::vector<ponder_generation_result> results(sessions.size());
     std::vector<CallGuard> guards;
@@ -66,8 +67,7 @@ inline std::vector<double> decode(Session &session, std::span<const int32_t> tex
 }
 
 // What a session's scores say of chunks [first, end), without learning from them (TTT layers do).
-inline std::vector<double> score(Session &session, std::span<const int32_t> tokens,
-                                 size_t chunks) {
+inline std::vector<double> score(Session &session, std::span<const int32_t> tokens, size_t chunks) {
     std::vector<double> log_p;
     session.feed(tokens);
     for (size_t i = 0; i < chunks; ++i) {

@@ -54,6 +54,7 @@ struct Device {
 struct Control {
     std::atomic<size_t> limit{SIZE_MAX}; // of device memory in use
     std::atomic<size_t> replays{0}, downloads{0}, joined{0};
+    std::atomic<size_t> uploads{0}, copies{0}, kernels{0}; // kernels: not of a replay
     std::atomic<bool> broken{false};
 };
 inline Control control;
@@ -270,6 +271,7 @@ inline const ponder_backend *backend() {
         };
         b.upload = [](ponder_device *device, void *to, const void *from, size_t size) -> int32_t {
             const auto *bytes = static_cast<const std::byte *>(from);
+            ++control.uploads;
             device_of(device).add([to, data = std::vector<std::byte>(bytes, bytes + size)] {
                 std::memcpy(to_host(to), data.data(), data.size());
             });
@@ -283,6 +285,7 @@ inline const ponder_backend *backend() {
         };
         b.copy = [](ponder_device *device, void *to, const void *from, size_t size) -> int32_t {
             device_of(device).add([=] { std::memmove(to_host(to), to_host(from), size); });
+            ++control.copies;
             return control.broken;
         };
         b.clear = [](ponder_device *device, void *buffer, size_t size) -> int32_t {
@@ -324,6 +327,7 @@ inline const ponder_backend *backend() {
             std::vector<void *> host;
             for (size_t i = 0; i < k.tensors; ++i)
                 host.push_back(to_host(buffers[i]));
+            control.kernels += !k.device->recording;
             k.device->add([host, &k, at = to_host(workspace), task] {
                 k.run(host.data(), at, task);
             });

@@ -1,8 +1,8 @@
-// attention_cached for few new tokens. Reading the caches is nearly all of it, so they are read once,
-// in words of 16 bytes with many on their way, and are cut into parts for enough blocks to keep the
-// device busy (Dao et al. 2023, "Flash-Decoding for long-context inference"). The last block of a
-// head adds up the parts in their order. How many parts a stream has reached is known at run time
-// only: a recorded pass launches all blocks, and those behind its length leave at once.
+// attention_cached for few new tokens. Reading the caches is nearly all of it, so they are read
+// once, in words of 16 bytes with many on their way, and are cut into parts for enough blocks to
+// keep the device busy (Dao et al. 2023, "Flash-Decoding for long-context inference"). The last
+// block of a head adds up the parts in their order. How many parts a stream has reached is known at
+// run time only: a recorded pass launches all blocks, and those behind its length leave at once.
 #include "attention_cached.hpp"
 #include "launch.cuh"
 #include "warp.cuh"
@@ -20,7 +20,7 @@ constexpr float log2_e = 1.4426950408889634f;
 template <class T> constexpr int word = 16 / int(sizeof(T)); // elements
 
 // LANES lanes share a row, so a warp reads 32 / LANES of them at a time.
-template <int LANES> constexpr int rows_at_once = warps * (32 / LANES) * ahead;
+template <int LANES> constexpr int rows_at_once = warps *(32 / LANES) * ahead;
 
 struct Few {
     const void *qkv;
@@ -62,7 +62,7 @@ template <class T, int LANES> __global__ __launch_bounds__(threads) void few_ker
     if (begin >= seen)
         return;
     const T *const q = static_cast<const T *>(p.qkv) + s * p.tokens * stride + int64_t(h) * d,
-                  *const k_new = q + width, *const v_new = k_new + width;
+                   *const k_new = q + width, *const v_new = k_new + width;
     T *const k_all = static_cast<T *>(p.k) + (s * p.heads + h) * p.places * d,
              *const v_all = static_cast<T *>(p.v) + (s * p.heads + h) * p.places * d;
     using Word = Pack<T, N>;
@@ -207,10 +207,10 @@ FewTokens::FewTokens(const CachedShape &shape, const ponder_device &device) : sh
 }
 
 size_t FewTokens::workspace() const {
-    return parts_ == 1 ? 0
-                       : size_t(shape_.streams * shape_.heads * shape_.tokens * parts_ *
-                                (shape_.d + 2)) *
-                             sizeof(float);
+    return parts_ == 1
+               ? 0
+               : size_t(shape_.streams * shape_.heads * shape_.tokens * parts_ * (shape_.d + 2)) *
+                     sizeof(float);
 }
 
 void FewTokens::run(const Run &run) const {

@@ -1,6 +1,6 @@
 // attention_cached for pieces of a prompt in bf16: 64 new tokens a block, on tensor cores, over the
-// cached rows before and among them. Where the piece begins is known at run time only. Heads of up to
-// 128, a multiple of 8; columns that a tile has and a head has not are zeros.
+// cached rows before and among them. Where the piece begins is known at run time only. Heads of up
+// to 128, a multiple of 8; columns that a tile has and a head has not are zeros.
 #include "attention_cached.hpp"
 #include "attention_walk.cuh"
 #include "launch.cuh"
@@ -35,17 +35,16 @@ __global__ __launch_bounds__(128 * SPLIT) void many_kernel(const bf16 *qkv, cons
     const int first = (int(gridDim.x) - 1 - int(blockIdx.x)) * walk_queries, head = blockIdx.y;
     const int64_t s = blockIdx.z, width = int64_t(heads) * d, stride = 3 * width;
     const bf16 *const q = qkv + s * tokens * stride + int64_t(head) * d;
-    const bf16 *const k = k_all + (s * heads + head) * places * d,
-                     *const v = v_all + (s * heads + head) * places * d;
+    const bf16 *const k = k_all + (s * heads + head) * places * d, *const v =
+                                                                       v_all + (s * heads + head) *
+                                                                                   places * d;
     wait_for_earlier();
     const int past = firsts[s] + first;
     const int last = min(firsts[s] + min(first + walk_queries, tokens), places) - 1;
     Found<D> found;
     if (!walk<D, SPLIT>(
             memory, found, past, places - 1, last, scale * log2_e,
-            [&](bf16 *to) {
-                load_part<D, walk_queries, threads>(to, q, first, tokens, stride, d);
-            },
+            [&](bf16 *to) { load_part<D, walk_queries, threads>(to, q, first, tokens, stride, d); },
             [&](bf16 *to_k, bf16 *to_v, int key) {
                 load_part<D, step, threads>(to_k, k, key, places, d, d);
                 load_part<D, step, threads>(to_v, v, key, places, d, d);

@@ -12,8 +12,8 @@ namespace ponder::cuda {
 
 constexpr int walk_warps = 4, walk_queries = 16 * walk_warps, walk_keys = 64;
 
-// Of a warp's queries: sum_j exp(factor (x_j - top)) v_j and the same without v_j, where x_j are the
-// products with the keys. Rows l/4 and l/4 + 8 of lane l.
+// Of a warp's queries: sum_j exp(factor (x_j - top)) v_j and the same without v_j, where x_j are
+// the products with the keys. Rows l/4 and l/4 + 8 of lane l.
 template <int D> struct Found {
     float out[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 };
@@ -21,12 +21,12 @@ template <int D> struct Found {
 template <int D, int SPLIT>
 constexpr size_t walk_memory = size_t((4 * SPLIT * walk_keys + walk_queries) * D) * sizeof(bf16);
 
-// Query i, counted from the block's first, sees keys 0 .. past + i, none after `limit`; `last` is the
-// last key that any of them sees. load_queries(tile) and load_keys(k, v, first key) begin copies of
-// 64 and 64 SPLIT rows. True for the first group, which has the result.
+// Query i, counted from the block's first, sees keys 0 .. past + i, none after `limit`; `last` is
+// the last key that any of them sees. load_queries(tile) and load_keys(k, v, first key) begin
+// copies of 64 and 64 SPLIT rows. True for the first group, which has the result.
 template <int D, int SPLIT, class Q, class K>
-__device__ __forceinline__ bool walk(std::byte *memory, Found<D> &found, int past, int limit, int last,
-                                     float factor, Q load_queries, K load_keys) {
+__device__ __forceinline__ bool walk(std::byte *memory, Found<D> &found, int past, int limit,
+                                     int last, float factor, Q load_queries, K load_keys) {
     constexpr int keys = walk_keys, step = keys * SPLIT;
     static_assert(size_t((SPLIT - 1) * (D / 2 + 4) * 128) * sizeof(float) <= walk_memory<D, SPLIT>);
     bf16 *const stage = reinterpret_cast<bf16 *>(memory); // k and v, twice
@@ -55,8 +55,8 @@ __device__ __forceinline__ bool walk(std::byte *memory, Found<D> &found, int pas
         const int begin = j * step + group * keys;
         if (begin > last)
             continue;
-        const bf16 *const at_k = stage + (j % 2 * 2 * step + group * keys) * D,
-                         *const at_v = at_k + step * D;
+        const bf16 *const at_k = stage + (j % 2 * 2 * step + group * keys) * D, *const at_v =
+                                                                                    at_k + step * D;
         float p[keys / 8][4] = {};
         multiply_rows<D, keys>(p, mine, at_k);
         if (begin + keys > min(past + 16 * warp, limit))

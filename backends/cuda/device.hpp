@@ -44,7 +44,7 @@ struct ponder_device {
     ponder_device();
     ~ponder_device();
 
-    static constexpr size_t staging_size = size_t(1) << 20;
+    static constexpr size_t staging_size = size_t(4) << 20; // logits of many streams
     // Every block that the core allocates ends in zeros that nobody writes: a product may take some
     // rows more of a weight than it has, where the library wants round numbers.
     static constexpr size_t slack = size_t(256) << 10;

@@ -12,8 +12,8 @@
 
 namespace ponder {
 
-// The backbone over `tokens` new tokens of each stream. Their keys and values, and what later passes
-// from `from_layer` on begin with, go to rows first_s .. of the caches.
+// The backbone over `tokens` new tokens of each stream. Their keys and values, and what later
+// passes from `from_layer` on begin with, go to rows first_s .. of the caches.
 struct DecodeShape {
     int64_t streams, tokens;
     int64_t places;     // rows of a cache
@@ -24,12 +24,12 @@ struct DecodeShape {
 
 struct DecodePass {
     DecodeShape shape;
-    Id ids = none, at = none;     // i32 [S, T]: tokens, their positions
-    Id first = none;              // i32 [S]: rows of the caches before
-    Id residual = none;           // wide [S, T, C]: at the first layer that fast weights enter
-    Id kept = none;               // wide [S, N, C]: of all tokens so far
-    std::vector<Id> k, v;         // of each layer, act [S, H, N, D]
-    Id kept_new = none;           // these three afterwards, in place
+    Id ids = none, at = none; // i32 [S, T]: tokens, their positions
+    Id first = none;          // i32 [S]: rows of the caches before
+    Id residual = none;       // wide [S, T, C]: at the first layer that fast weights enter
+    Id kept = none;           // wide [S, N, C]: of all tokens so far
+    std::vector<Id> k, v;     // of each layer, act [S, H, N, D]
+    Id kept_new = none;       // these three afterwards, in place
     std::vector<Id> k_new, v_new;
     Id hidden = none; // [S, T, C]
     Id logits = none; // wide [S, T, V]

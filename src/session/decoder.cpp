@@ -78,8 +78,8 @@ uint64_t Decoder::memory(const Gpt2 &model, const Adapter &adapter, size_t strea
                    block(s.last) + floats(s.logits) + floats(s.inputs) + block(s.out) +
                    floats(s.taps);
     if (form.with_layer)
-        all += streams * (floats(s.rows) + 2 * floats(std::max<size_t>(s.before, 1)) +
-                          2 * floats(s.fast));
+        all += streams *
+               (floats(s.rows) + 2 * floats(std::max<size_t>(s.before, 1)) + 2 * floats(s.fast));
     else if (streams > 1)
         all += floats(streams * adapter.fast_count());
     const auto arena = [](const Graph &graph) {
@@ -90,9 +90,9 @@ uint64_t Decoder::memory(const Gpt2 &model, const Adapter &adapter, size_t strea
     for (const int64_t piece : pieces)
         if (piece >= std::min(form.context, largest_piece))
             tokens = piece;
-    for (const DecodeShape &shape : {DecodeShape{1, tokens, form.context, 0, false},
-                                     DecodeShape{int64_t(streams), 1, form.context, 0,
-                                                 !form.with_layer}}) {
+    for (const DecodeShape &shape :
+         {DecodeShape{1, tokens, form.context, 0, false},
+          DecodeShape{int64_t(streams), 1, form.context, 0, !form.with_layer}}) {
         Graph g(model.type());
         record_decode(g, model, adapter, form.with_layer, shape);
         passes = std::max(passes, arena(g));
@@ -185,8 +185,8 @@ size_t Decoder::read(size_t index, std::span<const int32_t> text, const Weights 
         const size_t context = size_t(form_.context), turn = context - context / 2;
         const size_t start =
             text.size() <= context ? 0 : (text.size() - context + turn - 1) / turn * turn;
-        const bool whole = same == text.size() && same == slot.ids.size() &&
-                           (slot.has_hidden || slot.has_logits);
+        const bool whole =
+            same == text.size() && same == slot.ids.size() && (slot.has_hidden || slot.has_logits);
         size_t cached = 0;
         if (slot.start == start && same > start)
             cached = std::min(same, whole && !stale ? text.size() : text.size() - 1) - start;

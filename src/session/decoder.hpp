@@ -61,7 +61,7 @@ private:
         std::vector<int32_t> ids; // all tokens read; the caches hold those from `start` on
         size_t start = 0;
         bool has_hidden = false, has_logits = false; // last_, logits_ are the last token's
-        uint64_t version = 0;  // of the weights that made all of it; 0: of several
+        uint64_t version = 0; // of the weights that made all of it; 0: of several
         std::unique_ptr<Layer> layer;
         int64_t cached() const { return int64_t(ids.size() - start); }
     };
@@ -103,7 +103,7 @@ private:
     DeviceVector<float> logits_;   // [S, V]: the same
     DeviceVector<int32_t> inputs_; // of a pass: ids, positions, rows before
     std::vector<int32_t> host_inputs_;
-    DeviceVector<float> stacked_;  // fast weights of all streams, tensor by tensor
+    DeviceVector<float> stacked_; // fast weights of all streams, tensor by tensor
     std::vector<Weights> stacked_of_;
     DeviceBuffer out_; // [rows, C] of the layer
     DeviceVector<float> taps_;

@@ -82,9 +82,9 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
                                 : 0;
     plan.total = plan.weights + plan.packed_weights + plan.fast_weights + plan.optimizer +
                  plan.activations + plan.workspace;
-    plan.generation = Decoder::memory(model, *adapter, 1,
-                                      {context, chunk, inside && !never, true, false}) +
-                      plan.workspace;
+    plan.generation =
+        Decoder::memory(model, *adapter, 1, {context, chunk, inside && !never, true, false}) +
+        plan.workspace;
     plan.flops_score = count_flops(pass.graph, groups, score_segment);
     plan.flops_step = learn ? count_flops(pass.graph, groups, learn_segment) : 0;
     return plan;

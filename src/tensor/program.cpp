@@ -340,7 +340,7 @@ void Program::run_serial(size_t segment, const Bindings &bindings, std::byte *ar
 // time with the same ones is noted down and replayed from then on.
 Program::Recorded &Program::recorded(const Device::Queue &queue, size_t segment,
                                      const std::vector<void *> &addresses) const {
-    constexpr size_t most = 16;
+    constexpr size_t most = 64;
     for (Recorded &r : recorded_)
         if (r.segment == segment && r.addresses == addresses)
             return r;

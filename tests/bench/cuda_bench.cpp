@@ -31,7 +31,7 @@ double now() {
 struct Line {
     std::string name;
     double alone_ms, queued_ms, flops, tokens;
-    double floor_ms = 0; // to move what has to be moved at the bandwidth of copies, where it is stated
+    double floor_ms = 0; // to move what has to be moved as fast as copies go, where it is stated
 };
 std::vector<Line> lines;
 
@@ -272,7 +272,8 @@ void generate(const std::shared_ptr<const Model> &model, const std::string &name
     std::sort(write.begin(), write.end());
     const double first = fill[2], each = (write[2] - first) / double(more);
     const double speed = bandwidth(model->device()) * 1e-3, // bytes a millisecond
-        element = double(size_of(backbone.type())), matrices = double(backbone.packed_estimate(false, 0)),
+                 element = double(size_of(backbone.type())),
+                 matrices = double(backbone.packed_estimate(false, 0)),
                  rest = matrices - double(config.vocabulary * config.width) * element,
                  row = double(config.layers * 2 * config.width) * element; // keys and values
     const std::string what = name + ", " + adapter;

@@ -19,10 +19,7 @@ template <class T> void keep_rows(Args<T> &args) {
 
 } // namespace
 
-const Op keep_rows_op = {"keep_rows",
-                         "x:w[S,T,C] first:i[S] rows:w[S,N,C] -> rows:w[S,N,C]",
-                         0,
-                         keep_rows<float>,
-                         keep_rows<double>};
+const Op keep_rows_op = {"keep_rows", "x:w[S,T,C] first:i[S] rows:w[S,N,C] -> rows:w[S,N,C]", 0,
+                         keep_rows<float>, keep_rows<double>};
 
 } // namespace ponder::reference
