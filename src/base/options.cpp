@@ -96,7 +96,8 @@ constexpr Option options[] = {
 
     integer("train.steps", "1000", 1, 1e12, "steps",
             "length of the learning-rate schedule; later steps stay at its end"),
-    integer("train.warmup", "20", 0, 1e12, "steps", "linear warm-up of the learning rate"),
+    integer("train.warmup", "100", 0, 1e12, "steps",
+            "linear warm-up of the learning rate; too short a one lets gradients explode"),
     number("train.lr", "1e-3", 0, 100, "", "outer learning rate at its top"),
     number("train.end", "0.1", 0, 1, "", "share of train.lr at the end of the cosine"),
     number("train.rate_lr", "30", 0, 1e6, "",

@@ -62,7 +62,7 @@ train() { # name, seconds, arguments
     # shellcheck disable=SC2086  # a list of words
     part "train-$name$RANK" "$limit" "$ponder" train backbone "$@" --data "$streams/python.train.jsonl.xz" \
         --cache "$out/work/cache" --out "$out/work/$name" --dtype bf16 --backend cuda --batch 128 \
-        --valid-every 0 --checkpoint-every 100000 --quiet --json --set train.lr=3e-3 --set train.warmup=20
+        --valid-every 0 --checkpoint-every 100000 --quiet --json --set train.lr=3e-3
 }
 measure() { # name
     part "valid-$1" 60 "$ponder" eval --model "$out/work/$1" --adapter none --policy skip --quiet --dtype bf16 \
@@ -77,7 +77,7 @@ if wanted parity && [ -n "$streams" ] && python3 -c 'import torch' 2> /dev/null;
     train ours 120 --new --vocab 8192 $shape --steps "${STEPS:-200}"
     part train-torch 200 python3 "$here/tests/bench/torch_train.py" --initial "$first" \
         --tokens "$(ls "$out"/work/cache/*.tokens)" --out "$out/work/torch" --log "$out/work/ours/log.jsonl" \
-        --steps "${STEPS:-200}" --batch 128 --micro 32 --lr 3e-3 --warmup 20 --compile
+        --steps "${STEPS:-200}" --batch 128 --micro 32 --lr 3e-3 --compile
     for by in ours torch; do
         measure $by
         echo "$by: valid $(number "$out/valid-$by.log" loss), $(number "$out/train-$by.log" tokens_per_second) tokens/s"

@@ -6,7 +6,7 @@ weights, or f32. Writes a model folder that `ponder eval` reads, and prints one 
 
     ponder train backbone --new ... --out P --cache CACHE
     torch_train.py --initial P/initial --tokens CACHE/FILE --out T --log P/log.jsonl --steps N \\
-                   --batch B --lr 3e-3 --warmup 20 --compile
+                   --batch B --lr 3e-3 --compile
 """
 import argparse
 import json
@@ -129,7 +129,7 @@ def main():
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--micro", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--warmup", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--f32", action="store_true")
     parser.add_argument("--log")
