@@ -1,4 +1,5 @@
 /* ponder/ponder.h - adaptive test-time training of language models. C99.
+ *
  * A frozen backbone reads a stream of tokens. A small set of fast weights keeps
  * learning from what was read, and a policy decides when and how much.
  *
