@@ -8,22 +8,11 @@ namespace ponder::cuda {
 
 namespace {
 
-// Types that the fused scans know: one of q, k, v, y and their like, any of the rates, f32 else.
-bool types_fit(const Call &call, std::initializer_list<size_t> rows,
-               std::initializer_list<size_t> wide) {
-    for (const size_t i : rows)
-        if (call.has(i) && call.type(i) != call.type(0))
-            return false;
-    for (const size_t i : wide)
-        if (call.has(i) && call.type(i) != PONDER_DTYPE_F32)
-            return false;
-    return true;
-}
-
 TttType type_of(int32_t dtype) { return dtype == PONDER_DTYPE_BF16 ? TttType::bf16 : TttType::f32; }
 
-TttLinearShape linear_shape(const Call &call) {
-    TttLinearShape shape{};
+// What shapes of all scans have, from q, lr, index and g.
+template <class S> S shape_of(const Call &call) {
+    S shape{};
     shape.streams = call.dim(0, 0);
     shape.tokens = call.dim(0, 1);
     shape.heads = call.dim(5, 0);
@@ -31,6 +20,11 @@ TttLinearShape linear_shape(const Call &call) {
     shape.mini_batch = call.dim(4, 0);
     shape.type = type_of(call.type(0));
     shape.rate_type = type_of(call.type(3));
+    return shape;
+}
+
+TttLinearShape linear_shape(const Call &call) {
+    auto shape = shape_of<TttLinearShape>(call);
     shape.ponder = call.attr(0) == 1;
     shape.scale = call.attr(1);
     shape.decay = call.attr(2);
@@ -38,6 +32,21 @@ TttLinearShape linear_shape(const Call &call) {
     shape.max_grad_norm = call.attr(4);
     shape.causal_k = int64_t(call.attr(5));
     return shape;
+}
+
+// The inputs that all scans begin with.
+template <class T> T inputs_of(const Run &run) {
+    T t{};
+    t.q = run.at(0);
+    t.k = run.at(1);
+    t.v = run.at(2);
+    t.lr = run.at(3);
+    t.index = run.at<const float>(4);
+    t.g = run.at<const float>(5);
+    t.b = run.at<const float>(6);
+    t.w1 = run.at<const float>(7);
+    t.b1 = run.at<const float>(8);
+    return t;
 }
 
 bool all_aligned(const Run &run, size_t count) {
@@ -72,16 +81,7 @@ int32_t plan_ttt_linear(const Call &call) {
         shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_linear(call);
     return fused(call, ttt_linear_workspace(shape), [=](const Run &run) {
-        TttLinearForward f{};
-        f.q = run.at(0);
-        f.k = run.at(1);
-        f.v = run.at(2);
-        f.lr = run.at(3);
-        f.index = run.at<const float>(4);
-        f.g = run.at<const float>(5);
-        f.b = run.at<const float>(6);
-        f.w1 = run.at<const float>(7);
-        f.b1 = run.at<const float>(8);
+        auto f = inputs_of<TttLinearForward>(run);
         f.y = run.at(9);
         f.w1_out = run.at<float>(10);
         f.b1_out = run.at<float>(11);
@@ -91,14 +91,7 @@ int32_t plan_ttt_linear(const Call &call) {
 }
 
 int32_t plan_ttt_mlp(const Call &call) {
-    TttMlpShape shape{};
-    shape.streams = call.dim(0, 0);
-    shape.tokens = call.dim(0, 1);
-    shape.heads = call.dim(5, 0);
-    shape.head_dim = call.dim(5, 1);
-    shape.mini_batch = call.dim(4, 0);
-    shape.type = type_of(call.type(0));
-    shape.rate_type = type_of(call.type(3));
+    auto shape = shape_of<TttMlpShape>(call);
     shape.scale = call.attr(0);
     shape.eps = call.attr(1);
     if (!types_fit(call, {1, 2, 11}, {4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16}) ||
@@ -106,16 +99,7 @@ int32_t plan_ttt_mlp(const Call &call) {
         shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_mlp(call);
     return fused(call, ttt_mlp_workspace(shape), [=](const Run &run) {
-        TttMlpForward f{};
-        f.q = run.at(0);
-        f.k = run.at(1);
-        f.v = run.at(2);
-        f.lr = run.at(3);
-        f.index = run.at<const float>(4);
-        f.g = run.at<const float>(5);
-        f.b = run.at<const float>(6);
-        f.w1 = run.at<const float>(7);
-        f.b1 = run.at<const float>(8);
+        auto f = inputs_of<TttMlpForward>(run);
         f.w2 = run.at<const float>(9);
         f.b2 = run.at<const float>(10);
         f.y = run.at(11);
@@ -138,16 +122,7 @@ int32_t plan_ttt_linear_vjp(const Call &call) {
         !stays_aligned(shape.heads, shape.mini_batch))
         return plan_plain_ttt_linear_vjp(call);
     return fused(call, ttt_linear_vjp_workspace(shape, false), [=](const Run &run) {
-        TttLinearBackward b{};
-        b.q = run.at(0);
-        b.k = run.at(1);
-        b.v = run.at(2);
-        b.lr = run.at(3);
-        b.index = run.at<const float>(4);
-        b.g = run.at<const float>(5);
-        b.b = run.at<const float>(6);
-        b.w1 = run.at<const float>(7);
-        b.b1 = run.at<const float>(8);
+        auto b = inputs_of<TttLinearBackward>(run);
         b.dy = run.at(9);
         b.dw1_out = run.at<const float>(10);
         b.db1_out = run.at<const float>(11);

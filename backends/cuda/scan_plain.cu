@@ -193,16 +193,11 @@ int32_t plan_plain_ttt_linear(const Call &call) {
                          float(call.attr(3)),
                          float(call.attr(4)),
                          int64_t(call.attr(5))};
-    const int32_t type = call.type(0);
-    for (size_t i : {1, 2, 9})
-        if (call.type(i) != type)
-            return PONDER_PLAN_NONE;
-    for (size_t i : {4, 5, 6})
-        if (call.type(i) != PONDER_DTYPE_F32)
-            return PONDER_PLAN_NONE;
+    if (!types_fit(call, {1, 2, 9}, {4, 5, 6}))
+        return PONDER_PLAN_NONE;
     const int64_t blocks = streams * p.heads;
     const size_t sums = (size_t(blocks * 3) * sizeof(float) + 255) / 256 * 256;
-    return by_types(type, call.type(3), [&]<class T, class R>(T, R) {
+    return by_types(call.type(0), call.type(3), [&]<class T, class R>(T, R) {
         return call.is(
             sums + size_t(blocks * plain::linear_scratch(p.m, p.d)) * sizeof(float),
             [=](const Run &run) {
@@ -224,16 +219,11 @@ int32_t plan_plain_ttt_mlp(const Call &call) {
     const plain::Shape p{call.dim(0, 1), call.dim(0, 2), call.dim(5, 0),       call.dim(5, 1),
                          call.dim(4, 0), false,          float(call.attr(0)), 0,
                          float(call.attr(1)), 0,         0};
-    const int32_t type = call.type(0);
-    for (size_t i : {1, 2, 11})
-        if (call.type(i) != type)
-            return PONDER_PLAN_NONE;
-    for (size_t i : {4, 5, 6})
-        if (call.type(i) != PONDER_DTYPE_F32)
-            return PONDER_PLAN_NONE;
+    if (!types_fit(call, {1, 2, 11}, {4, 5, 6}))
+        return PONDER_PLAN_NONE;
     const int64_t blocks = streams * p.heads;
     const size_t sums = (size_t(blocks * 3) * sizeof(float) + 255) / 256 * 256;
-    return by_types(type, call.type(3), [&]<class T, class R>(T, R) {
+    return by_types(call.type(0), call.type(3), [&]<class T, class R>(T, R) {
         return call.is(
             sums + size_t(blocks * plain::mlp_scratch(p.m, p.d)) * sizeof(float),
             [=](const Run &run) {

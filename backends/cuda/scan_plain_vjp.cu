@@ -360,20 +360,14 @@ int32_t plan_plain_ttt_linear_vjp(const Call &call) {
                          float(call.attr(3)),
                          float(call.attr(4)),
                          int64_t(call.attr(5))};
-    const int32_t type = call.type(0);
     const size_t out = call.out(0);
-    for (size_t i : {size_t(1), size_t(2), out, out + 1, out + 2})
-        if (call.type(i) != type)
-            return PONDER_PLAN_NONE;
-    if ((call.has_in(9) && call.type(9) != type) || call.type(out + 3) != call.type(3))
+    if (!types_fit(call, {1, 2, 9, out, out + 1, out + 2}, {4, 5, 6}) ||
+        call.type(out + 3) != call.type(3))
         return PONDER_PLAN_NONE;
-    for (size_t i : {4, 5, 6})
-        if (call.type(i) != PONDER_DTYPE_F32)
-            return PONDER_PLAN_NONE;
     const int64_t blocks = streams * p.heads;
     const size_t partial =
         (size_t(blocks * (2 * p.d + m)) * sizeof(float) + 255) / 256 * 256;
-    return by_types(type, call.type(3), [&]<class T, class R>(T, R) {
+    return by_types(call.type(0), call.type(3), [&]<class T, class R>(T, R) {
         return call.is(
             partial + size_t(blocks * plain::scratch_of(p)) * sizeof(float),
             [=](const Run &run) {
