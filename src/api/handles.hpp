@@ -29,3 +29,12 @@ struct ponder_session : ponder::api::Tagged<0x506f5353> {
 struct ponder_trainer : ponder::api::Tagged<0x506f5472> {
     std::unique_ptr<ponder::Trainer> trainer;
 };
+
+namespace ponder::api {
+
+// Where a function takes NULL.
+inline Options options_or_defaults(const ponder_options *options) {
+    return options ? check(options, "options").options : Options();
+}
+
+} // namespace ponder::api

@@ -129,8 +129,7 @@ ponder_status ponder_plan_memory(ponder_runtime *runtime, const char *path,
         require(path, "path");
         check_out(out, "out");
         const ModelChoice choice = choice_of(model_options);
-        const Options defaults;
-        const Options &o = options ? check(options, "options").options : defaults;
+        const Options o = options_or_defaults(options);
         write_struct(out, plan_memory(rt, path, choice.backend, choice.dtype, choice.weights, o));
     });
 }

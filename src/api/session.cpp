@@ -26,8 +26,7 @@ ponder_status ponder_session_create(ponder_session **out, const ponder_model *mo
     return guard(error, [&] {
         require(out, "out");
         const auto &m = check(model, "model").model;
-        const Options defaults;
-        const Options &o = options ? check(options, "options").options : defaults;
+        const Options o = options_or_defaults(options);
         auto handle = std::make_unique<ponder_session>();
         handle->session = std::make_unique<Session>(m, o);
         *out = handle.release();

@@ -12,8 +12,7 @@ ponder_status ponder_backbone_create(const char *folder, const ponder_options *o
                                      ponder_error *error) {
     return guard(error, [&] {
         require(folder, "folder");
-        const Options defaults;
-        const Options &o = options ? check(options, "options").options : defaults;
+        const Options o = options_or_defaults(options);
         const auto tokenizer = Tokenizer::load(folder);
         if (!tokenizer)
             throw_error(PONDER_E_NOT_FOUND, "%s: has no tokenizer", folder);

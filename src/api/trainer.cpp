@@ -11,8 +11,7 @@ ponder_status ponder_trainer_create(ponder_trainer **out, const ponder_model *mo
     return guard(error, [&] {
         require(out, "out");
         const auto &m = check(model, "model").model;
-        const Options defaults;
-        const Options &o = options ? check(options, "options").options : defaults;
+        const Options o = options_or_defaults(options);
         auto handle = std::make_unique<ponder_trainer>();
         handle->trainer = make_trainer(m, kind, o);
         *out = handle.release();
