@@ -82,8 +82,9 @@ protected:
         for (const int32_t id : ids) {
             const char *bytes = nullptr;
             size_t size = 0;
-            if (id >= 0)
+            if (id >= 0) {
                 EXPECT_EQ(PONDER_OK, ponder_model_token_bytes(model, id, &bytes, &size, nullptr));
+            }
             text.append(bytes ? bytes : "", size);
         }
         return text;
@@ -96,8 +97,9 @@ protected:
         EXPECT_EQ(wanted, ponder_session_generate(session, &generation, &result, nullptr, &error))
             << error.message;
         EXPECT_NE(std::string(error.message).find(message), std::string::npos) << error.message;
-        if (wanted != PONDER_OK)
+        if (wanted != PONDER_OK) {
             EXPECT_EQ(result.tokens, 12345u) << "an output changed";
+        }
     }
     ponder_runtime *runtime = nullptr;
     ponder_model *model = nullptr;
