@@ -247,11 +247,11 @@ TEST(DeviceMemory, TrainersAreThoseOfTheHost) {
 
 // Layers below watch what a gate reads.
 TEST(DeviceMemory, FeaturesAreThoseOfTheHost) {
-    const auto features = [&](const std::shared_ptr<const Model> &model) {
+    const auto features = [&](const std::shared_ptr<const Model> &model, FeatureSet set) {
         Session session(model, options_of({{"adapter", "lora"}, {"policy", "always"}}));
         auto gate = std::make_shared<Gate>();
         gate->form = GateForm::steps;
-        gate->features = FeatureSet::planned;
+        gate->features = set;
         const size_t inputs = feature_count(gate->features);
         gate->net = GateNet(inputs, 4, gate_outputs(gate->form));
         Random random(3);
@@ -270,7 +270,8 @@ TEST(DeviceMemory, FeaturesAreThoseOfTheHost) {
         }
         return all;
     };
-    EXPECT_EQ(features(load("reference", "bf16")), features(load("offset", "bf16")));
+    for (const FeatureSet set : {FeatureSet::planned, FeatureSet::ponder})
+        EXPECT_EQ(features(load("reference", "bf16"), set), features(load("offset", "bf16"), set));
 }
 
 TEST(DeviceMemory, RunningOutLeavesTheSessionAsItWas) {

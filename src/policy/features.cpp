@@ -151,6 +151,11 @@ size_t feature_count(FeatureSet set) {
     return set == FeatureSet::ponder ? ponder_feature_count : planned_feature_count;
 }
 
+// Ours compares with the token that came next.
+std::vector<size_t> probability_rows(FeatureSet set, size_t tokens) {
+    return set == FeatureSet::ponder ? sample(tokens, 16) : sample(tokens - 1, 8);
+}
+
 std::string_view planned_feature_name(size_t index) { return names[index]; }
 
 void FeatureTracker::Running::add(double x) {
@@ -239,12 +244,11 @@ void FeatureTracker::read_losses(const Observation &o) {
     chunk_[overconfidence] = over;
 }
 
-// On 8 rows: the whole of [tokens, V] would cost more than it tells.
 void FeatureTracker::read_probabilities(const Observation &o) {
     const MatrixView &p = o.probabilities;
     if (p.empty())
         return;
-    const std::vector<size_t> chosen = sample(std::min(p.rows, o.ids.size()) - 1, 8);
+    const std::vector<size_t> chosen = probability_rows(set_, std::min(p.rows, o.ids.size()));
     std::vector<float> row(p.columns);
     double top = 0, square = 0, five = 0, sure = 0, hit = 0;
     for (size_t r : chosen) {
@@ -273,13 +277,13 @@ void FeatureTracker::read_probabilities(const Observation &o) {
     chunk_[share_hit] = hit / n;
 }
 
-// PonderTTT's, which it takes of every row: the hidden states whole, probabilities of 16 rows.
+// PonderTTT's, which it takes of every row: the hidden states whole, probabilities of some rows.
 // Attention is left out, as where it trains its gate.
 void FeatureTracker::read_ponder(const Observation &o) {
     std::vector<float> rows;
     PonderInputs inputs{o.ids, o.vocabulary, {}, o.hidden, {}};
     if (const MatrixView &p = o.probabilities; !p.empty()) {
-        const std::vector<size_t> chosen = sample(std::min(p.rows, o.ids.size()), 16);
+        const std::vector<size_t> chosen = probability_rows(set_, std::min(p.rows, o.ids.size()));
         rows.resize(chosen.size() * p.columns);
         for (size_t i = 0; i < chosen.size(); ++i)
             p.read(chosen[i], 0, p.columns, rows.data() + i * p.columns);

@@ -46,7 +46,8 @@ struct Observation {
     MatrixView hidden;        // [tokens, C] after the last layer norm
     MatrixView qkv;           // [context, 3 C] of the last layer; the chunk's rows are the last
     int64_t heads = 0;        // of qkv
-    MatrixView probabilities; // [tokens, V], if a backward pass keeps them
+    // [tokens, V], if a backward pass keeps them; only rows of probability_rows() need be there.
+    MatrixView probabilities;
 };
 
 // ---- PonderTTT's 32 (arXiv 2601.00894, src/ponderttt/utils/features.py), in its order: confidence
@@ -82,6 +83,9 @@ std::string_view planned_feature_name(size_t index);
 size_t leading_feature(FeatureSet set);
 
 size_t feature_count(FeatureSet set);
+
+// The rows of a chunk's probabilities that the set reads: all of them would cost more than they tell.
+std::vector<size_t> probability_rows(FeatureSet set, size_t tokens);
 
 // Follows one stream. Ours cost a few hundred thousand operations a chunk: matrices are read in a
 // few rows only.

@@ -18,6 +18,9 @@ public:
 
     bool observes() const override { return true; }
     void observe(const Observation &observation) override { tracker_.observe(observation); }
+    std::vector<size_t> probability_rows(size_t tokens) const override {
+        return ponder::probability_rows(gate_->features, tokens);
+    }
     void learned(const ponder_record &record) override {
         tracker_.learned(record.steps, record.update_norm, record.gradient_norm);
     }

@@ -48,6 +48,8 @@ public:
     // inside: before it decides on the next one), and then what was done.
     virtual bool observes() const { return false; }
     virtual void observe(const Observation &) {}
+    // The rows of probabilities that it looks at then.
+    virtual std::vector<size_t> probability_rows(size_t) const { return {}; }
     virtual void learned(const ponder_record &) {}
     virtual std::vector<double> features(const Situation &) const { return {}; }
     // An oracle: decides after the session has tried each number of steps on what comes next.

@@ -26,10 +26,9 @@ struct Writer {
     bool done = false;
 };
 
-// The next token of a stream; -1: it has ended.
-int32_t write(Writer &w, std::span<const float> logits, const Tokenizer *tokenizer,
+// Takes the next token of a stream, `id`; -1: it has ended.
+int32_t write(Writer &w, int32_t id, std::span<const float> logits, const Tokenizer *tokenizer,
               std::vector<int32_t> &text, ponder_generation_result &result) {
-    const int32_t id = w.sampler.next(logits, w.tokens);
     const auto end = [&](int32_t reason, int32_t what) {
         w.done = true;
         result.reason = reason;
@@ -123,15 +122,26 @@ void Session::generate(std::span<Session *const> sessions, std::span<const Gener
     std::vector<int32_t> ids(streams);
     for (uint64_t done = 0;;) {
         const std::span<const float> logits = decoder.logits(guards[0]);
+        const auto of_stream = [&](size_t i) { return logits.subspan(i * vocabulary, vocabulary); };
+        // Each stream's sampler reads a whole vocabulary: by all threads.
+        const auto draw = [&](uint32_t i, uint32_t = 0) {
+            ids[i] = -1;
+            if (!writers[i].done && largest(of_stream(i)).finite)
+                ids[i] = writers[i].sampler.next(of_stream(i), writers[i].tokens);
+        };
+        if (streams == 1 || first.alone_)
+            for (uint32_t i = 0; i < streams; ++i)
+                draw(i);
+        else
+            first.model_->device()->threads().run_throwing(uint32_t(streams), draw);
         bool more = false;
         for (size_t i = 0; i < streams; ++i) {
-            ids[i] = -1;
             if (writers[i].done)
                 continue;
-            const std::span<const float> mine = logits.subspan(i * vocabulary, vocabulary);
-            if (!largest(mine).finite)
+            if (ids[i] < 0)
                 throw_error(PONDER_E_STATE, "the model's logits are not finite");
-            ids[i] = write(writers[i], mine, tokenizer, sessions[i]->text_, results[i]);
+            ids[i] =
+                write(writers[i], ids[i], of_stream(i), tokenizer, sessions[i]->text_, results[i]);
             results[i].decode_ns = now_ns() - start;
             done += 1;
             more = more || ids[i] >= 0;

@@ -31,6 +31,11 @@ void Session::reserve(const Pass &pass) {
             if (!device->on_host() && seen_[i].size() < bytes)
                 seen_[i].resize(bytes);
         }
+    if (const Id id = pass.recording.probabilities; id != none && !device->on_host()) {
+        const size_t rows = size_t(pass.shape.scored);
+        fit(picked_, policy_->probability_rows(rows).size() *
+                         (pass.program->graph().value(id).bytes() / rows));
+    }
     size_t each = pass.program->workspace_bytes();
     if (rule_)
         each = std::max(each, rule_->workspace_bytes());

@@ -4,6 +4,7 @@
 #include "base/error.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 namespace ponder {
@@ -110,12 +111,24 @@ void Session::observe() {
             return {};
         const Shape &shape = graph.shape(id);
         const size_t columns = size_t(shape[shape.rank - 1]);
+        const size_t rows = size_t(shape.count()) / columns, row = graph.value(id).bytes() / rows;
         const std::byte *data = watched_[i].data();
-        if (!device.on_host()) {
-            device.download(seen_[i].data(), data, graph.value(id).bytes());
-            data = seen_[i].data();
+        if (device.on_host())
+            return {data, graph.value(id).type, rows, columns};
+        std::byte *const to = seen_[i].data();
+        if (id != r.probabilities) {
+            device.download(to, data, rows * row);
+        } else {
+            // Those that are read, side by side in one transfer, then each to its place from the
+            // last on: none lies before where it came to.
+            const std::vector<size_t> chosen = policy_->probability_rows(rows);
+            for (size_t k = 0; k < chosen.size(); ++k)
+                device.copy(picked_.data() + k * row, data + chosen[k] * row, row);
+            device.download(to, picked_.data(), chosen.size() * row);
+            for (size_t k = chosen.size(); k-- > 0;)
+                std::memmove(to + chosen[k] * row, to + k * row, row);
         }
-        return {data, graph.value(id).type, size_t(shape.count()) / columns, columns};
+        return {to, graph.value(id).type, rows, columns};
     };
     Observation o;
     const size_t predictions = size_t(open_tokens_) - 1;

@@ -123,6 +123,7 @@ private:
     DeviceVector<float> gradient_;
     FastState current_, shadow_;
     std::array<DeviceBuffer, 3> watched_; // what a gate reads
+    DeviceBuffer picked_;                 // rows of it
     DeviceVector<float> learned_;         // rates, what is kept, initial values; see LearnedRates
     DeviceVector<int32_t> inputs_;        // of the pass: tokens, targets
     DeviceVector<float> outputs_;         // losses, entropies, reconstruction losses
