@@ -104,8 +104,12 @@ if wanted sanitizer && command -v compute-sanitizer > /dev/null; then
         --gtest_filter='Cuda.MemoryThatRunsOut*:Cuda.SnapshotsMove*'
     tail -n 2 "$out/sanitizer.log"
 fi
+case " $ONLY " in *" generate "*) # among `times` otherwise
+    part generate 120 "$build/tests/cuda_bench" --only generate --json "$out/generate.json"
+    cat "$out/generate.log" ;;
+esac
 if wanted times; then
-    part times 240 "$build/tests/cuda_bench" --json "$out/cuda.json"
+    part times 300 "$build/tests/cuda_bench" --json "$out/cuda.json"
     cat "$out/times.log"
 fi
 exit $failed
