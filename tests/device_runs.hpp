@@ -19,14 +19,6 @@ load_beside_reference(const Backend &other, const std::string &folder, const cha
         runtime, folder, backend, dtype, [](uint64_t, uint64_t) {}, weights);
 }
 
-using Values = std::vector<std::pair<const char *, std::string>>;
-
-inline Options with(Options options, const Values &values) {
-    for (const auto &[name, value] : values)
-        options.set(name, value);
-    return options;
-}
-
 // Three chunks of a stream, from its beginning or from a snapshot: what a snapshot holds then, and
 // the losses of the last.
 inline std::pair<std::vector<std::byte>, std::vector<float>>

@@ -318,15 +318,13 @@ TEST(GatePolicy, ThresholdsSpendWhatTheySay) {
 
 // ---- Sessions with a gate
 
-Options gate_options(std::initializer_list<std::pair<const char *, std::string>> more = {}) {
-    Options options = make_options({{"chunk", "16"},
-                                    {"context", "32"},
-                                    {"lora.rank", "2"},
-                                    {"lora.layers", "all"},
-                                    {"inner.lr", "0.01"}});
-    for (const auto &[name, value] : more)
-        options.set(name, value);
-    return options;
+Options gate_options(const Values &more = {}) {
+    return with(make_options({{"chunk", "16"},
+                              {"context", "32"},
+                              {"lora.rank", "2"},
+                              {"lora.layers", "all"},
+                              {"inner.lr", "0.01"}}),
+                more);
 }
 
 // An adapter folder with an untrained LoRA.

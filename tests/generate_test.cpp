@@ -14,7 +14,7 @@ namespace {
 
 struct Case {
     std::string name;
-    std::vector<std::pair<const char *, std::string>> options;
+    Values options;
     bool inside = false;
 };
 
@@ -36,10 +36,7 @@ std::vector<Case> cases() {
 }
 
 Options options_of(const Case &c) {
-    Options options = make_options({{"chunk", "32"}, {"context", "64"}, {"lora.rank", "4"}});
-    for (const auto &[name, value] : c.options)
-        options.set(name, value);
-    return options;
+    return with(make_options({{"chunk", "32"}, {"context", "64"}, {"lora.rank", "4"}}), c.options);
 }
 
 // Positions across chunks, mini-batches and full windows (of 64 tokens), token by token.

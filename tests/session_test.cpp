@@ -44,7 +44,7 @@ void expect_same_records(const std::vector<ponder_record> &a, const std::vector<
 
 struct Case {
     const char *name;
-    std::vector<std::pair<const char *, std::string>> options;
+    Values options;
 };
 
 std::vector<Case> cases() {
@@ -62,11 +62,10 @@ std::vector<Case> cases() {
 }
 
 Options options_of(const Case &c, const char *context = "64") {
-    Options options = make_options(
-        {{"chunk", "32"}, {"context", context}, {"lora.rank", "4"}, {"lora.layers", "all"}});
-    for (const auto &[name, value] : c.options)
-        options.set(name, value);
-    return options;
+    return with(
+        make_options(
+            {{"chunk", "32"}, {"context", context}, {"lora.rank", "4"}, {"lora.layers", "all"}}),
+        c.options);
 }
 
 TEST(Causality, NoScoreReadsALaterToken) {

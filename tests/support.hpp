@@ -10,10 +10,10 @@
 #include "temp_dir.hpp"
 
 #include <cmath>
-#include <initializer_list>
 #include <map>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace ponder::test {
 
@@ -62,14 +62,18 @@ tiny_model(const std::string &backend, const std::string &dtype = "f32", uint32_
     return entry;
 }
 
-inline Options make_options(std::initializer_list<std::pair<const char *, std::string>> values) {
-    Options options;
-    options.set("context", "512");
-    options.set("guard.norm", "inf");
-    options.set("budget.rate", "inf");
+using Values = std::vector<std::pair<const char *, std::string>>;
+
+inline Options with(Options options, const Values &values) {
     for (const auto &[name, value] : values)
         options.set(name, value);
     return options;
+}
+
+inline Options make_options(const Values &values) {
+    return with(
+        with(Options(), {{"context", "512"}, {"guard.norm", "inf"}, {"budget.rate", "inf"}}),
+        values);
 }
 
 inline CallGuard no_limits(Session &session) { return {session.cancel_flag(), nullptr}; }

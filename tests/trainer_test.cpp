@@ -23,15 +23,13 @@ struct Trained {
         write_backbone(folder.path(), {2, 16, 2, 64, 32, 50, 1e-5, true}, 0.1);
         model = load_model(folder.path(), "cpu", dtype, threads);
     }
-    Options options(std::initializer_list<std::pair<const char *, std::string>> values = {}) {
-        Options o = make_options({{"chunk", "8"},
+    Options options(const Values &values = {}) {
+        return with(make_options({{"chunk", "8"},
                                   {"context", "8"},
                                   {"lora.rank", "2"},
                                   {"train.lr", "1e-2"},
-                                  {"train.warmup", "1"}});
-        for (const auto &[name, value] : values)
-            o.set(name, value);
-        return o;
+                                  {"train.warmup", "1"}}),
+                    values);
     }
     static std::vector<std::vector<int32_t>> batch(uint64_t seed, size_t tokens) {
         std::vector<std::vector<int32_t>> streams;

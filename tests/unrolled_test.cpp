@@ -23,18 +23,16 @@ struct Float64Loop {
     std::shared_ptr<Unroll<double>::Work> work;
     std::vector<int32_t> tokens;
 
-    explicit Float64Loop(std::initializer_list<std::pair<const char *, std::string>> values,
-                         size_t count = 40) {
-        options = make_options({{"chunk", "8"},
-                                {"context", "8"},
-                                {"lora.rank", "2"},
-                                {"lora.layers", "all"},
-                                {"inner.epsilon", "1e-2"},
-                                {"inner.lr", "0.05"},
-                                {"inner.clip", "0.5"},
-                                {"train.higher", "1"}});
-        for (const auto &[name, value] : values)
-            options.set(name, value);
+    explicit Float64Loop(std::initializer_list<Values::value_type> values, size_t count = 40) {
+        options = with(make_options({{"chunk", "8"},
+                                     {"context", "8"},
+                                     {"lora.rank", "2"},
+                                     {"lora.layers", "all"},
+                                     {"inner.epsilon", "1e-2"},
+                                     {"inner.lr", "0.05"},
+                                     {"inner.clip", "0.5"},
+                                     {"train.higher", "1"}}),
+                       values);
         write_backbone(folder.path(), small);
         model = std::make_unique<Gpt2>(Gpt2Folder(folder.path()), DType::f64, runtime->memory,
                                        [](uint64_t, uint64_t) {});
