@@ -82,6 +82,27 @@ TEST(Ring, WhoeverGoesIsMissed) {
         EXPECT_EQ(error, "");
 }
 
+TEST(Ring, WaitsForItsPort) {
+    const std::string address = free_address();
+    const int fd = socket(AF_INET, SOCK_STREAM, 0);
+    sockaddr_in at{};
+    at.sin_family = AF_INET;
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    at.sin_port = htons(uint16_t(std::stoi(address.substr(address.find(':') + 1))));
+    ASSERT_EQ(bind(fd, reinterpret_cast<sockaddr *>(&at), sizeof at), 0);
+    EXPECT_EQ(thrown_status([&] { Ring({0, 2, address, "job", 0.2}, no_check); }), PONDER_E_IO);
+    const auto errors = run(3, [&](uint32_t r) {
+        if (r == 2) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(200));
+            close(fd);
+            return;
+        }
+        Ring ring({r, 2, address, "job", 20}, no_check);
+    });
+    for (const std::string &error : errors)
+        EXPECT_EQ(error, "");
+}
+
 TEST(Ring, WaitingHasAnEnd) {
     for (const uint32_t rank : {0u, 1u}) {
         const auto start = std::chrono::steady_clock::now();

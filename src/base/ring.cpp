@@ -175,8 +175,9 @@ Address parse_address(const std::string &text) {
     return address;
 }
 
-// At the address, or with port 0 at any free port of its family on every interface.
-Socket listen_at(Address &address, bool anywhere) {
+// At the address, or with port 0 at any free port of its family on every interface. A port that
+// ended connections hold is free again within a minute.
+Socket listen_at(Address &address, bool anywhere, double seconds, const Check &check) {
     if (anywhere) {
         const auto family = address.at.ss_family;
         address.at = {}; // the unspecified address of both families is all zeros
@@ -187,8 +188,14 @@ Socket listen_at(Address &address, bool anywhere) {
         fail("socket", errno);
     const int yes = 1;
     setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    if (bind(socket.get(), address.get(), address.size) != 0)
-        fail("bind", errno);
+    const Patience patience(seconds);
+    while (bind(socket.get(), address.get(), address.size) != 0) {
+        const int problem = errno;
+        if (problem != EADDRINUSE || patience.over())
+            fail("bind", problem);
+        check();
+        poll(nullptr, 0, tick_ms);
+    }
     if (listen(socket.get(), 128) != 0)
         fail("listen", errno);
     set_up(socket.get());
@@ -299,7 +306,7 @@ Ring::Ring(const Place &place, const Check &check)
         Socket first = connect_to(address, patience_, check);
         Address own = address;
         own.set_port(0);
-        const Socket listener = listen_at(own, true);
+        const Socket listener = listen_at(own, true, 0, check);
         const Hello hello = hello_of(place, own.port());
         Reply reply{};
         if (!send_all(first.get(), &hello, sizeof hello, patience_, check) ||
@@ -328,7 +335,7 @@ Ring::Ring(const Place &place, const Check &check)
         return;
     }
 
-    const Socket listener = listen_at(address, false);
+    const Socket listener = listen_at(address, false, std::min(patience_, 70.0), check);
     std::vector<Socket> sockets(count_);
     std::vector<Address> places(count_);
     uint32_t here = 1;

@@ -101,9 +101,18 @@ class Train(TrainingCase):
 
     def together(self, world, kind, out, *arguments, names=("WORLD_SIZE", "RANK"), kept=False):
         """Processes as a launcher starts them, one that may keep the port; what the first prints."""
-        launcher = socket.socket()
+        launcher, beside = socket.socket(), socket.socket()
+        # Below the ports that connections get; the one beside it is free as well.
+        for port in range(20000 + os.getpid() % 5000 * 2, 32766, 2):
+            try:
+                launcher.bind(("127.0.0.1", port))
+                beside.bind(("127.0.0.1", port + 1))
+                break
+            except OSError:
+                launcher.close()
+                launcher = socket.socket()
+        beside.close()
         self.addCleanup(launcher.close)
-        launcher.bind(("127.0.0.1", 0))
         common = dict(os.environ, MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(launcher.getsockname()[1]))
         if kept:
