@@ -216,15 +216,7 @@ TEST_F(Cuda, DecodingIsScoring) {
             Session session(device, options_of(values));
             // What is learned inside a pass begins with the text; LoRA has learned before.
             const size_t before = values[0].second == "lora" ? 2 : 0;
-            session.feed(std::span(text).first(32 * before));
-            session.adapt(no_limits(session));
-            const auto writer = session.fork();
-            const std::vector<double> expected =
-                score(session, std::span(text).subspan(32 * before), 6 - before);
-            size_t at = 0;
-            for (size_t chunk = before; chunk < 6; ++chunk)
-                for (const double found : decode(*writer, text, 32 * chunk + 1, 32 * chunk + 32))
-                    ASSERT_NEAR(found, expected[at++], tolerance) << "chunk " << chunk;
+            expect_decoding_is_scoring(session, text, before, 6, tolerance);
         }
     }
 }

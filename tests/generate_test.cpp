@@ -48,19 +48,7 @@ TEST(Decode, IsScoringTokenByToken) {
             Session session(tiny_model(backend), options_of(c));
             // What is learned inside a pass begins with the text; LoRA has learned from three
             // chunks.
-            const size_t before = c.inside ? 0 : 3;
-            session.feed(std::span(text).first(32 * before));
-            session.adapt(no_limits(session));
-            const auto writer = session.fork();
-            const std::vector<double> expected =
-                score(session, std::span(text).subspan(32 * before), 7 - before);
-            size_t at = 0;
-            for (size_t chunk = before; chunk < 7; ++chunk) {
-                const std::vector<double> found =
-                    decode(*writer, text, 32 * chunk + 1, 32 * chunk + 32);
-                for (size_t i = 0; i < found.size(); ++i)
-                    ASSERT_NEAR(found[i], expected[at++], 1e-4) << "token " << 32 * chunk + 1 + i;
-            }
+            expect_decoding_is_scoring(session, text, c.inside ? 0 : 3, 7, 1e-4);
         }
 }
 

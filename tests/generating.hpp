@@ -79,4 +79,20 @@ inline std::vector<double> score(Session &session, std::span<const int32_t> toke
     return log_p;
 }
 
+// Chunks [before, end) of 32 tokens, token by token as in one pass, after learning from those
+// before.
+inline void expect_decoding_is_scoring(Session &session, std::span<const int32_t> text,
+                                       size_t before, size_t end, double tolerance) {
+    session.feed(text.first(32 * before));
+    session.adapt(no_limits(session));
+    const auto writer = session.fork();
+    const std::vector<double> expected = score(session, text.subspan(32 * before), end - before);
+    size_t at = 0;
+    for (size_t chunk = before; chunk < end; ++chunk)
+        for (const double found : decode(*writer, text, 32 * chunk + 1, 32 * chunk + 32)) {
+            ASSERT_NEAR(found, expected[at], tolerance) << "prediction " << at;
+            ++at;
+        }
+}
+
 } // namespace ponder::test

@@ -141,14 +141,10 @@ void queue_tiles(const Run &run, int64_t streams, int64_t heads, int64_t tokens,
         return attention_tiles(run, run.at<const bf16>(0), run.at<bf16>(1), run.at<float>(2),
                                streams, heads, tokens);
     const dim3 grid(blocks_for(tokens, walk_queries), unsigned(heads), unsigned(streams));
-    const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
-    if constexpr (D <= 64) {
-        if (tokens > 2 * walk_keys && blocks <= run.device->processors)
-            return queue_tiles<D, 4>(run, grid, tokens, width);
-        if (tokens > walk_keys && blocks <= 2 * run.device->processors)
-            return queue_tiles<D, 2>(run, grid, tokens, width);
-    }
-    queue_tiles<D, 1>(run, grid, tokens, width);
+    walk_by_split<D>(grid, tokens, run.device->processors,
+                     [&]<int SPLIT>(std::integral_constant<int, SPLIT>) {
+                         queue_tiles<D, SPLIT>(run, grid, tokens, width);
+                     });
 }
 
 } // namespace

@@ -68,14 +68,10 @@ template <int D, int SPLIT> void queue(const Run &run, const CachedShape &s, dim
 
 template <int D> void queue(const Run &run, const CachedShape &s) {
     const dim3 grid(blocks_for(s.tokens, walk_queries), unsigned(s.heads), unsigned(s.streams));
-    const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
-    if constexpr (D <= 64) {
-        if (s.places > 2 * walk_keys && blocks <= run.device->processors)
-            return queue<D, 4>(run, s, grid);
-        if (s.places > walk_keys && blocks <= 2 * run.device->processors)
-            return queue<D, 2>(run, s, grid);
-    }
-    queue<D, 1>(run, s, grid);
+    walk_by_split<D>(grid, s.places, run.device->processors,
+                     [&]<int SPLIT>(std::integral_constant<int, SPLIT>) {
+                         queue<D, SPLIT>(run, s, grid);
+                     });
 }
 
 } // namespace

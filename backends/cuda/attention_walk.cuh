@@ -8,6 +8,8 @@
 
 #include "attention.cuh"
 
+#include <type_traits>
+
 namespace ponder::cuda {
 
 constexpr int walk_warps = 4, walk_queries = 16 * walk_warps, walk_keys = 64;
@@ -135,6 +137,19 @@ __device__ __forceinline__ bool walk(std::byte *memory, Found<D> &found, int pas
             }
     }
     return true;
+}
+
+// On the host: launch(SPLIT) for a grid of blocks that see up to `keys` keys.
+template <int D, class F>
+void walk_by_split(dim3 grid, int64_t keys, int processors, F &&launch) {
+    const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
+    if constexpr (D <= 64) {
+        if (keys > 2 * walk_keys && blocks <= processors)
+            return launch(std::integral_constant<int, 4>());
+        if (keys > walk_keys && blocks <= 2 * processors)
+            return launch(std::integral_constant<int, 2>());
+    }
+    launch(std::integral_constant<int, 1>());
 }
 
 } // namespace ponder::cuda

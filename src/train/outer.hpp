@@ -49,7 +49,7 @@ public:
     double learning_rate(uint64_t step) const; // of step 1, 2, ...
 
     // One step along gradient(). Where that is not finite, values and moments stay as they are.
-    // Afterwards it holds something else.
+    // gradient() may hold something else afterwards.
     struct Taken {
         double norm, rate;
         bool finite;

@@ -55,28 +55,28 @@ fi
 # code-10m's shape from nothing, 26 M tokens. --new makes the tokenizer and the first weights; every
 # other run starts from the same ones and reads the same cache.
 shape="--set model.layers=10 --set model.width=256 --set model.heads=4 --set model.context=1024"
-first="$out/work/ours/initial"
+first="$out/runs/ours/initial"
 train() { # name, seconds, arguments
     name=$1 limit=$2
     shift 2
     # shellcheck disable=SC2086  # a list of words
     part "train-$name$RANK" "$limit" "$ponder" train backbone "$@" --data "$streams/python.train.jsonl.xz" \
-        --cache "$out/work/cache" --out "$out/work/$name" --dtype bf16 --backend cuda --batch 128 \
+        --cache "$out/runs/cache" --out "$out/runs/$name" --dtype bf16 --backend cuda --batch 128 \
         --valid-every 0 --checkpoint-every 100000 --quiet --json --set train.lr=3e-3
 }
 measure() { # name
-    part "valid-$1" 60 "$ponder" eval --model "$out/work/$1" --adapter none --policy skip --quiet --dtype bf16 \
+    part "valid-$1" 60 "$ponder" eval --model "$out/runs/$1" --adapter none --policy skip --quiet --dtype bf16 \
         --backend cuda --stream "$streams/python.valid.jsonl.xz" --json --set context=1024 --set chunk=1024
 }
 number() { # of a JSON file: its first member of that name
     grep -o "\"$2\": [-0-9.e+]*" "$1" | head -n 1 | cut -d ' ' -f 2
 }
 if wanted parity && [ -n "$streams" ] && python3 -c 'import torch' 2> /dev/null; then
-    rm -rf "$out/work"
+    rm -rf "$out/runs"
     # shellcheck disable=SC2086
     train ours 120 --new --vocab 8192 $shape --steps "${STEPS:-200}"
     part train-torch 200 python3 "$here/tests/bench/torch_train.py" --initial "$first" \
-        --tokens "$(ls "$out"/work/cache/*.tokens)" --out "$out/work/torch" --log "$out/work/ours/log.jsonl" \
+        --tokens "$(ls "$out"/runs/cache/*.tokens)" --out "$out/runs/torch" --log "$out/runs/ours/log.jsonl" \
         --steps "${STEPS:-200}" --batch 128 --micro 32 --lr 3e-3 --compile
     for by in ours torch; do
         measure $by
@@ -88,13 +88,14 @@ fi
 if wanted group && [ -n "$streams" ] && [ "$gpus" -gt 1 ]; then
     # shellcheck disable=SC2086
     [ -e "$first" ] || train ours 120 --new --vocab 8192 $shape --steps 1
-    (export CUDA_VISIBLE_DEVICES=0; train alone 90 --model "$first" --steps 40)
+    rm -rf "$out/runs/alone" "$out/runs/together"
+    (export CUDA_VISIBLE_DEVICES=0; train alone 90 --model "$first" --steps 40; exit $failed) || failed=1
     export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 NCCL_DEBUG=VERSION
-    for RANK in 1 0; do
-        (export RANK LOCAL_RANK=$RANK; train together 90 --model "$first" --steps 40) &
-    done
-    wait
-    unset WORLD_SIZE RANK
+    (export RANK=1 LOCAL_RANK=1; train together 90 --model "$first" --steps 40; exit $failed) &
+    second=$!
+    (export RANK=0 LOCAL_RANK=0; train together 90 --model "$first" --steps 40; exit $failed) || failed=1
+    wait $second || failed=1
+    unset WORLD_SIZE
     for by in alone together0; do
         echo "$by: loss $(number "$out/train-$by.log" loss), $(number "$out/train-$by.log" tokens_per_second) tokens/s of the first process"
     done
