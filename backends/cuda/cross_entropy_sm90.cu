@@ -23,10 +23,12 @@ constexpr int stages = 4, threads = 384, consumers = 8; // warps
 constexpr int bytes_h = rows * depth * 2, bytes_table = words * depth * 2;
 constexpr size_t memory_bytes = size_t(stages) * (bytes_h + bytes_table) + 1024 + 256;
 
-// At the same barrier of block `to` of the cluster.
+// At the same barrier of block `to` of the cluster. What it says is that a stage has been read, by
+// products that were waited for: nothing written is to become visible, and a release at the
+// cluster's scope would wait for all of the thread's memory accesses, at every stage.
 __device__ inline void barrier_arrive(uint64_t *b, int to) {
     asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(
                      address(b)),
                  "r"(to)
                  : "memory");
@@ -78,6 +80,16 @@ __device__ inline void multiply(float (&c)[128], uint64_t a, uint64_t b, int add
           "+f"(c[112]), "+f"(c[113]), "+f"(c[114]), "+f"(c[115]), "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]),
           "+f"(c[120]), "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])
         : "l"(a), "l"(b), "r"(add));
+}
+
+constexpr float log2_e = 1.4426950408889634f, log_2 = 0.6931471805599453f;
+// In place of a logit behind the vocabulary: finite, since it is multiplied with its share, 0.
+constexpr float nothing = -1e30f;
+
+__device__ inline float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 struct Shape {
@@ -150,6 +162,14 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
         int stage = 0, phase = 0;
         float c[128];
         for (int tile = cluster; tile < tiles; tile += clusters) {
+            const int word = tile / s.row_tiles * words, column = word + lane % 4 * 2;
+            const int first = tile % s.row_tiles * 2 * rows + rank * rows + group * 64 +
+                              warp % 4 * 16 + lane / 4;
+            int wanted[2]; // columns of the targets, from this lane's first
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                wanted[half] =
+                    first + 8 * half < s.tokens ? target[first + 8 * half] - column : -1;
             for (int k = 0; k < steps; ++k) {
                 barrier_wait(full + stage, phase);
                 const uint64_t a = operand(at_h + stage * bytes_h + group * (bytes_h / 2)),
@@ -178,42 +198,44 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
             if (lane < 2)
                 barrier_arrive(empty + (stage + stages - 1) % stages, lane);
 
-            const int word = tile / s.row_tiles * words, column = word + lane % 4 * 2;
-            const int first = tile % s.row_tiles * 2 * rows + rank * rows + group * 64 +
-                              warp % 4 * 16 + lane / 4;
-            const bool whole = word + words <= s.vocabulary;
+            const int behind = s.vocabulary - column; // columns from here on are none
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = first + 8 * half;
-                const int wanted = row < s.tokens ? target[row] - column : -1;
-                float top = -INFINITY;
+                if (word + words > s.vocabulary)
+#pragma unroll
+                    for (int j = 0; j < 32; ++j)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            if (8 * j + i >= behind)
+                                c[4 * j + 2 * half + i] = nothing;
+                if (unsigned(wanted[half]) < unsigned(words) && wanted[half] % 8 < 2)
+#pragma unroll
+                    for (int j = 0; j < 32; ++j)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            if (8 * j + i == wanted[half])
+                                hit[row] = c[4 * j + 2 * half + i];
+                float top = c[2 * half];
 #pragma unroll
                 for (int j = 0; j < 32; ++j)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        float &x = c[4 * j + 2 * half + i];
-                        if (!whole && column + 8 * j + i >= s.vocabulary)
-                            x = -INFINITY;
-                        if (8 * j + i == wanted)
-                            hit[row] = x;
-                        top = fmaxf(top, x);
-                    }
+                    top = fmaxf(top, fmaxf(c[4 * j + 2 * half], c[4 * j + 2 * half + 1]));
                 top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
                 top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-                float sum = 0, weighted = 0;
-                const float offset = top * 1.4426950408889634f;
+                // In units of log 2. Two sums each, so that fewer wait in a row.
+                float sums[2] = {}, weighteds[2] = {};
+                const float offset = top * log2_e;
 #pragma unroll
                 for (int j = 0; j < 32; ++j)
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         float &x = c[4 * j + 2 * half + i];
-                        // In units of log 2; what lies behind the vocabulary is far below.
-                        const float d =
-                            fmaxf(fmaf(x, 1.4426950408889634f, -offset), -200.0f);
-                        x = exp2f(d);
-                        sum += x;
-                        weighted = fmaf(d, x, weighted);
+                        const float d = fmaf(x, log2_e, -offset);
+                        x = power_of_two(d);
+                        sums[i] += x;
+                        weighteds[i] = fmaf(d, x, weighteds[i]);
                     }
+                float sum = sums[0] + sums[1], weighted = weighteds[0] + weighteds[1];
                 if constexpr (keep) {
                     bf16 *const to = e + int64_t(row) * stride + word + lane % 4 * 8;
 #pragma unroll
@@ -234,7 +256,7 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
                 weighted += __shfl_xor_sync(~0u, weighted, 2);
                 if (lane % 4 == 0 && row < s.tokens)
                     part[int64_t(row) * s.word_tiles + tile / s.row_tiles] =
-                        make_float4(top, sum, weighted * 0.6931471805599453f, 0);
+                        make_float4(top, sum, weighted * log_2, 0);
             }
         }
     }

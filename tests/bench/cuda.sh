@@ -20,6 +20,7 @@ for lib in $(find /usr/local /opt /usr/lib \( -name 'libcublasLt.so.1[23]' -o -n
     LD_LIBRARY_PATH="$(dirname "$lib"):$LD_LIBRARY_PATH"
 done
 export LD_LIBRARY_PATH="$build/src/api:$LD_LIBRARY_PATH"
+python="env -u LD_LIBRARY_PATH python3" # PyTorch brings its own libraries
 
 failed=0
 wanted() { case " ${ONLY:-$1} " in *" $1 "*) ;; *) return 1 ;; esac; }
@@ -52,8 +53,8 @@ if wanted eval && [ -n "$streams" ]; then
     done
 fi
 
-# code-10m's shape from nothing, 26 M tokens. --new makes the tokenizer and the first weights; every
-# other run starts from the same ones and reads the same cache.
+# code-10m's shape from nothing, 26 M tokens, a batch in one piece. --new makes the tokenizer and the
+# first weights; every other run starts from the same ones and reads the same cache.
 shape="--set model.layers=10 --set model.width=256 --set model.heads=4 --set model.context=1024"
 first="$out/runs/ours/initial"
 train() { # name, seconds, arguments
@@ -62,27 +63,28 @@ train() { # name, seconds, arguments
     # shellcheck disable=SC2086  # a list of words
     part "train-$name$RANK" "$limit" "$ponder" train backbone "$@" --data "$streams/python.train.jsonl.xz" \
         --cache "$out/runs/cache" --out "$out/runs/$name" --dtype bf16 --backend cuda --batch 128 \
-        --valid-every 0 --checkpoint-every 100000 --quiet --json --set train.lr=3e-3
+        --valid-every 0 --checkpoint-every 100000 --quiet --json --set train.lr=3e-3 --set train.micro=128
 }
 measure() { # name
     part "valid-$1" 60 "$ponder" eval --model "$out/runs/$1" --adapter none --policy skip --quiet --dtype bf16 \
         --backend cuda --stream "$streams/python.valid.jsonl.xz" --json --set context=1024 --set chunk=1024
 }
+losses() { grep -o '"loss": [-0-9.e+]*' "$out/runs/$1/log.jsonl" | cut -d ' ' -f 2 > "$out/losses-$1.txt"; }
 number() { # of a JSON file: its first member of that name
     grep -o "\"$2\": [-0-9.e+]*" "$1" | head -n 1 | cut -d ' ' -f 2
 }
-if wanted parity && [ -n "$streams" ] && python3 -c 'import torch' 2> /dev/null; then
+if wanted parity && [ -n "$streams" ] && $python -c 'import torch' 2> /dev/null; then
     rm -rf "$out/runs"
     # shellcheck disable=SC2086
     train ours 120 --new --vocab 8192 $shape --steps "${STEPS:-200}"
-    part train-torch 200 python3 "$here/tests/bench/torch_train.py" --initial "$first" \
+    part train-torch 200 $python "$here/tests/bench/torch_train.py" --initial "$first" \
         --tokens "$(ls "$out"/runs/cache/*.tokens)" --out "$out/runs/torch" --log "$out/runs/ours/log.jsonl" \
-        --steps "${STEPS:-200}" --batch 128 --micro 32 --lr 3e-3 --compile
+        --steps "${STEPS:-200}" --batch 128 --micro 128 --lr 3e-3 --compile
     for by in ours torch; do
         measure $by
         echo "$by: valid $(number "$out/valid-$by.log" loss), $(number "$out/train-$by.log" tokens_per_second) tokens/s"
     done
-    part torch-attention 60 python3 "$here/tests/bench/torch_attention.py"
+    part torch-attention 60 $python "$here/tests/bench/torch_attention.py"
     cat "$out/torch-attention.log"
 fi
 if wanted group && [ -n "$streams" ] && [ "$gpus" -gt 1 ]; then
@@ -96,6 +98,11 @@ if wanted group && [ -n "$streams" ] && [ "$gpus" -gt 1 ]; then
     (export RANK=0 LOCAL_RANK=0; train together 90 --model "$first" --steps 40; exit $failed) || failed=1
     wait $second || failed=1
     unset WORLD_SIZE
+    losses alone
+    losses together
+    paste "$out/losses-alone.txt" "$out/losses-together.txt" | awk '
+        { d = $1 < $2 ? $2 - $1 : $1 - $2; if (NR <= 5 && d > five) five = d; if (d > all) all = d }
+        END { print "losses of two processes and of one, apart: 5 steps " five ", " NR " steps " all }'
     for by in alone together0; do
         echo "$by: loss $(number "$out/train-$by.log" loss), $(number "$out/train-$by.log" tokens_per_second) tokens/s of the first process"
     done
