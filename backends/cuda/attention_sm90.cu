@@ -98,14 +98,14 @@ void tiles_kernel(const __grid_constant__ CUtensorMap qkv, bf16 *o, float *lse, 
                     high = fmaxf(high, fmaxf(p[4 * j + 2 * half], p[4 * j + 2 * half + 1]));
                 high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
                 high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
-                shrink[half] = exp2f((top[half] - high) * factor);
+                shrink[half] = power_of_two((top[half] - high) * factor);
                 top[half] = high;
                 const float offset = high * factor;
                 float all = 0;
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    const float a = exp2f(p[4 * j + 2 * half] * factor - offset),
-                                b = exp2f(p[4 * j + 2 * half + 1] * factor - offset);
+                    const float a = power_of_two(p[4 * j + 2 * half] * factor - offset),
+                                b = power_of_two(p[4 * j + 2 * half + 1] * factor - offset);
                     all += a + b;
                     packed[2 * j + half] = pack(a, b);
                 }

@@ -131,7 +131,7 @@ __device__ inline void gradients(std::byte *memory, const CUtensorMap *qkv, cons
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     float &x = p[4 * j + e];
-                    x = exp2f(x * factor -
+                    x = power_of_two(x * factor -
                               (by_key ? (e % 2 ? shift.y : shift.x) : row_lse[e / 2]));
                     if (diagonal) {
                         const int r = row + e / 2 * 8, c = 8 * j + column + e % 2;

@@ -86,12 +86,6 @@ constexpr float log2_e = 1.4426950408889634f, log_2 = 0.6931471805599453f;
 // In place of a logit behind the vocabulary: finite, since it is multiplied with its share, 0.
 constexpr float nothing = -1e30f;
 
-__device__ inline float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 struct Shape {
     int tokens, width, vocabulary;
     int row_tiles, word_tiles; // of a cluster: 256 rows; of a block: 256 words
