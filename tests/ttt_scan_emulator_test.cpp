@@ -1,5 +1,6 @@
 // The CUDA scans on the emulator (tests/emulator): what they compute, where there is no GPU.
 // `ninja tests/ttt_scan_emulator_test`, which the other tests do not wait for. x86-64 only.
+//     ttt_scan_emulator_test [forward] [part of cases' names]
 #include "ttt_scan_cases.hpp"
 
 #include <cstdlib>
@@ -28,5 +29,28 @@ int main(int argc, char **argv) {
             cases.push_back(mlp);
         }
     }
+    for (const int kernel : {4, 5, 6, 7}) {
+        ScanCase c{1, 48, 2, 64, 16, DType::bf16};
+        c.kernel = kernel;
+        cases.push_back(c);
+        c.t = 1;
+        cases.push_back(c);
+        c = {2, 37, 1, 64, 16, DType::bf16, true, false, 0.1, 0, -1};
+        c.kernel = kernel;
+        cases.push_back(c);
+        c = {1, 150, 1, 64, 16, DType::bf16, false, false, 0, 0.5};
+        c.kernel = kernel;
+        cases.push_back(c);
+        c = {1, 300, 1, 64, 16, DType::bf16, true, false, 0, 0, 0, true, 4};
+        c.kernel = kernel;
+        cases.push_back(c);
+        c.losses = false;
+        c.t = 23;
+        cases.push_back(c);
+    }
+    const std::string part = argc > 1 ? argv[argc - 1] : "";
+    if (part != "" && part != "forward")
+        std::erase_if(cases,
+                      [&](const ScanCase &c) { return c.name().find(part) == std::string::npos; });
     return ponder::test::check_scans(cases, backward) ? 0 : 1;
 }

@@ -250,6 +250,40 @@ struct RowSums {
             parts + ((at.warp * 16 + at.g + 8 * odd) * 8 + 4 * (at.t >> 1))) = {quad[0], quad[1],
                                                                                 quad[2], quad[3]};
     }
+    // The same for the first `count` quantities, rounded to 10 bits: a product with ones and zeros
+    // sums over the lanes of a token in one instruction, and leaves every lane the sum.
+    template <int count>
+    static __device__ __forceinline__ void put_quick(float *parts, const float (&low)[8],
+                                                     const float (&high)[8], const Place &at) {
+        static_assert(count > 4 && count % 2 == 0);
+        const bool odd = at.t & 1;
+        float quad[8] = {};
+#pragma unroll
+        for (int i = 0; i < count; i += 2) {
+            float sums[4];
+            of_lanes(sums, low[i], high[i], low[i + 1], high[i + 1], at);
+            quad[i] = odd ? sums[2] : sums[0];
+            quad[i + 1] = odd ? sums[3] : sums[1];
+        }
+        if (at.t < 2) {
+            float4 *to = reinterpret_cast<float4 *>(parts + (at.warp * 16 + at.g + 8 * at.t) * 8);
+            to[0] = {quad[0], quad[1], quad[2], quad[3]};
+            to[1] = {quad[4], quad[5], quad[6], quad[7]};
+        }
+    }
+    // Sums over the four lanes of a token: of a for tokens g and g + 8 into 0 and 2, of b into
+    // 1, 3.
+    static __device__ __forceinline__ void of_lanes(float (&sums)[4], float a_low, float a_high,
+                                                    float b_low, float b_high, const Place &at) {
+        const uint32_t x[4] = {bits_of_float(a_low), bits_of_float(a_high), bits_of_float(b_low),
+                               bits_of_float(b_high)};
+        const uint32_t one = bits_of_float(1.0f),
+                       with[2] = {at.g & 1 ? 0u : one, at.g & 1 ? one : 0u};
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            sums[e] = 0;
+        mma_tf32(sums, x, with);
+    }
     static __device__ __forceinline__ void get(float (&sum)[8], const float *parts, int warps,
                                                const Place &at) {
         const bool upper = at.t & 2;

@@ -11,7 +11,10 @@
 #pragma once
 
 #include "ttt_linear_host.hpp"
+#include "ttt_linear_lockstep.cuh"
 #include "ttt_linear_roles.cuh"
+
+#include <type_traits>
 
 namespace ponder::cuda {
 
@@ -438,6 +441,10 @@ template <class L, bool output> size_t roles_shared() {
     const size_t bytes = size_t(RolesShared<L, output>(nullptr).size);
     return output && keys > bytes ? keys : bytes;
 }
+// In bf16 there is the pipeline in lockstep as well.
+template <class L> constexpr bool has_lockstep() {
+    return L::M == 16 && L::D == 64 && sizeof(typename L::E) == 2;
+}
 // They take the least time for a step, but a multiprocessor to themselves: with more heads than
 // that, blocks whose warps are alike, of which it holds three, get through them faster. Measured on
 // an H100.
@@ -454,6 +461,21 @@ template <class L, bool output>
 cudaError_t launch_scan(const LinearParams &p, int kernel, cudaStream_t stream) {
     const unsigned scans = unsigned(p.streams * p.heads);
     const unsigned blocks = output && p.loss ? 2 * scans : scans;
+    if constexpr (has_lockstep<L>())
+        if (kernel >= 4) {
+            const auto with = [&](auto chain, auto helpers) {
+                using C = Lockstep<L, decltype(chain)::value, decltype(helpers)::value, output>;
+                return launch(linear_lockstep<L, C::chain, C::helpers, output>, blocks, C::threads,
+                              sizeof(typename C::Shared), stream, p);
+            };
+            const std::integral_constant<int, 1> one;
+            const std::integral_constant<int, 2> two;
+            const std::integral_constant<int, 4> four;
+            return kernel == 4   ? with(two, one)
+                   : kernel == 5 ? with(four, four)
+                   : kernel == 6 ? with(two, two)
+                                 : with(four, two);
+        }
     if constexpr (has_roles<L>())
         if (wants_roles<L, output>(p, kernel))
             return launch(linear_roles<L, output>, blocks, roles_threads<L, output>(),

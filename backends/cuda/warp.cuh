@@ -18,6 +18,16 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return uint32_t(__cvta_generic_to_shared(p));
 }
 
+// The same, as a number that the compiler keeps in a register. Else it works the address out anew,
+// on sm_90 by asking for the block's place in its cluster, wherever registers are short.
+__device__ __forceinline__ unsigned char *kept_shared_memory() {
+    uint32_t at = shared_address(shared_memory());
+    asm volatile("mov.b32 %0, %0;" : "+r"(at));
+    return static_cast<unsigned char *>(__cvta_shared_to_generic(at));
+}
+// x, which is the same in all lanes, known to be.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // c[16,8] += a[16,16] b[16,8]. Lane 4 g + t holds c of rows g, g + 8 and columns 2 t, 2 t + 1.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
@@ -50,6 +60,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], const
                  : "r"(shared_address(row))
                  : "memory");
 }
+// An 8 x 8 matrix of 16-bit elements, in each lane what load_matrices would put there: its
+// transpose.
+__device__ __forceinline__ uint32_t turn_matrix(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
 // low in the lower half
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t x;
@@ -59,6 +76,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 __device__ __forceinline__ float float_of_bits(uint32_t x) { return __uint_as_float(x); }
 __device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+// x must not be below the smallest normal number.
+__device__ __forceinline__ float quick_inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ float exponential(float x) { return __expf(x); }
 // Within 2 units in the last place; 0 where b is above 2^126.
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
@@ -106,6 +129,15 @@ __device__ __forceinline__ void wait_for_phase(Arrivals *a, unsigned parity) {
             __nanosleep(20);
 #endif
     } while (!done);
+}
+
+// {x, y} to shared memory where `condition` holds, without a branch.
+__device__ __forceinline__ void store_if(bool condition, float *to, float x, float y) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.v2.f32 [%1], {%2, %3}; }" ::"r"(
+            unsigned(condition)),
+        "r"(shared_address(to)), "f"(x), "f"(y)
+        : "memory");
 }
 
 // 16 bytes to shared memory without waiting; zeros where `valid` is not set.

@@ -27,10 +27,13 @@ inline uint32_t pack_bf16(float low, float high) {
     return x;
 }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
+inline float quick_inverse_root(float x) { return inverse_root(x); }
 inline float exponential(float x) { return std::exp(x); }
 inline float quotient(float a, float b) { return a / b; }
 
 inline unsigned char *shared_memory() { return emulator::shared_memory<unsigned char>(); }
+inline unsigned char *kept_shared_memory() { return shared_memory(); }
+inline int uniform(int x) { return x; }
 
 struct MmaFactors {
     uint32_t a[4], b[2];
@@ -93,6 +96,16 @@ inline void load_matrices_transposed(uint32_t (&x)[4], const void *row) {
         x[i] = matrix_element(rows, i, 2 * t, g) | matrix_element(rows, i, 2 * t + 1, g) << 16;
 }
 
+inline uint32_t turn_matrix(uint32_t x) {
+    const auto &all = emulator::exchange(x);
+    const unsigned g = emulator::lane() / 4, t = emulator::lane() % 4;
+    const auto element = [&](unsigned row, unsigned column) {
+        const auto pair = emulator::of_lane<uint32_t>(all, 4 * row + column / 2);
+        return column & 1 ? pair >> 16 : pair & 0xffffu;
+    };
+    return element(2 * t, g) | element(2 * t + 1, g) << 16;
+}
+
 inline float from_lane(float x, int lane) {
     return emulator::of_lane<float>(emulator::exchange(x), unsigned(lane));
 }
@@ -123,6 +136,10 @@ inline void wait_for_phase(Arrivals *a, unsigned parity) {
         emulator::yield();
 }
 
+inline void store_if(bool condition, float *to, float x, float y) {
+    if (condition)
+        to[0] = x, to[1] = y;
+}
 inline void copy_async(void *to, const void *from, bool valid) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         std::abort();
