@@ -3,12 +3,19 @@
 //
 //   ahead:  four warps: fetch k, v, q, dy, P; what depends on no state
 //   states: W backwards, Z, U and their norms, du: depends on the trace alone, so it runs ahead
-//   chain:  dP, dG, dz, dW: what one mini-batch has to wait for the other with
-//   inputs: dq and dk, from copies of W and dW; follows
+//   chain:  dP, dG, dz, dW: what one mini-batch has to wait for the other with, and nothing else
+//   inputs: dq, dk, dv, dlr and the norm's gradients, from copies of W and dW; follows
+//
+// Order: of a warp one lane arrives, after the others at a barrier of the warp; whoever waits does
+// so with all lanes. Chain and inputs wait for the states only, which have waited for the warps
+// ahead. compute-sanitizer's racecheck takes an arrival to speak for its own lane, and reports the
+// others.
 #pragma once
 
 #include "ttt_linear_roles.cuh"
 #include "ttt_linear_vjp.cuh"
+
+#include <type_traits>
 
 namespace ponder::cuda {
 
@@ -36,7 +43,8 @@ template <class L> struct ReverseState {
 // from the chain.
 template <class L> struct ReverseChain {
     typename L::E dz[L::tile], dw[L::D * L::ld];
-    float4 dk[L::warps][2][32]; // -dv, which dk has besides products
+    float4 dx[L::warps][2][32]; // of the gradient at u = g (g h - goal)
+    float dc[16];               // of c_j, without the factor -f
 };
 
 template <class L> struct ReverseRolesShared {
@@ -45,6 +53,7 @@ template <class L> struct ReverseRolesShared {
     ReverseState<L> *states;
     ReverseChain<L> *chains;
     float *state_parts, *chain_parts, *state_sums, *chain_sums, *norms, *rates_parts, *norm_sums;
+    float *norms_of_inputs, *token_sums;
     Arrivals *full, *empty, *state_full, *state_empty, *chain_full, *chain_empty;
     Rates<16> rates;
     int size;
@@ -60,6 +69,8 @@ template <class L> struct ReverseRolesShared {
         norms = s.take<float>(2 * L::D);
         rates_parts = s.take<float>(L::warps * 16);
         norm_sums = s.take<float>(2 * L::D);
+        norms_of_inputs = s.take<float>(2 * L::D);
+        token_sums = s.take<float>(16);
         full = s.take<Arrivals>(reverse_slots);
         empty = s.take<Arrivals>(reverse_slots);
         state_full = s.take<Arrivals>(reverse_state_slots);
@@ -82,13 +93,14 @@ template <class L> class ReverseRoles {
 
 public:
     __device__ ReverseRoles(const LinearParams &p)
-        : p(p), shared(shared_memory()), head(int(blockIdx.x)), stream(head / p.heads),
+        : p(p), shared(kept_shared_memory()), head(int(blockIdx.x)), stream(head / p.heads),
           h(head % p.heads), width(p.heads * D), offset(int64_t(stream) * p.tokens * width + h * D),
           rate_offset(int64_t(stream) * p.tokens * p.heads + h),
           short_n(p.tokens - (p.batches - 1) * M) {}
 
     __device__ void run() {
         Place at;
+        at.warp = uniform(at.warp);
         if (at.thread == 0) {
             for (int i = 0; i < reverse_slots; ++i) {
                 set_arrivals(shared.full + i, 1);
@@ -107,10 +119,13 @@ public:
         if (at.thread < 2 * D)
             shared.norms[at.thread] = 0;
 #pragma unroll
-        for (int i = 0; i < 3; ++i)
-            weight[i] = p.dloss ? p.dloss[stream * 3 + i] * 2 /
-                                      (float(D) * float(p.heads) * float(p.batches))
-                                : 0.0f;
+        for (int i = 0; i < 3; ++i) {
+            const float x = p.dloss ? p.dloss[stream * 3 + i] * 2 /
+                                          (float(D) * float(p.heads) * float(p.batches))
+                                    : 0.0f;
+            weight[i] = from_lane(x, 0); // so that all lanes are known to agree
+        }
+
         const int role = at.warp / L::warps; // chain, states, inputs, ahead
         if (role < 3) {
             at.warp -= role * L::warps;
@@ -144,7 +159,7 @@ private:
     __device__ __forceinline__ void ahead(const Place &at) const {
         constexpr int per = 16 / int(sizeof(E)), chunks = D / per;
         const int row_0 = at.lane / chunks, c_0 = at.lane % chunks * per;
-        float rate_ahead = 0;
+        uint32_t rate_ahead = 0; // bits as they come, so that nothing waits for them yet
         const auto fetch_step = [&](int step) {
             if (step < p.batches) {
                 ReverseSlot<L> &slot = shared.slots[step % reverse_slots];
@@ -169,9 +184,11 @@ private:
                                valid);
                 }
                 const int token = batch * M + at.lane;
-                rate_ahead = at.lane < M && token < p.tokens
-                                 ? rate_at(p, rate_offset + int64_t(token) * p.heads)
-                                 : 0.0f;
+                const int64_t i = rate_offset + int64_t(token) * p.heads;
+                rate_ahead = 0;
+                if (at.lane < M && token < p.tokens)
+                    rate_ahead = p.rate_bf16 ? static_cast<const uint16_t *>(p.lr)[i]
+                                             : static_cast<const uint32_t *>(p.lr)[i];
             }
             commit_copies();
         };
@@ -179,7 +196,7 @@ private:
         for (int step = at.warp; step < p.batches; step += roles_ahead) {
             const bool is_short = step == 0;
             const int n = tokens_of(step);
-            const float rate = rate_ahead;
+            const float rate = float_of_bits(p.rate_bf16 ? rate_ahead << 16 : rate_ahead);
             fetch_step(step + roles_ahead);
             wait_for_copies<1>();
             sync_warp();
@@ -280,9 +297,11 @@ private:
             copy_state<L>(shared.states[reverse_state_slots - 1].w, w, at);
             sync();
         }
-        for (int step = 0; step < p.batches; ++step) {
-            const bool is_short = step == 0;
-            const int n = tokens_of(step), batch = batch_of(step);
+        const bool always = shared.rates.learns(false) != 0;
+        const float row_rate[2] = {shared.rates.a(false, at.g), shared.rates.a(false, at.g + 8)};
+        const auto one_step = [&](auto is_first, int step) {
+            constexpr bool is_short = decltype(is_first)::value;
+            const int n = is_short ? short_n : M, batch = batch_of(step);
             const ReverseSlot<L> &slot = shared.slots[step % reverse_slots];
             ReverseState<L> &to = shared.states[step % reverse_state_slots];
             float *parts = shared.state_parts + (step & 1) * L::warps * 128;
@@ -297,7 +316,7 @@ private:
                     p, to.probe, shared.norms, shared.state_sums, after.w, slot.k + (n - 1) * L::ld,
                     [&](int i) { return slot.last_goal[i]; }, h, weight[2], at, sync);
             }
-            if (shared.rates.learns(is_short) != 0)
+            if (is_short ? shared.rates.learns(true) != 0 : always)
                 add_outer<L, true>(w, slot.k, slot.p, at);
             if (batch % trace_every == 0)
                 load_state<L>(w, kept_states + batch / trace_every * L::state_size, at.thread);
@@ -323,7 +342,7 @@ private:
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = at.g + 8 * half;
-                    const float rate = shared.rates.a(is_short, row);
+                    const float rate = is_short ? shared.rates.a(true, row) : row_rate[half];
                     const float2 dy =
                         floats(pair_at(slot.dy + row * L::ld + at.col + 8 * nt + 2 * at.t));
 #pragma unroll
@@ -343,7 +362,7 @@ private:
                     }
                 }
             }
-            RowSums::put(parts, sum[0], sum[1], at);
+            RowSums::put_quick<8>(parts, sum[0], sum[1], at);
             sync();
             float s[8], r[2], r_u[2], mean_e[2], along_e[2];
             RowSums::get(s, parts, L::warps, at);
@@ -389,7 +408,10 @@ private:
                 arrive(shared.state_full + step % reverse_state_slots);
                 arrive(shared.empty + step % reverse_slots);
             }
-        }
+        };
+        one_step(std::true_type(), 0);
+        for (int step = 1; step < p.batches; ++step)
+            one_step(std::false_type(), step);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float x = da[half];
@@ -399,13 +421,14 @@ private:
                 shared.rates_parts[at.warp * M + at.g + 8 * half] = x;
         }
         sync();
-        put_norms(dg, db, at);
+        put_norms(shared.norm_sums, dg, db, shared.norms, at);
         sync_block();
         sync_block();
     }
 
-    // A warp's sums over tokens, its dims.
-    __device__ __forceinline__ void put_norms(const float (&dg)[2][2], const float (&db)[2][2],
+    // A warp's sums over tokens, its dims, and what is there besides.
+    __device__ __forceinline__ void put_norms(float *to, const float (&dg)[2][2],
+                                              const float (&db)[2][2], const float *besides,
                                               const Place &at) const {
 #pragma unroll
         for (int nt = 0; nt < 2; ++nt)
@@ -419,8 +442,8 @@ private:
                 }
                 const int dim = at.col + 8 * nt + 2 * at.t + e;
                 if (at.g == 0) {
-                    shared.norm_sums[dim] = x + shared.norms[dim];
-                    shared.norm_sums[D + dim] = y + shared.norms[D + dim];
+                    to[dim] = x + (besides ? besides[dim] : 0.0f);
+                    to[D + dim] = y + (besides ? besides[D + dim] : 0.0f);
                 }
             }
     }
@@ -435,19 +458,27 @@ private:
         for (int i = 0; i < D; ++i)
             mean_gg += p.g[h * D + i] * p.g[h * D + i];
         mean_gg /= float(D);
-        float dg[2][2] = {}, db[2][2] = {}, da_last = 0, da_short = 0, dtoken = 0;
+        float gg[2][2], da_last = 0, da_short = 0;
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                gg[nt][e] = norm.g[nt][e] * norm.g[nt][e];
         const int own = at.g + 8 * (at.t & 1);
         const float by = 1 / shared.rates.f(false), by_short = 1 / shared.rates.f(true);
+        const bool always = shared.rates.learns(false) != 0, by_key = p.by_key,
+                   clips = p.max_norm > 0;
         const auto sync = [] { sync_warps(2, L::threads); };
-        for (int step = 0; step < p.batches; ++step) {
-            const bool is_short = step == 0;
-            const int n = tokens_of(step), batch = batch_of(step);
+        // The first mini-batch that is read is the last, which may be short.
+        const auto one_step = [&](auto is_first, int step) {
+            constexpr bool is_short = decltype(is_first)::value;
+            const int n = is_short ? short_n : M;
             const ReverseSlot<L> &slot = shared.slots[step % reverse_slots];
             const ReverseState<L> &state = shared.states[step % reverse_state_slots];
             ReverseChain<L> &to = shared.chains[step % reverse_chain_slots];
             float *parts = shared.chain_parts + (step & 1) * L::warps * 128;
-            const bool learns = shared.rates.learns(is_short) != 0;
-            wait_for_phase(shared.full + step % reverse_slots, step / reverse_slots & 1);
+            const bool learns = is_short ? shared.rates.learns(true) != 0 : always;
+            // where the state is, the warps ahead have been
             wait_for_phase(shared.state_full + step % reverse_state_slots,
                            step / reverse_state_slots & 1);
             if (step >= reverse_chain_slots)
@@ -458,7 +489,7 @@ private:
                     if (in <= D)
                         x += state.probe[in] * state.probe[D + 4 + out];
                 });
-            copy_state<L>(to.dw, dw, at);
+            // dP; of it that part, which needs no dW, apart
             typename L::Rows d_rows;
             {
                 const E *const from[1] = {slot.k};
@@ -466,34 +497,17 @@ private:
                 products<L, 1>(into, from, dw, at);
             }
             float(&d)[2][4] = d_rows[0];
-            if (!p.by_key) {
-                float along = 0;
-#pragma unroll
-                for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const float2 x = floats(pair_at(slot.p + (at.g + 8 * half) * L::ld +
-                                                        at.col + 8 * nt + 2 * at.t));
-                        along += x.x * d[nt][2 * half] + x.y * d[nt][2 * half + 1];
-                    }
-                (is_short && n < M ? da_short : da_last) += along * (is_short ? by_short : by);
-            }
-            if (!learns)
-#pragma unroll
-                for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        d[nt][e] = 0;
+            float rest[2][4] = {};
             {
                 FragA<E> a;
                 FragB<E> b[2];
                 kept(a, slot.a_transposed, at.lane);
                 load_b_transposed(b, state.du + at.col, L::ld, at.lane);
-                mma(d[0], a, b[0]);
-                mma(d[1], a, b[1]);
+                mma(rest[0], a, b[0]);
+                mma(rest[1], a, b[1]);
             }
-            // h of z, the residual LN(z) - target, u = g residual
-            float hh[2][4], residual[2][4], uu[2][4], r[2], mean_u[2], mean_uh[2], c[2];
+            // h of z, u = g residual
+            float hh[2][4], uu[2][4], r[2], mean_u[2], mean_uh[2], c[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 r[half] = state.r[at.g + 8 * half];
@@ -505,21 +519,38 @@ private:
             for (int nt = 0; nt < 2; ++nt) {
                 const float4 x = state.h[at.warp][nt][at.lane], y = slot.goal[at.warp][nt][at.lane];
                 hh[nt][0] = x.x, hh[nt][1] = x.y, hh[nt][2] = x.z, hh[nt][3] = x.w;
-                residual[nt][0] = y.x, residual[nt][1] = y.y, residual[nt][2] = y.z,
-                residual[nt][3] = y.w;
+                const float goal[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float g = norm.g[nt][e & 1];
-                    residual[nt][e] = g * hh[nt][e] - residual[nt][e];
-                    uu[nt][e] = g * residual[nt][e];
-                }
+                for (int e = 0; e < 4; ++e)
+                    uu[nt][e] = gg[nt][e & 1] * hh[nt][e] - norm.g[nt][e & 1] * goal[e];
             }
-            const auto raw = [&](int nt, int e) { // G before the clip
+            copy_state<L>(to.dw, dw, at);
+            if (!by_key) {
+                float along = 0;
+#pragma unroll
+                for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float2 x = floats(pair_at(slot.p + (at.g + 8 * half) * L::ld +
+                                                        at.col + 8 * nt + 2 * at.t));
+                        along += x.x * d[nt][2 * half] + x.y * d[nt][2 * half + 1];
+                    }
+                (is_short && n < M ? da_short : da_last) += along * (is_short ? by_short : by);
+            }
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    d[nt][e] = learns ? d[nt][e] + rest[nt][e] : rest[nt][e];
+            // r (u - mean(u) - h mean(u h)) is G before the clip
+            float minus[2] = {-mean_u[0] * r[0], -mean_u[1] * r[1]},
+                  minus_h[2] = {-mean_uh[0] * r[0], -mean_uh[1] * r[1]};
+            const auto raw = [&](int nt, int e) {
                 const int half = e >> 1;
-                return r[half] * (uu[nt][e] - mean_u[half] - hh[nt][e] * mean_uh[half]);
+                return r[half] * uu[nt][e] + (hh[nt][e] * minus_h[half] + minus[half]);
             };
             float factor = 1, inward = 0;
-            if (p.max_norm > 0) {
+            if (clips) {
                 float s[8] = {};
 #pragma unroll
                 for (int nt = 0; nt < 2; ++nt)
@@ -531,31 +562,32 @@ private:
                             s[1] += c[e >> 1] * d[nt][e] * x;
                         }
                 block_sums<L>(s, shared.chain_sums, at, sync);
-                const float length = sqrtf(s[0]);
-                factor = fminf(1.0f, p.max_norm / (length + 1e-6f));
+                const float length = s[0] * quick_inverse_root(s[0] + 1e-30f);
+                factor = fminf(1.0f, quotient(p.max_norm, length + 1e-6f));
                 if (factor < 1)
-                    inward = s[1] * factor / ((length + 1e-6f) * length);
+                    inward = quotient(s[1] * factor, (length + 1e-6f) * length);
             }
             float sum[2][8] = {};
+            const float by_c[2] = {factor * c[0] * r[0], factor * c[1] * r[1]};
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int half = e >> 1;
-                    const float gg = norm.g[nt][e & 1] * norm.g[nt][e & 1], x = raw(nt, e);
-                    sum[half][5] += factor * x * d[nt][e];
-                    float er = factor * c[half] * d[nt][e];
-                    if (p.max_norm > 0)
-                        er = at.g + 8 * half < n ? er - inward * x : 0.0f;
-                    er *= r[half];
+                    const float x = raw(nt, e);
+                    sum[half][5] += x * d[nt][e];
+                    float er = by_c[half] * d[nt][e];
+                    if (clips)
+                        er = at.g + 8 * half < n ? er - inward * x * r[half] : 0.0f;
                     d[nt][e] = er;
+                    const float gg_er = gg[nt][e & 1] * er;
                     sum[half][0] += er;
                     sum[half][1] += er * hh[nt][e];
-                    sum[half][2] += gg * er;
-                    sum[half][3] += gg * er * hh[nt][e];
+                    sum[half][2] += gg_er;
+                    sum[half][3] += gg_er * hh[nt][e];
                     sum[half][4] += er * uu[nt][e];
                 }
-            RowSums::put(parts, sum[0], sum[1], at);
+            RowSums::put_quick<6>(parts, sum[0], sum[1], at);
             sync();
             float s[8], mean_e[2], mean_eh[2], mean_dh[2], along_h[2];
             RowSums::get(s, parts, L::warps, at);
@@ -573,51 +605,30 @@ private:
                 RowSums::spread(mean_dh, own_dh, at);
                 RowSums::spread(along_h, own_along, at);
             }
-            if (at.warp == 0 && at.t < 2 && own < n) {
-                const float dc = -shared.rates.f(is_short) * s[5];
-                const int64_t i = rate_offset + int64_t(batch * M + own) * p.heads;
-                if (p.rate_bf16)
-                    store(static_cast<Bf16 *>(p.dlr) + i, dc * shared.rates.c(own));
-                else
-                    static_cast<float *>(p.dlr)[i] = dc * shared.rates.c(own);
-                dtoken += p.scale * slot.lr[own] * dc;
-            }
+            if (at.warp == 0 && at.t < 2)
+                to.dc[own] = factor * s[5];
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt) {
-                float dk[4];
+                float dx[4];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = at.g + 8 * half, dim = at.col + 8 * nt + 2 * at.t;
-                    float dz[2], dtarget[2];
+                    float dz[2];
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         const int i = 2 * half + e;
-                        const float g = norm.g[nt][e], hx = hh[nt][i], er = d[nt][i];
-                        const float dx = er - mean_e[half] - hx * mean_eh[half], gdx = g * dx;
-                        const float dh = g * gdx - er * mean_uh[half] - uu[nt][i] * mean_eh[half];
+                        const float hx = hh[nt][i], er = d[nt][i];
+                        const float x = er - mean_e[half] - hx * mean_eh[half];
+                        const float dh =
+                            gg[nt][e] * x - er * mean_uh[half] - uu[nt][i] * mean_eh[half];
                         dz[e] = r[half] * (dh - mean_dh[half] - hx * along_h[half]);
-                        dtarget[e] = -gdx;
-                        dg[nt][e] += dx * (residual[nt][i] + g * hx);
-                        db[nt][e] += gdx;
-                        if (weight[1] != 0 && row == n - 1) {
+                        if (weight[1] != 0 && row == n - 1)
                             dz[e] += weight[1] * raw(nt, i);
-                            dtarget[e] -= weight[1] * residual[nt][i];
-                            dg[nt][e] += weight[1] * residual[nt][i] * hx;
-                            db[nt][e] += weight[1] * residual[nt][i];
-                        }
+                        dx[i] = x;
                     }
                     store_pair(to.dz + row * L::ld + dim, dz[0], dz[1]);
-                    if (weight[2] != 0 && row == n - 1)
-#pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            dtarget[e] += state.probe[2 * D + 4 + dim + e];
-                        }
-                    if (row == n - 1 && weight[0] != 0)
-                        store_pair(last_rows_at(batch) + D + dim, dtarget[0], dtarget[1]);
-                    dk[2 * half] = -dtarget[0];
-                    dk[2 * half + 1] = -dtarget[1];
                 }
-                to.dk[at.warp][nt][at.lane] = {dk[0], dk[1], dk[2], dk[3]};
+                to.dx[at.warp][nt][at.lane] = {dx[0], dx[1], dx[2], dx[3]};
             }
             sync_warp();
             if (at.lane == 0)
@@ -629,7 +640,10 @@ private:
                 arrive(shared.state_empty + step % reverse_state_slots);
                 arrive(shared.empty + step % reverse_slots);
             }
-        }
+        };
+        one_step(std::true_type(), 0);
+        for (int step = 1; step < p.batches; ++step)
+            one_step(std::false_type(), step);
         sync_block();         // all of dq, dk, dv; the sums of the other roles
         if (weight[0] != 0) { // the error under the initial state, whose copy is there
             const E *copy = shared.states[(p.batches - 1) % reverse_state_slots].w;
@@ -669,17 +683,12 @@ private:
         float *part = p.part + int64_t(head) * (2 * D + M);
         sync();
         if (at.thread < 2 * D)
-            shared.norms[at.thread] = shared.norm_sums[at.thread];
-        sync();
-        put_norms(dg, db, at);
-        sync();
-        if (at.thread < 2 * D)
-            part[at.thread] = shared.norm_sums[at.thread];
+            part[at.thread] = shared.norm_sums[at.thread] + shared.norms_of_inputs[at.thread];
         float last[8] = {da_last, da_short};
         block_sums<L>(last, shared.chain_sums, at, sync);
         if (p.by_key) {
-            if (at.warp == 0 && at.t < 2)
-                part[2 * D + own] = dtoken;
+            if (at.thread < M)
+                part[2 * D + at.thread] = shared.token_sums[at.thread];
         } else if (at.thread < M) {
             float x = at.thread == M - 1 ? last[0] : 0.0f;
             if (at.thread == short_n - 1 && short_n < M)
@@ -692,24 +701,34 @@ private:
     }
 
     __device__ __forceinline__ void inputs(const Place &at) const {
-        for (int step = 0; step < p.batches; ++step) {
-            const bool is_short = step == 0;
-            const int n = tokens_of(step), batch = batch_of(step);
+        HeadNorm norm;
+        norm.load(p, h * D + at.col + 2 * at.t);
+        float dg[2][2] = {}, db[2][2] = {}, dtoken = 0;
+        const bool with_losses = weight[0] != 0 || weight[1] != 0 || weight[2] != 0,
+                   always = shared.rates.learns(false) != 0;
+        // a_i / f where query i sees key j: rows i, and rows j
+        float by[2][4], by_turned[2][4];
+        const auto set_rates = [&](bool is_short) {
+#pragma unroll
+            for (int jj = 0; jj < 2; ++jj)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int row = at.g + 8 * (e >> 1), column = 8 * jj + 2 * at.t + (e & 1);
+                    by[jj][e] = column <= row + p.causal_k ? shared.rates.a(is_short, row) : 0.0f;
+                    by_turned[jj][e] =
+                        row <= column + p.causal_k ? shared.rates.a(is_short, column) : 0.0f;
+                }
+        };
+        const auto one_step = [&](auto is_first, int step) {
+            constexpr bool is_short = decltype(is_first)::value;
+            const int n = is_short ? short_n : M, batch = batch_of(step);
             const ReverseSlot<L> &slot = shared.slots[step % reverse_slots];
             const ReverseState<L> &state = shared.states[step % reverse_state_slots];
             const ReverseChain<L> &chain = shared.chains[step % reverse_chain_slots];
-            wait_for_phase(shared.full + step % reverse_slots, step / reverse_slots & 1);
+            // where the state is, the warps ahead have been
             wait_for_phase(shared.state_full + step % reverse_state_slots,
                            step / reverse_state_slots & 1);
             const int64_t at_row = offset + int64_t(batch * M + at.g) * width + at.col + 2 * at.t;
-            float rate[2], rates[2][2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                rate[i] = shared.rates.a(is_short, at.g + 8 * i);
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    rates[i][e] = shared.rates.a(is_short, 8 * i + 2 * at.t + e);
-            }
             FragA<E> a;
             FragB<E> b[2];
             { // dq
@@ -718,10 +737,8 @@ private:
 #pragma unroll
                 for (int jj = 0; jj < 2; ++jj)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const int row = at.g + 8 * (e >> 1), key = 8 * jj + 2 * at.t + (e & 1);
-                        c[jj][e] = key <= row + p.causal_k ? c[jj][e] * rate[e >> 1] : 0.0f;
-                    }
+                    for (int e = 0; e < 4; ++e)
+                        c[jj][e] *= by[jj][e];
                 a_of(a, c[0], c[1]);
 #pragma unroll
                 for (int nt = 0; nt < 2; ++nt)
@@ -743,39 +760,69 @@ private:
 #pragma unroll
             for (int ii = 0; ii < 2; ++ii)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int key = at.g + 8 * (e >> 1), row = 8 * ii + 2 * at.t + (e & 1);
-                    c[ii][e] = key <= row + p.causal_k ? c[ii][e] * rates[ii][e & 1] : 0.0f;
-                }
+                for (int e = 0; e < 4; ++e)
+                    c[ii][e] *= by_turned[ii][e];
             a_of(a, c[0], c[1]);
             wait_for_phase(shared.chain_full + step % reverse_chain_slots,
                            step / reverse_chain_slots & 1);
+            // dtarget = -g dx, and what the losses add; g and b
+            float dv[2][4];
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt) {
-                const float4 x = chain.dk[at.warp][nt][at.lane];
-                dk[nt][0] = x.x, dk[nt][1] = x.y, dk[nt][2] = x.z, dk[nt][3] = x.w;
+                const float4 x4 = chain.dx[at.warp][nt][at.lane],
+                             h4 = state.h[at.warp][nt][at.lane],
+                             goal4 = slot.goal[at.warp][nt][at.lane];
+                const float x[4] = {x4.x, x4.y, x4.z, x4.w}, hh[4] = {h4.x, h4.y, h4.z, h4.w},
+                            goal[4] = {goal4.x, goal4.y, goal4.z, goal4.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float g = norm.g[nt][i & 1], gh = g * hh[i], residual = gh - goal[i];
+                    dv[nt][i] = -g * x[i];
+                    dg[nt][i & 1] += x[i] * (residual + gh);
+                    db[nt][i & 1] += g * x[i];
+                    dk[nt][i] = g * x[i];
+                }
             }
-            {
-                float dv[2][4];
+            if (with_losses) {
 #pragma unroll
-                for (int nt = 0; nt < 2; ++nt)
+                for (int nt = 0; nt < 2; ++nt) {
+                    const float4 h4 = state.h[at.warp][nt][at.lane],
+                                 goal4 = slot.goal[at.warp][nt][at.lane];
+                    const float hh[4] = {h4.x, h4.y, h4.z, h4.w},
+                                goal[4] = {goal4.x, goal4.y, goal4.z, goal4.w};
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        dv[nt][e] = -dk[nt][e];
-                put_rows(static_cast<E *>(p.dv) + at_row, dv, n, at);
+                    for (int i = 0; i < 4; ++i)
+                        if (at.g + 8 * (i >> 1) == n - 1) {
+                            const int dim = at.col + 8 * nt + 2 * at.t + (i & 1);
+                            const float residual =
+                                weight[1] * (norm.g[nt][i & 1] * hh[i] - goal[i]);
+                            dg[nt][i & 1] += residual * hh[i];
+                            db[nt][i & 1] += residual;
+                            dv[nt][i] -= residual;
+                            dk[nt][i] += residual;
+                            if (weight[2] != 0) {
+                                dv[nt][i] += state.probe[2 * D + 4 + dim];
+                                dk[nt][i] +=
+                                    state.probe[3 * D + 4 + dim] - state.probe[2 * D + 4 + dim];
+                            }
+                            last_rows_at(batch)[D + dim] = dv[nt][i];
+                        }
+                }
             }
-            if (weight[2] != 0)
-#pragma unroll
-                for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        if (at.g + 8 * (e >> 1) == n - 1)
-                            dk[nt][e] +=
-                                state.probe[3 * D + 4 + at.col + 8 * nt + 2 * at.t + (e & 1)];
+            put_rows(static_cast<E *>(p.dv) + at_row, dv, n, at);
+            if (at.warp == 0 && at.lane < M && at.lane < n) {
+                const float dc = -shared.rates.f(is_short) * chain.dc[at.lane];
+                const int64_t i = rate_offset + int64_t(batch * M + at.lane) * p.heads;
+                if (p.rate_bf16)
+                    store(static_cast<Bf16 *>(p.dlr) + i, dc * shared.rates.c(at.lane));
+                else
+                    static_cast<float *>(p.dlr)[i] = dc * shared.rates.c(at.lane);
+                dtoken += p.scale * slot.lr[at.lane] * dc;
+            }
             load_b_transposed(b, slot.q + at.col, L::ld, at.lane);
             mma(dk[0], a, b[0]);
             mma(dk[1], a, b[1]);
-            if (shared.rates.learns(is_short) != 0)
+            if (is_short ? shared.rates.learns(true) != 0 : always)
                 add_products<L>(dk, slot.p, chain.dw, at);
             add_products<L>(dk, chain.dz, state.w, at);
             put_rows(static_cast<E *>(p.dk) + at_row, dk, n, at);
@@ -793,7 +840,15 @@ private:
                 arrive(shared.state_empty + step % reverse_state_slots);
                 arrive(shared.empty + step % reverse_slots);
             }
-        }
+        };
+        set_rates(true);
+        one_step(std::true_type(), 0);
+        set_rates(false);
+        for (int step = 1; step < p.batches; ++step)
+            one_step(std::false_type(), step);
+        put_norms(shared.norms_of_inputs, dg, db, nullptr, at);
+        if (at.warp == 0 && at.lane < M)
+            shared.token_sums[at.lane] = dtoken;
         sync_block();
         sync_block();
     }
