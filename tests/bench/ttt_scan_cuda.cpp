@@ -1,13 +1,17 @@
 // Checks the fused scans on a GPU against the reference kernels in double precision, then times
 // them.
 //
-//     ttt_scan_cuda [--check] [--time] [--one CASE] [--json FILE]
+//     ttt_scan_cuda [--check] [--time] [--variants [--kernels 124567]] [--small KERNEL]
+//                   [--one CASE] [--json FILE]
 //
 // Times are medians over replays of a graph in which each call has inputs of its own, together
 // larger than the L2 cache, divided by the calls; `alone` is the median of single calls between
 // events, launch cost included. "f+b" is the forward scan keeping its trace and the backward pass
 // with it; "vjp" the backward pass alone, which computes the trace again. --one runs the calls of
-// one case a few times, for a profiler.
+// one case a few times, for a profiler. --variants times the kernels that TttLinearShape can name
+// side by side: rounds of one replay each, in turn, so that a change of clocks meets them all
+// alike.
+// --small checks short scans of one kernel, for compute-sanitizer.
 #include "../ttt_scan_cases.hpp"
 
 #include <fstream>
@@ -38,9 +42,18 @@ std::vector<ScanCase> checks() {
                         c.lr_scale = pick(2) ? 1 : 4;
                         c.kernel = m == 16 ? i + 1 : 0;
                         cases.push_back(c);
+                        if (type == DType::bf16 && m == 16 && d == 64)
+                            for (const int kernel : {4, 5, 6, 7}) {
+                                c.kernel = kernel;
+                                cases.push_back(c);
+                            }
                     }
     for (const DType type : {DType::f32, DType::bf16})
         cases.push_back({2, 2048, 3, 64, 16, type});
+    for (const int kernel : {4, 5, 6, 7}) {
+        cases.push_back({1, 2048, 3, 64, 16, DType::bf16});
+        cases.back().kernel = kernel;
+    }
     for (const DType type : {DType::f32, DType::bf16})
         for (const int64_t m : {16, 64})
             for (const int64_t t : {1, 50, 300}) {
@@ -127,119 +140,195 @@ struct Set {
     }
 };
 
-std::vector<Timing> time_linear(Timer &timer, const ScanCase &c, bool few) {
-    const int64_t width = c.h * c.d;
-    const Shape rows{c.s, c.t, width}, rates{c.s, c.t, c.h}, state{c.s, c.h, c.d, c.d},
-        bias{c.s, c.h, c.d}, head{c.h, c.d};
-    const cuda::TttType type = c.type == DType::bf16 ? cuda::TttType::bf16 : cuda::TttType::f32;
-    const cuda::TttLinearShape shape{
-        c.s,     c.t,  c.h,     c.d,        c.m,     type, type, c.ponder, 1.0 / double(c.d),
-        c.decay, 1e-6, c.limit, c.causal_k, c.kernel};
-    const double tensor = double(c.s * c.t * width) * double(size_of(c.type));
-    const int sets = few ? 1 : std::max(2, std::min(10, int(80e6 / (4 * tensor)) + 1));
-    const Tensor pattern = random_tensor(c.type, {999983}, 1),
-                 half = random_tensor(c.type, {99991}, 2, 0.5);
-    for (int64_t i = 0; i < half.count(); ++i)
-        half.set(i, half.at(i) + 0.5);
-    const Tensor wide = random_tensor(DType::f32, {99991}, 3, 0.02);
+// Inputs and outputs of one shape, and the calls with them by any kernel.
+class LinearCalls {
+public:
+    LinearCalls(const ScanCase &c, bool few)
+        : tensor(double(c.s * c.t * c.h * c.d) * double(size_of(c.type))) {
+        const int64_t width = c.h * c.d;
+        const Shape rows{c.s, c.t, width}, rates{c.s, c.t, c.h}, state{c.s, c.h, c.d, c.d},
+            bias{c.s, c.h, c.d}, head{c.h, c.d};
+        const cuda::TttType type = c.type == DType::bf16 ? cuda::TttType::bf16 : cuda::TttType::f32;
+        shape = {
+            c.s,     c.t,  c.h,     c.d,        c.m,     type, type, c.ponder, 1.0 / double(c.d),
+            c.decay, 1e-6, c.limit, c.causal_k, c.kernel};
+        sets = few ? 1 : std::max(2, std::min(10, int(80e6 / (4 * tensor)) + 1));
+        const Tensor pattern = random_tensor(c.type, {999983}, 1),
+                     half = random_tensor(c.type, {99991}, 2, 0.5);
+        for (int64_t i = 0; i < half.count(); ++i)
+            half.set(i, half.at(i) + 0.5);
+        const Tensor wide = random_tensor(DType::f32, {99991}, 3, 0.02);
+        DeviceTensor *index = all.add(filled_with(filled(DType::f32, {8}, 0), DType::f32, {c.m}));
+        DeviceTensor *g = all.add(filled_with(filled(DType::f32, {8}, 1), DType::f32, head));
+        DeviceTensor *b = all.add(filled_with(wide, DType::f32, head));
+        work = all.add(std::make_unique<DeviceTensor>(bytes_tensor(std::max(
+            cuda::ttt_linear_workspace(shape), cuda::ttt_linear_vjp_workspace(shape, false)))));
+        tickets = all.add(filled_with(filled(DType::f32, {8}, 0), DType::f32, {c.s}));
+        const auto f32 = [&](const Shape &s) { return all.add(filled_with(wide, DType::f32, s)); };
+        const auto row = [&] { return all.add(filled_with(pattern, c.type, rows)); };
+        const auto rate = [&] { return all.add(filled_with(half, c.type, rates)); };
+        vjp = !cuda::ttt_linear_vjp_misses(shape);
+        for (int i = 0; i < sets; ++i) {
+            Call call;
+            auto *q = row(), *k = row(), *v = row(), *lr = rate();
+            call.f = {q->data(),
+                      k->data(),
+                      v->data(),
+                      lr->data(),
+                      index->floats(),
+                      g->floats(),
+                      b->floats(),
+                      f32(state)->floats(),
+                      f32(bias)->floats(),
+                      row()->data(),
+                      f32(state)->floats(),
+                      f32(bias)->floats(),
+                      f32({c.s, 3})->floats(),
+                      nullptr};
+            call.traced = call.f;
+            if (vjp) {
+                call.traced.trace = all.add(std::make_unique<DeviceTensor>(
+                                                bytes_tensor(cuda::ttt_linear_trace(shape))))
+                                        ->data();
+                call.b = {call.f.q,
+                          call.f.k,
+                          call.f.v,
+                          call.f.lr,
+                          call.f.index,
+                          call.f.g,
+                          call.f.b,
+                          call.f.w1,
+                          call.f.b1,
+                          row()->data(),
+                          f32(state)->floats(),
+                          f32(bias)->floats(),
+                          nullptr,
+                          call.traced.trace,
+                          row()->data(),
+                          row()->data(),
+                          row()->data(),
+                          rate()->data(),
+                          f32({c.m})->floats(),
+                          f32(head)->floats(),
+                          f32(head)->floats(),
+                          f32(state)->floats(),
+                          f32(bias)->floats()};
+                call.alone = call.b;
+                call.alone.trace = nullptr;
+            }
+            calls.push_back(call);
+        }
+    }
+    void forward(int i, cudaStream_t stream) { forward(calls[size_t(i)].f, stream); }
+    void traced(int i, cudaStream_t stream) { forward(calls[size_t(i)].traced, stream); }
+    void backward(int i, cudaStream_t stream) { backward(calls[size_t(i)].b, stream); }
+    void alone(int i, cudaStream_t stream) { backward(calls[size_t(i)].alone, stream); }
+
+    const double tensor; // bytes of [S,T,C]
+    cuda::TttLinearShape shape;
+    int sets = 1;
+    bool vjp = false;
+
+private:
     struct Call {
         cuda::TttLinearForward f, traced;
         cuda::TttLinearBackward b, alone;
     };
+    void forward(const cuda::TttLinearForward &f, cudaStream_t stream) {
+        CHECK(cuda::ttt_linear(shape, f, work->data(), static_cast<unsigned *>(tickets->data()),
+                               stream));
+    }
+    void backward(const cuda::TttLinearBackward &x, cudaStream_t stream) {
+        CHECK(cuda::ttt_linear_vjp(shape, x, work->data(), stream));
+    }
     Set all;
     std::vector<Call> calls;
-    DeviceTensor *index = all.add(filled_with(filled(DType::f32, {8}, 0), DType::f32, {c.m}));
-    DeviceTensor *g = all.add(filled_with(filled(DType::f32, {8}, 1), DType::f32, head));
-    DeviceTensor *b = all.add(filled_with(wide, DType::f32, head));
-    DeviceTensor *work = all.add(std::make_unique<DeviceTensor>(bytes_tensor(std::max(
-        cuda::ttt_linear_workspace(shape), cuda::ttt_linear_vjp_workspace(shape, false)))));
-    DeviceTensor *tickets = all.add(filled_with(filled(DType::f32, {8}, 0), DType::f32, {c.s}));
-    const auto f32 = [&](const Shape &s) { return all.add(filled_with(wide, DType::f32, s)); };
-    const auto row = [&] { return all.add(filled_with(pattern, c.type, rows)); };
-    const auto rate = [&] { return all.add(filled_with(half, c.type, rates)); };
-    const bool vjp = !cuda::ttt_linear_vjp_misses(shape);
-    for (int i = 0; i < sets; ++i) {
-        Call call;
-        auto *q = row(), *k = row(), *v = row(), *lr = rate();
-        call.f = {q->data(),
-                  k->data(),
-                  v->data(),
-                  lr->data(),
-                  index->floats(),
-                  g->floats(),
-                  b->floats(),
-                  f32(state)->floats(),
-                  f32(bias)->floats(),
-                  row()->data(),
-                  f32(state)->floats(),
-                  f32(bias)->floats(),
-                  f32({c.s, 3})->floats(),
-                  nullptr};
-        call.traced = call.f;
-        if (vjp) {
-            call.traced.trace =
-                all.add(std::make_unique<DeviceTensor>(bytes_tensor(cuda::ttt_linear_trace(shape))))
-                    ->data();
-            call.b = {call.f.q,
-                      call.f.k,
-                      call.f.v,
-                      call.f.lr,
-                      call.f.index,
-                      call.f.g,
-                      call.f.b,
-                      call.f.w1,
-                      call.f.b1,
-                      row()->data(),
-                      f32(state)->floats(),
-                      f32(bias)->floats(),
-                      nullptr,
-                      call.traced.trace,
-                      row()->data(),
-                      row()->data(),
-                      row()->data(),
-                      rate()->data(),
-                      f32({c.m})->floats(),
-                      f32(head)->floats(),
-                      f32(head)->floats(),
-                      f32(state)->floats(),
-                      f32(bias)->floats()};
-            call.alone = call.b;
-            call.alone.trace = nullptr;
-        }
-        calls.push_back(call);
-    }
-    const auto forward = [&](const cuda::TttLinearForward &f) {
-        CHECK(cuda::ttt_linear(shape, f, work->data(), static_cast<unsigned *>(tickets->data()),
-                               timer.stream));
-    };
-    const auto backward = [&](const cuda::TttLinearBackward &x) {
-        CHECK(cuda::ttt_linear_vjp(shape, x, work->data(), timer.stream));
-    };
+    DeviceTensor *work, *tickets;
+};
+
+std::vector<Timing> time_linear(Timer &timer, const ScanCase &c, bool few) {
+    LinearCalls x(c, few);
+    const cudaStream_t stream = timer.stream;
     if (few) {
         for (int i = 0; i < 3; ++i) {
-            forward(calls[0].f);
-            if (vjp)
-                forward(calls[0].traced), backward(calls[0].b), backward(calls[0].alone);
+            x.forward(0, stream);
+            if (x.vjp)
+                x.traced(0, stream), x.backward(0, stream), x.alone(0, stream);
         }
-        CHECK(cudaStreamSynchronize(timer.stream));
+        CHECK(cudaStreamSynchronize(stream));
         return {};
     }
     std::vector<Timing> out;
-    Timing t{c.name(), "fwd", 0, 0, 4 * tensor};
-    timer.run(t, sets, [&](int i) { forward(calls[size_t(i)].f); });
+    Timing t{c.name(), "fwd", 0, 0, 4 * x.tensor};
+    timer.run(t, x.sets, [&](int i) { x.forward(i, stream); });
     out.push_back(t);
-    if (!vjp)
+    if (!x.vjp)
         return out;
-    t = {c.name(), "f+b", 0, 0, 12 * tensor};
-    timer.run(t, sets, [&](int i) {
-        forward(calls[size_t(i)].traced);
-        backward(calls[size_t(i)].b);
+    t = {c.name(), "f+b", 0, 0, 12 * x.tensor};
+    timer.run(t, x.sets, [&](int i) {
+        x.traced(i, stream);
+        x.backward(i, stream);
     });
     out.push_back(t);
-    t = {c.name(), "vjp", 0, 0, 8 * tensor};
-    timer.run(t, sets, [&](int i) { backward(calls[size_t(i)].alone); });
+    t = {c.name(), "vjp", 0, 0, 8 * x.tensor};
+    timer.run(t, x.sets, [&](int i) { x.alone(i, stream); });
     out.push_back(t);
     return out;
+}
+
+// All kernels for some numbers of heads, in turn.
+void time_variants(Timer &timer, const std::string &kernels, std::ostream &out) {
+    struct Variant {
+        int kernel;
+        const char *what;
+        cudaGraphExec_t graph = nullptr;
+        std::vector<double> us = {};
+    };
+    for (const int64_t s : {1, 8, 11, 22, 32}) {
+        ScanCase c{s, 2048, 12, 64, 16, DType::bf16};
+        LinearCalls x(c, false);
+        std::vector<Variant> variants;
+        for (const char *what : {"fwd", "traced", "bwd"})
+            for (const int kernel : {1, 2, 4, 5, 6, 7})
+                if (kernels.find(char('0' + kernel)) != std::string::npos &&
+                    (what[0] != 'b' || kernel <= 2)) // backward, there are the two
+                    variants.push_back({kernel, what});
+        for (Variant &v : variants) {
+            x.shape.kernel = v.kernel;
+            const auto calls = [&] {
+                for (int i = 0; i < x.sets; ++i)
+                    v.what[0] == 'f'   ? x.forward(i, timer.stream)
+                    : v.what[0] == 't' ? x.traced(i, timer.stream)
+                                       : x.backward(i, timer.stream);
+            };
+            calls();
+            CHECK(cudaStreamSynchronize(timer.stream));
+            cudaGraph_t graph;
+            CHECK(cudaStreamBeginCapture(timer.stream, cudaStreamCaptureModeThreadLocal));
+            calls();
+            CHECK(cudaStreamEndCapture(timer.stream, &graph));
+            CHECK(cudaGraphInstantiate(&v.graph, graph, 0));
+            CHECK(cudaGraphDestroy(graph));
+        }
+        for (int round = 0; round < 18; ++round)
+            for (Variant &v : variants) {
+                const double us =
+                    timer.once([&] { CHECK(cudaGraphLaunch(v.graph, timer.stream)); }) / x.sets;
+                if (round >= 3)
+                    v.us.push_back(us);
+            }
+        for (Variant &v : variants) {
+            CHECK(cudaGraphExecDestroy(v.graph));
+            c.kernel = v.kernel;
+            std::printf("%-55s %-6s %8.1f us (best %.1f)\n", c.name().c_str(), v.what, median(v.us),
+                        *std::min_element(v.us.begin(), v.us.end()));
+            out << "{\"case\": \"" << c.name() << "\", \"what\": \"" << v.what
+                << "\", \"kernel\": " << v.kernel << ", \"us\": " << median(v.us)
+                << ", \"best_us\": " << *std::min_element(v.us.begin(), v.us.end()) << "}\n";
+        }
+        std::fflush(stdout);
+        out.flush();
+    }
 }
 
 std::vector<Timing> time_mlp(Timer &timer, const ScanCase &c, bool few) {
@@ -288,13 +377,18 @@ std::vector<Timing> time_mlp(Timer &timer, const ScanCase &c, bool few) {
 } // namespace
 
 int main(int argc, char **argv) {
-    bool check = false, time = false;
-    int one = -1;
-    std::string json;
+    bool check = false, time = false, variants = false;
+    int one = -1, small = -1;
+    std::string json, kernels = "124567";
     for (int i = 1; i < argc; ++i) {
         const std::string a = argv[i];
         check |= a == "--check";
         time |= a == "--time";
+        variants |= a == "--variants";
+        if (a == "--kernels" && i + 1 < argc)
+            kernels = argv[++i];
+        if (a == "--small" && i + 1 < argc)
+            small = std::atoi(argv[++i]);
         if (a == "--one" && i + 1 < argc)
             one = std::atoi(argv[++i]);
         if (a == "--json" && i + 1 < argc)
@@ -304,6 +398,14 @@ int main(int argc, char **argv) {
     if (check) {
         good = check_scans(checks(), true);
         std::printf("checks: %s\n", good ? "all good" : "FAILED");
+    }
+    if (small >= 0) {
+        std::vector<ScanCase> cases;
+        for (const int64_t t : {37, 160}) {
+            cases.push_back({1, t, 2, 64, 16, DType::bf16, t == 37, false, 0, t == 37 ? 0.5 : 0});
+            cases.back().kernel = small;
+        }
+        good = check_scans(cases, true) && good;
     }
     std::vector<ScanCase> cases;
     for (const int64_t s : {1, 8, 32})
@@ -326,7 +428,13 @@ int main(int argc, char **argv) {
         c.m = 64;
         cases.push_back(c);
     }
+    if (small >= 0 && !time && !variants && one < 0)
+        return good ? 0 : 1;
     Timer timer;
+    if (variants) { // results are lines of JSON, one each
+        std::ofstream out(json.empty() ? "/dev/null" : json, std::ios::app);
+        time_variants(timer, kernels, out);
+    }
     if (one >= 0) {
         const ScanCase &c = cases.at(size_t(one));
         c.mlp ? time_mlp(timer, c, true) : time_linear(timer, c, true);
