@@ -95,9 +95,6 @@ public:
 private:
     __device__ __forceinline__ bool losses() const { return C::output && p.loss; }
     __device__ __forceinline__ static void sync() { sync_warps(1, C::threads); }
-    __device__ __forceinline__ int tokens_of(int batch) const {
-        return batch == p.batches - 1 ? short_n : M;
-    }
 
     // c[16,8] = start + a b
     __device__ __forceinline__ static void mma_from(float (&c)[4], const FragA<E> &a,
@@ -275,7 +272,8 @@ private:
             FragB<E> factor[later ? kt : 1][no];
 #pragma unroll
             for (int k = 0; k < kt; ++k) {
-                FragA<E> x, q;
+                FragA<E> x;
+                [[maybe_unused]] FragA<E> q;
                 load_matrices(x.x, slot.k + tile_at + 16 * k);
                 if constexpr (C::output && !later)
                     load_matrices(q.x, slot.q + tile_at + 16 * k);

@@ -14,8 +14,6 @@
 #include "ttt_linear_lockstep.cuh"
 #include "ttt_linear_roles.cuh"
 
-#include <type_traits>
-
 namespace ponder::cuda {
 
 template <class L, int stages, bool output> struct LinearShared {
@@ -441,10 +439,6 @@ template <class L, bool output> size_t roles_shared() {
     const size_t bytes = size_t(RolesShared<L, output>(nullptr).size);
     return output && keys > bytes ? keys : bytes;
 }
-// In bf16 there is the pipeline in lockstep as well.
-template <class L> constexpr bool has_lockstep() {
-    return L::M == 16 && L::D == 64 && sizeof(typename L::E) == 2;
-}
 // They take the least time for a step, but a multiprocessor to themselves: with more heads than
 // that, blocks whose warps are alike, of which it holds three, get through them faster. Measured on
 // an H100.
@@ -457,24 +451,39 @@ template <class L, bool output> bool wants_roles(const LinearParams &p, int kern
                                                       : 2 * scans <= device.processors);
 }
 
+// In bf16 there is the pipeline in lockstep as well.
+template <class L> constexpr bool has_lockstep() {
+    return L::M == 16 && L::D == 64 && sizeof(typename L::E) == 2;
+}
+// Its form, as in TttLinearShape; 0: none. Where a head has a multiprocessor to itself, that with
+// more warps; else that of which three blocks share one. By counted instructions, not timed yet.
+template <class L, bool output> int lockstep_form(const LinearParams &p, int kernel) {
+    const DeviceLimits device;
+    if (kernel != 0 || sizeof(typename Lockstep<L, 4, 4, output>::Shared) > size_t(device.shared))
+        return kernel >= 4 ? kernel : 0;
+    return p.streams * p.heads <= device.processors ? 7 : 4;
+}
+template <class L, int chain, int helpers, bool output>
+cudaError_t launch_lockstep(const LinearParams &p, unsigned blocks, cudaStream_t stream) {
+    using C = Lockstep<L, chain, helpers, output>;
+    return launch(linear_lockstep<L, chain, helpers, output>, blocks, C::threads,
+                  sizeof(typename C::Shared), stream, p);
+}
+
 template <class L, bool output>
 cudaError_t launch_scan(const LinearParams &p, int kernel, cudaStream_t stream) {
     const unsigned scans = unsigned(p.streams * p.heads);
     const unsigned blocks = output && p.loss ? 2 * scans : scans;
     if constexpr (has_lockstep<L>())
-        if (kernel >= 4) {
-            const auto with = [&](auto chain, auto helpers) {
-                using C = Lockstep<L, decltype(chain)::value, decltype(helpers)::value, output>;
-                return launch(linear_lockstep<L, C::chain, C::helpers, output>, blocks, C::threads,
-                              sizeof(typename C::Shared), stream, p);
-            };
-            const std::integral_constant<int, 1> one;
-            const std::integral_constant<int, 2> two;
-            const std::integral_constant<int, 4> four;
-            return kernel == 4   ? with(two, one)
-                   : kernel == 5 ? with(four, four)
-                   : kernel == 6 ? with(two, two)
-                                 : with(four, two);
+        switch (lockstep_form<L, output>(p, kernel)) {
+        case 4:
+            return launch_lockstep<L, 2, 1, output>(p, blocks, stream);
+        case 5:
+            return launch_lockstep<L, 4, 4, output>(p, blocks, stream);
+        case 6:
+            return launch_lockstep<L, 2, 2, output>(p, blocks, stream);
+        case 7:
+            return launch_lockstep<L, 4, 2, output>(p, blocks, stream);
         }
     if constexpr (has_roles<L>())
         if (wants_roles<L, output>(p, kernel))
