@@ -65,8 +65,6 @@ struct ScanCase {
                       : kernel == 3 ? " mixed"
                       : kernel == 4 ? " lockstep 2+1"
                       : kernel == 5 ? " lockstep 4+4"
-                      : kernel == 6 ? " lockstep 2+2"
-                      : kernel == 7 ? " lockstep 4+2"
                                     : "");
         return text;
     }

@@ -265,27 +265,24 @@ private:
             if (p.trace_w && batch % trace_every == 0)
                 keep_state(batch / trace_every, w, b, at);
 
-            // Z = K W + b, U = Q W + b. The products of a warp with 16 outputs leave room between
-            // them for those of U; of one with 32, U comes later where there are registers.
-            constexpr bool later = C::output && !C::many && no > 2;
+            // Z = K W + b, U = Q W + b: the products of one leave room between them for the other's.
             float z[no][4], u[no][4];
-            FragB<E> factor[later ? kt : 1][no];
 #pragma unroll
             for (int k = 0; k < kt; ++k) {
                 FragA<E> x;
                 [[maybe_unused]] FragA<E> q;
                 load_matrices(x.x, slot.k + tile_at + 16 * k);
-                if constexpr (C::output && !later)
+                if constexpr (C::output)
                     load_matrices(q.x, slot.q + tile_at + 16 * k);
 #pragma unroll
                 for (int n = 0; n < no; ++n) {
-                    FragB<E> &f = factor[later ? k : 0][n];
+                    FragB<E> f;
                     b_of_transposed(f, w[n / 2][2 * k], w[n / 2][2 * k + 1], n & 1);
                     if (k == 0)
                         mma_from(z[n], x, f, b[n]);
                     else
                         mma(z[n], x, f);
-                    if constexpr (C::output && !later) {
+                    if constexpr (C::output) {
                         if (k == 0)
                             mma_from(u[n], q, f, b[n]);
                         else
@@ -438,19 +435,6 @@ private:
 #pragma unroll
                 for (int n = 0; n < no; ++n)
                     mma(next_b[n], ones, turned.second(n));
-            }
-            if constexpr (later) {
-#pragma unroll
-                for (int k = 0; k < kt; ++k) {
-                    FragA<E> q;
-                    load_matrices(q.x, slot.q + tile_at + 16 * k);
-#pragma unroll
-                    for (int n = 0; n < no; ++n)
-                        if (k == 0)
-                            mma_from(u[n], q, factor[k][n], b[n]);
-                        else
-                            mma(u[n], q, factor[k][n]);
-                }
             }
             if (C::many)
                 load_factors();

@@ -432,8 +432,14 @@ template <class L, bool output> size_t scan_shared() {
     return size_t(shared.size) > keys ? size_t(shared.size) : keys;
 }
 
-// Roles are there for mini-batches of 16 where their registers suffice.
-template <class L> constexpr bool has_roles() { return L::M == 16 && L::D <= 64; }
+// In bf16 and with head dim 64, mini-batches of 16 have the pipeline in lockstep; others have roles,
+// where their registers suffice.
+template <class L> constexpr bool has_lockstep() {
+    return L::M == 16 && L::D == 64 && sizeof(typename L::E) == 2;
+}
+template <class L> constexpr bool has_roles() {
+    return L::M == 16 && L::D <= 64 && !has_lockstep<L>();
+}
 template <class L, bool output> size_t roles_shared() {
     const size_t keys = size_t(roles_threads<L, output>() * L::D / 4) * sizeof(float);
     const size_t bytes = size_t(RolesShared<L, output>(nullptr).size);
@@ -451,17 +457,16 @@ template <class L, bool output> bool wants_roles(const LinearParams &p, int kern
                                                       : 2 * scans <= device.processors);
 }
 
-// In bf16 there is the pipeline in lockstep as well.
-template <class L> constexpr bool has_lockstep() {
-    return L::M == 16 && L::D == 64 && sizeof(typename L::E) == 2;
-}
-// Its form, as in TttLinearShape; 0: none. Where a head has a multiprocessor to itself, that with
-// more warps; else that of which three blocks share one. By counted instructions, not timed yet.
+// The pipeline's form, as in TttLinearShape; 0: none. Where a head has a multiprocessor to itself,
+// that with more warps; else that of which three blocks share one. Measured on an H200.
 template <class L, bool output> int lockstep_form(const LinearParams &p, int kernel) {
     const DeviceLimits device;
-    if (kernel != 0 || sizeof(typename Lockstep<L, 4, 4, output>::Shared) > size_t(device.shared))
-        return kernel >= 4 ? kernel : 0;
-    return p.streams * p.heads <= device.processors ? 7 : 4;
+    if (kernel == 1 || kernel == 3 ||
+        sizeof(typename Lockstep<L, 4, 4, output>::Shared) > size_t(device.shared))
+        return 0;
+    if (kernel >= 4)
+        return kernel;
+    return p.streams * p.heads <= device.processors ? 5 : 4;
 }
 template <class L, int chain, int helpers, bool output>
 cudaError_t launch_lockstep(const LinearParams &p, unsigned blocks, cudaStream_t stream) {
@@ -480,10 +485,6 @@ cudaError_t launch_scan(const LinearParams &p, int kernel, cudaStream_t stream) 
             return launch_lockstep<L, 2, 1, output>(p, blocks, stream);
         case 5:
             return launch_lockstep<L, 4, 4, output>(p, blocks, stream);
-        case 6:
-            return launch_lockstep<L, 2, 2, output>(p, blocks, stream);
-        case 7:
-            return launch_lockstep<L, 4, 2, output>(p, blocks, stream);
         }
     if constexpr (has_roles<L>())
         if (wants_roles<L, output>(p, kernel))

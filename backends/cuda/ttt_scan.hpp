@@ -27,9 +27,9 @@ struct TttLinearShape {
     double scale, decay, eps, max_grad_norm;
     int64_t causal_k;
     // 0: the kernels are chosen by the shape. For tests, 1: all warps alike; 2: warps with roles,
-    // where there are such; 3: roles in the backward pass only; and forward in bf16 with head dim
-    // 64 and mini-batches of 16, a pipeline in lockstep with so many warps for the state + ahead:
-    // 4: 2 + 1, 5: 4 + 4, 6: 2 + 2, 7: 4 + 2 (backward as with 2).
+    // where there are such; 3: roles in the backward pass only. Roles are in lockstep in the
+    // forward pass in bf16 with head dim 64 and mini-batches of 16, with so many warps for the
+    // state + ahead: 4: 2 + 1, 5: 4 + 4.
     int32_t kernel = 0;
 };
 
