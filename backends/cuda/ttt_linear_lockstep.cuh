@@ -265,7 +265,8 @@ private:
             if (p.trace_w && batch % trace_every == 0)
                 keep_state(batch / trace_every, w, b, at);
 
-            // Z = K W + b, U = Q W + b: the products of one leave room between them for the other's.
+            // Z = K W + b, U = Q W + b: the products of one leave room between them for the
+            // other's.
             float z[no][4], u[no][4];
 #pragma unroll
             for (int k = 0; k < kt; ++k) {

@@ -432,8 +432,8 @@ template <class L, bool output> size_t scan_shared() {
     return size_t(shared.size) > keys ? size_t(shared.size) : keys;
 }
 
-// In bf16 and with head dim 64, mini-batches of 16 have the pipeline in lockstep; others have roles,
-// where their registers suffice.
+// In bf16 and with head dim 64, mini-batches of 16 have the pipeline in lockstep; others have
+// roles, where their registers suffice.
 template <class L> constexpr bool has_lockstep() {
     return L::M == 16 && L::D == 64 && sizeof(typename L::E) == 2;
 }
