@@ -1,10 +1,13 @@
 // attention for heads of 64 on Hopper: the kernel of attention.cu with products by groups of warps
 // (wgmma). A block has 128 queries, 64 for each of two groups; keys and values come by in tiles of
-// 64 through a ring of stages (TMA). While one group works out probabilities the other one's
-// products run. See attention_vjp_sm90.cu for how operands lie.
+// 64 through a ring of stages (TMA). The scores of the next tile follow the sums over values of this
+// one, so that a group waits once a tile; while it works out probabilities the other one's products
+// run. See attention_vjp_sm90.cu for how operands lie.
 #include "attention_sm90.hpp"
 #include "launch.cuh"
 #include "wgmma.cuh"
+
+#include <type_traits>
 
 namespace ponder::cuda {
 
@@ -58,75 +61,77 @@ void tiles_kernel(const __grid_constant__ CUtensorMap qkv, bf16 *o, float *lse, 
     const uint64_t q = operand(mine + group * tile_bytes);
     const int own = first / tile + group, row = warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
     const float factor = scale * log2_e;
-    float out[32] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    barrier_wait(ready, 0);
-    for (int i = 0; i < count; ++i) {
+    float p[32], out[32] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    const auto queue_scores = [&](int i) {
+        barrier_wait(full + i % stages, i / stages & 1);
+        const uint64_t k = operand(ring + i % stages * 2 * tile_bytes);
+        pin(p);
+        products_begin();
+#pragma unroll
+        for (int j = 0; j < D / 16; ++j)
+            multiply(p, q + 2 * j, k + 2 * j, j > 0);
+        products_commit();
+    };
+    // The last tile, that of the queries themselves, is cut along its diagonal.
+    const auto step = [&]<bool last>(int i, std::bool_constant<last>) {
+        products_wait<0>(); // scores of this tile, sums over values of the one before
+        pin(p);
+        pin(out);
+        if (lane == 0 && i > 0)
+            barrier_arrive(empty + (i - 1) % stages);
         // The stage of the tile before last is free when the slower group has left it.
         if (threadIdx.x == 0 && i >= 2 && i - 2 + stages < count) {
             barrier_wait(empty + (i - 2) % stages, (i - 2) / stages & 1);
             fetch(i - 2 + stages);
         }
         __syncwarp();
-        const int stage = i % stages;
-        barrier_wait(full + stage, i / stages & 1);
-        if (i <= own) {
-            const uint64_t k = operand(ring + stage * 2 * tile_bytes),
-                           v = operand(ring + (stage * 2 + 1) * tile_bytes);
-            float p[32];
-            uint32_t packed[16];
-            pin(p);
-            products_begin();
+        const auto score = [&](int j, int e) { // results of products stay as they are
+            return last && 8 * j + column + e % 2 > row + e / 2 * 8 ? -INFINITY : p[4 * j + e];
+        };
+        uint32_t packed[16];
+        float shrink[2];
 #pragma unroll
-            for (int j = 0; j < D / 16; ++j)
-                multiply(p, q + 2 * j, k + 2 * j, j > 0);
-            products_commit();
-            products_wait<0>();
-            pin(p);
-            if (i == own)
+        for (int half = 0; half < 2; ++half) {
+            float high = top[half]; // every row has seen a key when this tile is done
 #pragma unroll
-                for (int j = 0; j < 8; ++j)
+            for (int j = 0; j < 8; ++j)
+                high = fmaxf(high, fmaxf(score(j, 2 * half), score(j, 2 * half + 1)));
+            high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+            high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+            shrink[half] = power_of_two((top[half] - high) * factor);
+            top[half] = high;
+            const float offset = high * factor;
+            float all = 0;
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        if (8 * j + column + e % 2 > row + e / 2 * 8)
-                            p[4 * j + e] = -INFINITY;
-            float shrink[2];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float high = top[half]; // every row has seen a key when this tile is done
-#pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    high = fmaxf(high, fmaxf(p[4 * j + 2 * half], p[4 * j + 2 * half + 1]));
-                high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
-                high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
-                shrink[half] = power_of_two((top[half] - high) * factor);
-                top[half] = high;
-                const float offset = high * factor;
-                float all = 0;
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const float a = power_of_two(p[4 * j + 2 * half] * factor - offset),
-                                b = power_of_two(p[4 * j + 2 * half + 1] * factor - offset);
-                    all += a + b;
-                    packed[2 * j + half] = pack(a, b);
-                }
-                sum[half] = sum[half] * shrink[half] + all;
+            for (int j = 0; j < 8; ++j) {
+                const float a = power_of_two(score(j, 2 * half) * factor - offset),
+                            b = power_of_two(score(j, 2 * half + 1) * factor - offset);
+                all += a + b;
+                packed[2 * j + half] = pack(a, b);
             }
-#pragma unroll
-            for (int j = 0; j < 32; ++j)
-                out[j] *= shrink[j / 2 % 2];
-            pin(out);
-            products_begin();
-#pragma unroll
-            for (int j = 0; j < tile / 16; ++j)
-                multiply(out, packed + 4 * j, v + 128 * j);
-            products_commit();
-            products_wait<0>();
-            pin(out);
+            sum[half] = sum[half] * shrink[half] + all;
         }
-        if (lane == 0)
-            barrier_arrive(empty + stage);
-        __syncwarp();
-    }
+#pragma unroll
+        for (int j = 0; j < 32; ++j)
+            out[j] *= shrink[j / 2 % 2];
+        const uint64_t v = operand(ring + (i % stages * 2 + 1) * tile_bytes);
+        pin(out);
+        products_begin();
+#pragma unroll
+        for (int j = 0; j < tile / 16; ++j)
+            multiply(out, packed + 4 * j, v + 128 * j);
+        products_commit();
+        if constexpr (!last)
+            queue_scores(i + 1); // while those run
+    };
+    barrier_wait(ready, 0);
+    pin(out); // zero before products begin
+    queue_scores(0);
+    for (int i = 0; i < own; ++i)
+        step(i, std::false_type());
+    step(own, std::true_type());
+    products_wait<0>();
+    pin(out);
 
     bf16 *const to = o + (int64_t(row0) + own * tile + row) * width + at_q + column;
 #pragma unroll
