@@ -21,17 +21,19 @@ LORA = ["--adapter", "lora", "--set", "lora.layers=last:5"] + INNER
 PONDER = ["--adapter", "ttt-linear", "--set", "ttt.form=ponder"]
 COMMON = ["--dtype", "bf16", "--set", "context=512", "--valid-every", "0"]
 
-# Steps of 16 streams of up to 24 chunks: 17 M and 139 M tokens.
+# Steps of 16 streams of up to 24 chunks: 17 M, 139 M and 486 M tokens.
 SHORT = ["--steps", "100", "--batch", "16", "--chunks", "24", "--set", "train.warmup=8", "--set",
          "train.lr=3e-3"]
 LONG = ["--steps", "800", "--batch", "16", "--chunks", "24", "--set", "train.warmup=16", "--set",
         "train.lr=3e-3"]
+LONGEST = ["--steps", "2800"] + LONG[2:]
 STATIC = ["--set", "train.inner=0"]  # no permuted ids: nothing could be learned of them
 
 # name: arguments of `ponder train`
 RECIPES = {
     # The one that is shipped.
     "adapter": ["adapter", "--seed", "0", "--set", "train.permute=0.25"] + LONG + LORA,
+    "longest": ["adapter", "--seed", "0", "--set", "train.permute=0.25"] + LONGEST + LORA,
     "short-0": ["adapter", "--seed", "0", "--set", "train.permute=0.12"] + SHORT + LORA,
     "short-1": ["adapter", "--seed", "1", "--set", "train.permute=0.12"] + SHORT + LORA,
     "short-2": ["adapter", "--seed", "2", "--set", "train.permute=0.12"] + SHORT + LORA,
@@ -49,6 +51,7 @@ ROWS = {
     "static": ("static adapter", "static", ["--policy", "skip"]),
     "initial": ("trained adapter, never updated", "adapter", ["--policy", "skip"]),
     "always": ("trained adapter, always", "adapter", ["--policy", "always"]),
+    "longest": ("486 M tokens, always", "longest", ["--policy", "always"]),
     "short-0": ("17 M tokens, always", "short-0", ["--policy", "always"]),
     "short-1": ("the same, another seed", "short-1", ["--policy", "always"]),
     "short-2": ("the same, a third seed", "short-2", ["--policy", "always"]),
