@@ -182,37 +182,43 @@ __device__ __forceinline__ void products(typename L::Rows *const (&z)[count],
 
 // W += x^T p, b += sum p (or -=), p and x being tiles. The matrix unit cuts sums off where it
 // should round them; over a long stream f32 would notice, so there the step is added apart.
-template <class L, bool minus = false>
+// Here p is the factor that a tile of 16 tokens is at this warp's outputs.
+template <class L>
 __device__ __forceinline__ void add_outer(typename L::State &w, const typename L::E *x,
-                                          const typename L::E *p, const Place &at) {
+                                          const FragA<typename L::E> &p, const Place &at) {
     using E = typename L::E;
     constexpr bool apart = sizeof(E) == 4;
     FragB<E> ones;
     b_of_ones(ones, at.lane);
-    const auto add = [&](float(&to)[4], const FragA<E> &a, const FragB<E> &b) {
+    const auto add = [&](float(&to)[4], const FragB<E> &b) {
         if constexpr (apart) {
             float c[4] = {};
-            mma(c, a, b);
+            mma(c, p, b);
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 to[e] += c[e];
         } else
-            mma(to, a, b);
+            mma(to, p, b);
     };
 #pragma unroll
+    for (int k = 0; k < L::kt; ++k) {
+        FragB<E> b[2];
+        load_b_transposed(b, x + 16 * k, L::ld, at.lane);
+        add(w[2 * k], b[0]);
+        add(w[2 * k + 1], b[1]);
+    }
+    add(w[2 * L::kt], ones);
+}
+template <class L, bool minus = false>
+__device__ __forceinline__ void add_outer(typename L::State &w, const typename L::E *x,
+                                          const typename L::E *p, const Place &at) {
+#pragma unroll
     for (int m = 0; m < L::mt; ++m) {
-        FragA<E> a;
+        FragA<typename L::E> a;
         load_a_transposed(a, p + 16 * m * L::ld + at.col, L::ld, at.lane);
         if (minus)
             negate(a);
-#pragma unroll
-        for (int k = 0; k < L::kt; ++k) {
-            FragB<E> b[2];
-            load_b_transposed(b, x + 16 * m * L::ld + 16 * k, L::ld, at.lane);
-            add(w[2 * k], a, b[0]);
-            add(w[2 * k + 1], a, b[1]);
-        }
-        add(w[2 * L::kt], a, ones);
+        add_outer<L>(w, x + 16 * m * L::ld, a, at);
     }
 }
 

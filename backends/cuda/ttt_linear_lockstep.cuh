@@ -30,6 +30,9 @@ template <class L, int chain_, int helpers_, bool output_> struct Lockstep {
     static constexpr int outs = D / chain, mo = outs / 16, no = outs / 8; // of a chain warp
     static constexpr int warps = chain + 2 * helpers, threads = 32 * warps;
     static constexpr int slots = 7, ready_slots = 3, u_ld = D + 8;
+    // Of every eight floats of a row of u, which half comes first: so that neither the chain, which
+    // writes four rows at a time, nor the warps behind, which read eight, meet a bank twice.
+    __device__ static constexpr int u_turn(int row) { return row & 4; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     static constexpr int resident = many ? 2 : 1; // shared memory holds no more
 #else
@@ -164,20 +167,25 @@ private:
                 to.rate[at.lane] = -rates.f(is_short) * rates.c(at.lane) *
                                    float_of_bits(p.rate_bf16 ? rate << 16 : rate);
             rate = rate_of(batch + 1);
+            FragB<E> keys[kt][2]; // which lie as results do, too
+            const auto load_keys = [&](int k) { load_b(keys[k], slot.k + 16 * k, L::ld, at.lane); };
             float sum[2] = {0, 0};
 #pragma unroll
             for (int k = 0; k < share; ++k) {
-                FragA<E> key, v; // which lie as results do, too
-                load_a(key, slot.k + col + 16 * k, L::ld, at.lane);
-                load_a(v, slot.v + col + 16 * k, L::ld, at.lane);
+                FragB<E> v[2];
+                load_b(v, slot.v + col + 16 * k, L::ld, at.lane);
+                if constexpr (C::many)
+                    load_keys(k);
+                else
+                    load_b(keys[k], slot.k + col + 16 * k, L::ld, at.lane);
 #pragma unroll
                 for (int nt = 0; nt < 2; ++nt) {
                     const int n = 2 * k + nt;
                     float x[4];
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        const float2 vv = floats(Pair<E>{v.x[2 * nt + half]}),
-                                     kk = floats(Pair<E>{key.x[2 * nt + half]});
+                        const float2 vv = floats(Pair<E>{v[half].x[nt]}),
+                                     kk = floats(Pair<E>{keys[k][half].x[nt]});
                         x[2 * half] = g[n][0] * (vv.x - kk.x) - gb[n][0];
                         x[2 * half + 1] = g[n][1] * (vv.y - kk.y) - gb[n][1];
                         sum[half] += x[2 * half] + x[2 * half + 1];
@@ -186,9 +194,22 @@ private:
                 }
             }
             if (C::output) {
+                if (!C::many && (first || (last && losses())))
+#pragma unroll
+                    for (int k = 0; k < kt; ++k)
+                        load_keys(k);
+                const auto with_keys = [&](float(&c)[2][4], const FragA<E> &x, int k) {
+                    mma(c[0], x, keys[k][0]);
+                    mma(c[1], x, keys[k][1]);
+                };
                 if (first) {
                     float c[2][4] = {};
-                    row_products<L>(c, slot.q, slot.k, at.lane);
+#pragma unroll
+                    for (int k = 0; k < kt; ++k) {
+                        FragA<E> q;
+                        load_a(q, slot.q + 16 * k, L::ld, at.lane);
+                        with_keys(c, q, k);
+                    }
                     if (is_short)
                         set_by(true);
 #pragma unroll
@@ -203,7 +224,12 @@ private:
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
                         c[0][e] = c[1][e] = 1;
-                    row_products<L>(c, slot.k, slot.k, at.lane);
+#pragma unroll
+                    for (int k = 0; k < kt; ++k) {
+                        FragA<E> key;
+                        load_a(key, slot.k + 16 * k, L::ld, at.lane);
+                        with_keys(c, key, k);
+                    }
                     put_factor(to.keys, c, at);
                 }
             }
@@ -240,7 +266,7 @@ private:
             }
         // Where this lane reads and writes
         const int tile_at = (at.lane & 15) * L::ld + (at.lane >> 4) * 8;
-        float *const u_at = shared.u[0] + at.g * C::u_ld + col + 2 * at.t;
+        float *const u_at = shared.u[0] + at.g * C::u_ld + col + (2 * at.t ^ C::u_turn(at.g));
         float *const last_at = shared.z_last[0] + col + 2 * at.t;
         const bool writes = at.t == 0;
         float4 *const put_at = shared.parts[0][at.warp][at.g];
@@ -543,14 +569,15 @@ private:
         const auto put = [&](int batch, int n) {
             const typename C::Slot &slot = shared.slot[of_slot];
             of_slot = of_slot == C::slots - 1 ? 0 : of_slot + 1;
-            const float *u_row = shared.u[batch & 1] + row * C::u_ld + side;
+            const float *const u_row = shared.u[batch & 1] + row * C::u_ld + side,
+                               *const halves[2] = {u_row + C::u_turn(row),
+                                                   u_row + 4 - C::u_turn(row)};
             float u[per][8], square[2] = {0, 0};
 #pragma unroll
             for (int j = 0; j < per; ++j)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const float4 x =
-                        *reinterpret_cast<const float4 *>(u_row + 8 * parts * j + 4 * i);
+                    const float4 x = *reinterpret_cast<const float4 *>(halves[i] + 8 * parts * j);
                     u[j][4 * i] = x.x, u[j][4 * i + 1] = x.y, u[j][4 * i + 2] = x.z,
                              u[j][4 * i + 3] = x.w;
                     square[i] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;

@@ -17,6 +17,21 @@ namespace ponder::cuda {
 
 constexpr int roles_ahead = 4, roles_slots = 8, roles_p_slots = 4;
 
+// A warp arrives by one lane, after it has met the others at a barrier of the warp: PTX's causality
+// order is transitive, so theirs is what they did before. compute-sanitizer's racecheck takes an
+// arrival to speak for its own lane; for it all of them can arrive.
+#ifndef PONDER_ARRIVING_LANES
+#define PONDER_ARRIVING_LANES 1
+#endif
+constexpr int arriving_lanes = PONDER_ARRIVING_LANES;
+__device__ __forceinline__ void expect_warps(Arrivals *a, int warps) {
+    set_arrivals(a, unsigned(arriving_lanes * warps));
+}
+__device__ __forceinline__ void arrive_warp(Arrivals *a, int lane) {
+    if (lane < arriving_lanes)
+        arrive(a);
+}
+
 // What the warps ahead leave of a mini-batch.
 template <class L> struct RolesSlot {
     typename L::E k[L::tile], q[L::tile];
@@ -96,12 +111,12 @@ public:
     __device__ void run() {
         Place at; // of this warp in its role
         for (int i = at.thread; i < roles_slots; i += roles_threads<L, output>()) {
-            set_arrivals(shared.full + i, 1);
-            set_arrivals(shared.empty + i, (output ? 2 : 1) * L::warps + (losses() ? 1 : 0));
+            expect_warps(shared.full + i, 1);
+            expect_warps(shared.empty + i, (output ? 2 : 1) * L::warps + (losses() ? 1 : 0));
         }
         for (int i = at.thread; i < L::warps * roles_p_slots; i += roles_threads<L, output>()) {
-            set_arrivals(shared.p_full + i, 1);
-            set_arrivals(shared.p_empty + i, losses() ? 2 : 1);
+            expect_warps(shared.p_full + i, 1);
+            expect_warps(shared.p_empty + i, losses() ? 2 : 1);
         }
         shared.rates.fill(p, at.thread, short_n);
         typename L::State w;
@@ -282,8 +297,7 @@ private:
             if (at.lane < M)
                 slot.c[at.lane] = -shared.rates.f(is_short) * shared.rates.c(at.lane) * rate;
             sync_warp();
-            if (at.lane == 0)
-                arrive(shared.full + batch % roles_slots);
+            arrive_warp(shared.full + batch % roles_slots, at.lane);
         }
         return error;
     }
@@ -429,13 +443,12 @@ private:
             if (trace)
                 trace += M * D;
             sync_warp();
-            if (output && at.lane == 0)
-                arrive(p_full);
+            if (output)
+                arrive_warp(p_full, at.lane);
             if (shared.rates.learns(is_short) != 0)
                 add_outer<L>(w, slot.k, p_tile, at);
             sync_warp();
-            if (at.lane == 0)
-                arrive(shared.empty + batch % roles_slots);
+            arrive_warp(shared.empty + batch % roles_slots, at.lane);
         }
         if (p.trace_w)
             store_state<L>(p.trace_w + (int64_t(head) * trace_states(p.batches) +
@@ -475,8 +488,7 @@ private:
             if (shared.rates.learns(is_short) != 0)
                 add_outer<L>(w, slot.k, p_tile, at);
             sync_warp();
-            if (at.lane == 0)
-                arrive(shared.p_empty + p_at);
+            arrive_warp(shared.p_empty + p_at, at.lane);
             { // u_parts: [16][warps]
                 float low = 0, high = 0;
 #pragma unroll
@@ -513,8 +525,7 @@ private:
                 }
             y += int64_t(M) * width;
             sync_warp();
-            if (at.lane == 0)
-                arrive(shared.empty + batch % roles_slots);
+            arrive_warp(shared.empty + batch % roles_slots, at.lane);
         }
         if (p.w_out)
             each_element<L>(w, at, [&](float &x, int in, int out) {
@@ -562,10 +573,9 @@ private:
                 error += e * e;
             }
             sync_warp();
-            if (at.lane < L::warps)
-                arrive(shared.p_empty + at.lane * roles_p_slots + batch % roles_p_slots);
-            if (at.lane == 0)
-                arrive(shared.empty + batch % roles_slots);
+            for (int w = 0; w < L::warps; ++w)
+                arrive_warp(shared.p_empty + w * roles_p_slots + batch % roles_p_slots, at.lane);
+            arrive_warp(shared.empty + batch % roles_slots, at.lane);
         }
         return error;
     }

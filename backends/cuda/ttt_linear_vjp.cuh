@@ -82,7 +82,19 @@ __device__ __forceinline__ void copy_state(typename L::E *to, const typename L::
                        w[j][2 * half + 1]);
 }
 
-// c[m] += x y for the rows of a tile x and y [D, ld], a warp's 16 columns
+// c[m] += x y for the rows of a tile x and y [D, ld], a warp's 16 columns; or those as factors
+template <class L>
+__device__ __forceinline__ void add_products(float (&c)[2][4], const typename L::E *x,
+                                             const FragB<typename L::E> (&y)[L::kt][2],
+                                             const Place &at) {
+#pragma unroll
+    for (int k = 0; k < L::kt; ++k) {
+        FragA<typename L::E> a;
+        load_a(a, x + 16 * k, L::ld, at.lane);
+        mma(c[0], a, y[k][0]);
+        mma(c[1], a, y[k][1]);
+    }
+}
 template <class L>
 __device__ __forceinline__ void add_products(float (&c)[2][4], const typename L::E *x,
                                              const typename L::E *y, const Place &at) {

@@ -6,10 +6,8 @@
 //   chain:  dP, dG, dz, dW: what one mini-batch has to wait for the other with, and nothing else
 //   inputs: dq, dk, dv, dlr and the norm's gradients, from copies of W and dW; follows
 //
-// Order: of a warp one lane arrives, after the others at a barrier of the warp; whoever waits does
-// so with all lanes. Chain and inputs wait for the states only, which have waited for the warps
-// ahead. compute-sanitizer's racecheck takes an arrival to speak for its own lane, and reports the
-// others.
+// Order: whoever waits does so with all lanes. Chain and inputs wait for the states only, which
+// have waited for the warps ahead.
 #pragma once
 
 #include "ttt_linear_roles.cuh"
@@ -103,16 +101,16 @@ public:
         at.warp = uniform(at.warp);
         if (at.thread == 0) {
             for (int i = 0; i < reverse_slots; ++i) {
-                set_arrivals(shared.full + i, 1);
-                set_arrivals(shared.empty + i, 3 * L::warps);
+                expect_warps(shared.full + i, 1);
+                expect_warps(shared.empty + i, 3 * L::warps);
             }
             for (int i = 0; i < reverse_state_slots; ++i) {
-                set_arrivals(shared.state_full + i, L::warps);
-                set_arrivals(shared.state_empty + i, 2 * L::warps);
+                expect_warps(shared.state_full + i, L::warps);
+                expect_warps(shared.state_empty + i, 2 * L::warps);
             }
             for (int i = 0; i < reverse_chain_slots; ++i) {
-                set_arrivals(shared.chain_full + i, L::warps);
-                set_arrivals(shared.chain_empty + i, L::warps);
+                expect_warps(shared.chain_full + i, L::warps);
+                expect_warps(shared.chain_empty + i, L::warps);
             }
         }
         shared.rates.fill(p, at.thread, short_n);
@@ -152,8 +150,7 @@ private:
     __device__ __forceinline__ int tokens_of(int step) const { return step == 0 ? short_n : M; }
     __device__ __forceinline__ void leave(Arrivals *a, const Place &at) const {
         sync_warp();
-        if (at.lane == 0)
-            arrive(a);
+        arrive_warp(a, at.lane);
     }
 
     __device__ __forceinline__ void ahead(const Place &at) const {
@@ -201,10 +198,21 @@ private:
             wait_for_copies<1>();
             sync_warp();
             ReverseSlot<L> &slot = shared.slots[step % reverse_slots];
+            FragB<E> keys[L::kt][2], v[L::kt][2]; // which lie as results do, too
+#pragma unroll
+            for (int k = 0; k < L::kt; ++k) {
+                load_b(keys[k], slot.k + 16 * k, L::ld, at.lane);
+                load_b(v[k], slot.v + 16 * k, L::ld, at.lane);
+            }
             {
                 float c[2][4] = {};
                 FragA<E> a;
-                row_products<L>(c, slot.q, slot.k, at.lane);
+#pragma unroll
+                for (int k = 0; k < L::kt; ++k) {
+                    load_a(a, slot.q + 16 * k, L::ld, at.lane);
+                    mma(c[0], a, keys[k][0]);
+                    mma(c[1], a, keys[k][1]);
+                }
 #pragma unroll
                 for (int jj = 0; jj < 2; ++jj)
 #pragma unroll
@@ -214,32 +222,14 @@ private:
                     }
                 a_of(a, c[0], c[1]);
                 keep(slot.a, a, at.lane);
-            }
-            {
-                float c[2][4] = {};
-                FragA<E> a;
-                row_products<L>(c, slot.k, slot.q, at.lane);
 #pragma unroll
-                for (int ii = 0; ii < 2; ++ii)
+                for (int jj = 0; jj < 2; ++jj)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const int key = at.g + 8 * (e >> 1), row = 8 * ii + 2 * at.t + (e & 1);
-                        c[ii][e] = key <= row + p.causal_k
-                                       ? (c[ii][e] + 1) * shared.rates.a(is_short, row)
-                                       : 0.0f;
-                    }
+                    for (int e = 0; e < 4; ++e)
+                        c[jj][e] *= shared.rates.a(is_short, at.g + 8 * (e >> 1));
                 a_of(a, c[0], c[1]);
-                keep(slot.a_transposed, a, at.lane);
+                keep(slot.a_transposed, turned(a), at.lane);
             }
-            Pair<E> v[L::warps][2][2];
-#pragma unroll
-            for (int w = 0; w < L::warps; ++w)
-#pragma unroll
-                for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        v[w][nt][half] = pair_at(slot.v + (at.g + 8 * half) * L::ld + 16 * w +
-                                                 8 * nt + 2 * at.t);
             sync_warp(); // the goals go where v is
             float sum[2] = {0, 0};
 #pragma unroll
@@ -252,9 +242,8 @@ private:
                                  b = *reinterpret_cast<const float2 *>(p.b + h * D + dim);
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        const int from = (at.g + 8 * half) * L::ld + dim;
-                        const float2 vv = floats(v[w][nt][half]),
-                                     kk = floats(pair_at(slot.k + from));
+                        const float2 vv = floats(Pair<E>{v[w][half].x[nt]}),
+                                     kk = floats(Pair<E>{keys[w][half].x[nt]});
                         const float goal[2] = {vv.x - kk.x - b.x, vv.y - kk.y - b.y};
                         if (at.g + 8 * half == n - 1)
                             *reinterpret_cast<float2 *>(slot.last_goal + dim) = {goal[0], goal[1]};
@@ -316,8 +305,13 @@ private:
                     p, to.probe, shared.norms, shared.state_sums, after.w, slot.k + (n - 1) * L::ld,
                     [&](int i) { return slot.last_goal[i]; }, h, weight[2], at, sync);
             }
-            if (is_short ? shared.rates.learns(true) != 0 : always)
-                add_outer<L, true>(w, slot.k, slot.p, at);
+            FragB<E> step_p[2];
+            load_b_transposed(step_p, slot.p + at.col, L::ld, at.lane);
+            if (is_short ? shared.rates.learns(true) != 0 : always) {
+                FragA<E> minus = a_of(step_p);
+                negate(minus);
+                add_outer<L>(w, slot.k, minus, at);
+            }
             if (batch % trace_every == 0)
                 load_state<L>(w, kept_states + batch / trace_every * L::state_size, at.thread);
             copy_state<L>(to.w, w, at);
@@ -330,11 +324,9 @@ private:
             }
             float products_p[2][4] = {}, ge[2][4], sum[2][8] = {};
             FragA<E> a;
-            FragB<E> b[2];
             kept(a, slot.a, at.lane);
-            load_b_transposed(b, slot.p + at.col, L::ld, at.lane);
-            mma(products_p[0], a, b[0]);
-            mma(products_p[1], a, b[1]);
+            mma(products_p[0], a, step_p[0]);
+            mma(products_p[1], a, step_p[1]);
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt) {
                 const float4 goal4 = slot.goal[at.warp][nt][at.lane];
@@ -404,10 +396,8 @@ private:
             da[0] += (is_short ? by_short : by) * along[0];
             da[1] += (is_short ? by_short : by) * along[1];
             sync_warp();
-            if (at.lane == 0) {
-                arrive(shared.state_full + step % reverse_state_slots);
-                arrive(shared.empty + step % reverse_slots);
-            }
+            arrive_warp(shared.state_full + step % reverse_state_slots, at.lane);
+            arrive_warp(shared.empty + step % reverse_slots, at.lane);
         };
         one_step(std::true_type(), 0);
         for (int step = 1; step < p.batches; ++step)
@@ -498,13 +488,13 @@ private:
             }
             float(&d)[2][4] = d_rows[0];
             float rest[2][4] = {};
+            FragB<E> du[2];
+            load_b_transposed(du, state.du + at.col, L::ld, at.lane);
             {
                 FragA<E> a;
-                FragB<E> b[2];
                 kept(a, slot.a_transposed, at.lane);
-                load_b_transposed(b, state.du + at.col, L::ld, at.lane);
-                mma(rest[0], a, b[0]);
-                mma(rest[1], a, b[1]);
+                mma(rest[0], a, du[0]);
+                mma(rest[1], a, du[1]);
             }
             // h of z, u = g residual
             float hh[2][4], uu[2][4], r[2], mean_u[2], mean_uh[2], c[2];
@@ -631,15 +621,12 @@ private:
                 to.dx[at.warp][nt][at.lane] = {dx[0], dx[1], dx[2], dx[3]};
             }
             sync_warp();
-            if (at.lane == 0)
-                arrive(shared.chain_full + step % reverse_chain_slots);
+            arrive_warp(shared.chain_full + step % reverse_chain_slots, at.lane);
             add_outer<L>(dw, slot.k, to.dz, at);
-            add_outer<L>(dw, slot.q, state.du, at);
+            add_outer<L>(dw, slot.q, a_of(du), at);
             sync_warp();
-            if (at.lane == 0) {
-                arrive(shared.state_empty + step % reverse_state_slots);
-                arrive(shared.empty + step % reverse_slots);
-            }
+            arrive_warp(shared.state_empty + step % reverse_state_slots, at.lane);
+            arrive_warp(shared.empty + step % reverse_slots, at.lane);
         };
         one_step(std::true_type(), 0);
         for (int step = 1; step < p.batches; ++step)
@@ -706,8 +693,7 @@ private:
         float dg[2][2] = {}, db[2][2] = {}, dtoken = 0;
         const bool with_losses = weight[0] != 0 || weight[1] != 0 || weight[2] != 0,
                    always = shared.rates.learns(false) != 0;
-        // a_i / f where query i sees key j: rows i, and rows j
-        float by[2][4], by_turned[2][4];
+        float by[2][4]; // a_i / f where query i sees key j
         const auto set_rates = [&](bool is_short) {
 #pragma unroll
             for (int jj = 0; jj < 2; ++jj)
@@ -715,8 +701,6 @@ private:
                 for (int e = 0; e < 4; ++e) {
                     const int row = at.g + 8 * (e >> 1), column = 8 * jj + 2 * at.t + (e & 1);
                     by[jj][e] = column <= row + p.causal_k ? shared.rates.a(is_short, row) : 0.0f;
-                    by_turned[jj][e] =
-                        row <= column + p.causal_k ? shared.rates.a(is_short, column) : 0.0f;
                 }
         };
         const auto one_step = [&](auto is_first, int step) {
@@ -729,8 +713,11 @@ private:
             wait_for_phase(shared.state_full + step % reverse_state_slots,
                            step / reverse_state_slots & 1);
             const int64_t at_row = offset + int64_t(batch * M + at.g) * width + at.col + 2 * at.t;
-            FragA<E> a;
-            FragB<E> b[2];
+            FragA<E> a; // du_i P_j a_i / f
+            FragB<E> b[2], w[L::kt][2];
+#pragma unroll
+            for (int k = 0; k < L::kt; ++k)
+                load_b_transposed(w[k], state.w + 16 * k * L::ld + at.col, L::ld, at.lane);
             { // dq
                 float c[2][4] = {}, dq[2][4];
                 row_products<L>(c, state.du, slot.p, at.lane);
@@ -749,20 +736,14 @@ private:
                         dq[nt][2 * half] = dy.x;
                         dq[nt][2 * half + 1] = dy.y;
                     }
-                add_products<L>(dq, state.du, state.w, at);
+                add_products<L>(dq, state.du, w, at);
                 load_b_transposed(b, slot.k + at.col, L::ld, at.lane);
                 mma(dq[0], a, b[0]);
                 mma(dq[1], a, b[1]);
                 put_rows(static_cast<E *>(p.dq) + at_row, dq, n, at);
             }
-            float dk[2][4], c[2][4] = {};
-            row_products<L>(c, slot.p, state.du, at.lane);
-#pragma unroll
-            for (int ii = 0; ii < 2; ++ii)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    c[ii][e] *= by_turned[ii][e];
-            a_of(a, c[0], c[1]);
+            float dk[2][4];
+            a = turned(a);
             wait_for_phase(shared.chain_full + step % reverse_chain_slots,
                            step / reverse_chain_slots & 1);
             // dtarget = -g dx, and what the losses add; g and b
@@ -824,7 +805,7 @@ private:
             mma(dk[1], a, b[1]);
             if (is_short ? shared.rates.learns(true) != 0 : always)
                 add_products<L>(dk, slot.p, chain.dw, at);
-            add_products<L>(dk, chain.dz, state.w, at);
+            add_products<L>(dk, chain.dz, w, at);
             put_rows(static_cast<E *>(p.dk) + at_row, dk, n, at);
             if (weight[0] != 0)
 #pragma unroll
@@ -835,11 +816,9 @@ private:
                             store_pair(last_rows_at(batch) + at.col + 8 * nt + 2 * at.t,
                                        dk[nt][2 * half], dk[nt][2 * half + 1]);
             sync_warp();
-            if (at.lane == 0) {
-                arrive(shared.chain_empty + step % reverse_chain_slots);
-                arrive(shared.state_empty + step % reverse_state_slots);
-                arrive(shared.empty + step % reverse_slots);
-            }
+            arrive_warp(shared.chain_empty + step % reverse_chain_slots, at.lane);
+            arrive_warp(shared.state_empty + step % reverse_state_slots, at.lane);
+            arrive_warp(shared.empty + step % reverse_slots, at.lane);
         };
         set_rates(true);
         one_step(std::true_type(), 0);

@@ -149,6 +149,14 @@ __device__ __forceinline__ void b_of_transposed(FragB<float> &b, const float (&c
     set(b, 2, c1[2 * half]);
     set(b, 3, c1[2 * half + 1]);
 }
+// The transpose of a factor a[16,16]
+__device__ __forceinline__ FragA<Bf16> turned(const FragA<Bf16> &a) {
+    return {{turn_matrix(a.x[0]), turn_matrix(a.x[2]), turn_matrix(a.x[1]), turn_matrix(a.x[3])}};
+}
+// a[m][k] = b[k][m], b being that for m = 0 to 7 and 8 to 15
+__device__ __forceinline__ FragA<Bf16> a_of(const FragB<Bf16> (&b)[2]) {
+    return {{b[0].x[0], b[1].x[0], b[0].x[1], b[1].x[1]}};
+}
 // b[k][0] = 1, other columns 0
 __device__ __forceinline__ void b_of_ones(FragB<Bf16> &b, int lane) {
     b.x[0] = b.x[1] = lane < 4 ? 0x3f803f80u : 0;

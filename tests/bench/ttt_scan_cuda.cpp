@@ -1,8 +1,8 @@
 // Checks the fused scans on a GPU against the reference kernels in double precision, then times
 // them.
 //
-//     ttt_scan_cuda [--check] [--time] [--variants [--kernels 1245]] [--small KERNEL]
-//                   [--one CASE] [--json FILE]
+//     ttt_scan_cuda [--check] [--time] [--variants [--kernels 1245]]
+//                   [--small KERNEL [--forward] [--unlimited]] [--one CASE] [--json FILE]
 //
 // Times are medians over replays of a graph in which each call has inputs of its own, together
 // larger than the L2 cache, divided by the calls; `alone` is the median of single calls between
@@ -11,7 +11,8 @@
 // one case a few times, for a profiler. --variants times the kernels that TttLinearShape can name
 // side by side: rounds of one replay each, in turn, so that a change of clocks meets them all
 // alike.
-// --small checks short scans of one kernel, for compute-sanitizer.
+// --small checks short scans of one kernel, for compute-sanitizer: the forward pass alone, without
+// the one that has a limit on the gradient's norm.
 #include "../ttt_scan_cases.hpp"
 
 #include <fstream>
@@ -284,15 +285,14 @@ void time_variants(Timer &timer, const std::string &kernels, std::ostream &out) 
         cudaGraphExec_t graph = nullptr;
         std::vector<double> us = {};
     };
-    for (const int64_t s : {1, 8, 11, 22, 32}) {
+    for (const int64_t s : {1, 8, 11, 16, 22, 32}) {
         ScanCase c{s, 2048, 12, 64, 16, DType::bf16};
         LinearCalls x(c, false);
         std::vector<Variant> variants;
         for (const char *what : {"fwd", "traced", "bwd"})
-            for (const int kernel : {1, 2, 4, 5})
-                if (kernels.find(char('0' + kernel)) != std::string::npos &&
-                    (what[0] != 'b' || kernel <= 2)) // backward, there are the two
-                    variants.push_back({kernel, what});
+            for (const char kernel : kernels)
+                if (what[0] != 'b' || kernel <= '2') // backward, there are the two
+                    variants.push_back({kernel - '0', what});
         for (Variant &v : variants) {
             x.shape.kernel = v.kernel;
             const auto calls = [&] {
@@ -377,7 +377,7 @@ std::vector<Timing> time_mlp(Timer &timer, const ScanCase &c, bool few) {
 } // namespace
 
 int main(int argc, char **argv) {
-    bool check = false, time = false, variants = false;
+    bool check = false, time = false, variants = false, backward = true, limited = true;
     int one = -1, small = -1;
     std::string json, kernels = "1245";
     for (int i = 1; i < argc; ++i) {
@@ -385,6 +385,8 @@ int main(int argc, char **argv) {
         check |= a == "--check";
         time |= a == "--time";
         variants |= a == "--variants";
+        backward &= a != "--forward";
+        limited &= a != "--unlimited";
         if (a == "--kernels" && i + 1 < argc)
             kernels = argv[++i];
         if (a == "--small" && i + 1 < argc)
@@ -401,11 +403,15 @@ int main(int argc, char **argv) {
     }
     if (small >= 0) {
         std::vector<ScanCase> cases;
-        for (const int64_t t : {37, 160}) {
-            cases.push_back({1, t, 2, 64, 16, DType::bf16, t == 37, false, 0, t == 37 ? 0.5 : 0});
-            cases.back().kernel = small;
-        }
-        good = check_scans(cases, true) && good;
+        for (const int64_t t : {37, 160})
+            for (const int64_t d : {64, 32}) {
+                const double limit = t == 37 && limited ? 0.5 : 0;
+                cases.push_back({1, t, 2, d, 16, DType::bf16, t == 37, false, 0, limit});
+                cases.back().kernel = small;
+            }
+        if (small >= 4) // there is one head dim of those
+            std::erase_if(cases, [](const ScanCase &c) { return c.d != 64; });
+        good = check_scans(cases, backward) && good;
     }
     std::vector<ScanCase> cases;
     for (const int64_t s : {1, 8, 32})
