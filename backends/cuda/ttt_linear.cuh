@@ -101,6 +101,17 @@ __device__ __forceinline__ float rate_at(const LinearParams &p, int64_t i) {
                        : static_cast<const float *>(p.lr)[i];
 }
 
+// Of a lane's pairs of one row, at columns 2 t and 8 + 2 t: four neighbours, from `quad_column` on,
+// so that a warp's stores to memory fill what it writes at a time.
+__device__ __forceinline__ uint2 quad_of(uint32_t x, uint32_t y, const Place &at) {
+    const bool odd = at.t & 1;
+    const uint32_t other = bits_of_float(from_lane_xor(float_of_bits(odd ? x : y), 1));
+    return odd ? uint2{other, y} : uint2{x, other};
+}
+__device__ __forceinline__ int quad_column(const Place &at) {
+    return 2 * at.t + (at.t & 1 ? 6 : 0);
+}
+
 // Rows [first, first + M) of one head into a tile; zeros from `tokens` on.
 template <class L>
 __device__ __forceinline__ void fetch(typename L::E *tile, const void *from, int64_t offset,

@@ -30,9 +30,10 @@ template <class L, int chain_, int helpers_, bool output_> struct Lockstep {
     static constexpr int outs = D / chain, mo = outs / 16, no = outs / 8; // of a chain warp
     static constexpr int warps = chain + 2 * helpers, threads = 32 * warps;
     static constexpr int slots = 7, ready_slots = 3, u_ld = D + 8;
-    // Of every eight floats of a row of u, which half comes first: so that neither the chain, which
-    // writes four rows at a time, nor the warps behind, which read eight, meet a bank twice.
-    __device__ static constexpr int u_turn(int row) { return row & 4; }
+    // Of eight floats of u, which half comes first: so that neither the chain, whose writes have
+    // two of them in four rows each, nor the warps behind, which read every eighth, meet a bank
+    // twice.
+    __device__ static constexpr int u_turn(int dim) { return dim >> 3 & 4; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     static constexpr int resident = many ? 2 : 1; // shared memory holds no more
 #else
@@ -266,14 +267,14 @@ private:
             }
         // Where this lane reads and writes
         const int tile_at = (at.lane & 15) * L::ld + (at.lane >> 4) * 8;
-        float *const u_at = shared.u[0] + at.g * C::u_ld + col + (2 * at.t ^ C::u_turn(at.g));
+        float *const u_at = shared.u[0] + at.g * C::u_ld + col + (2 * at.t ^ C::u_turn(col));
         float *const last_at = shared.z_last[0] + col + 2 * at.t;
         const bool writes = at.t == 0;
         float4 *const put_at = shared.parts[0][at.warp][at.g];
         const float4 *const get_at = shared.parts[0][C::chain == 2 ? 1 - at.warp : 0][at.g];
         E *trace = static_cast<E *>(p.trace_p);
         if (trace)
-            trace += (int64_t(head) * p.tokens + at.g) * D + col + 2 * at.t;
+            trace += (int64_t(head) * p.tokens + at.g) * D + col + quad_column(at);
         const float eps = p.eps;
         const bool clips = p.max_norm > 0, with_losses = losses(),
                    always = rates.learns(false) != 0;
@@ -424,11 +425,13 @@ private:
             if (trace) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    if (at.g + 8 * half < n_tokens)
 #pragma unroll
-                        for (int n = 0; n < no; ++n)
-                            *reinterpret_cast<uint32_t *>(trace + 8 * half * D + 8 * n) =
-                                turned.x[n][half];
+                    for (int m = 0; m < mo; ++m) {
+                        const uint2 x =
+                            quad_of(turned.x[2 * m][half], turned.x[2 * m + 1][half], at);
+                        if (at.g + 8 * half < n_tokens)
+                            *reinterpret_cast<uint2 *>(trace + 8 * half * D + 16 * m) = x;
+                    }
                 trace += M * D;
             }
 #pragma unroll
@@ -544,24 +547,25 @@ private:
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             fetch_batch(i);
-        // A lane has every `parts`-th eight dims of a row of y; of the last token, every 32nd dim.
-        constexpr int rows = M / C::helpers, parts = 32 / rows, per = D / 8 / parts, few = D / 32;
-        const int row = at.lane % rows + which * rows, side = at.lane / rows * 8;
-        float g[per][8], b[per][8], g_last[few], b_last[few];
+        // A lane has eight dims of a row of y, of every `apart`-th one; of the last token, every
+        // 32nd.
+        constexpr int apart = C::helpers * copied, rows = M / apart, few = D / 32;
+        float g[8], b[8], g_last[few], b_last[few];
 #pragma unroll
-        for (int j = 0; j < per; ++j)
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int dim = head % p.heads * D + 8 * parts * j + side + i;
-                g[j][i] = p.g[dim];
-                b[j][i] = p.b[dim];
-            }
+        for (int i = 0; i < 8; ++i) {
+            g[i] = p.g[head % p.heads * D + c_0 + i];
+            b[i] = p.b[head % p.heads * D + c_0 + i];
+        }
 #pragma unroll
         for (int i = 0; i < few; ++i) {
             g_last[i] = p.g[head % p.heads * D + at.lane + 32 * i];
             b_last[i] = p.b[head % p.heads * D + at.lane + 32 * i];
         }
-        E *y = static_cast<E *>(p.y) + offset + int64_t(row) * width + side;
+        E *y = static_cast<E *>(p.y) + from_0;
+        const float *const u_at = shared.u[0] + row_0 * C::u_ld + c_0, *const halves[2] = {
+                                                                           u_at + C::u_turn(c_0),
+                                                                           u_at + 4 -
+                                                                               C::u_turn(c_0)};
         const int64_t y_stride = int64_t(M) * width;
         const float eps = p.eps;
         const bool with_losses = losses();
@@ -569,40 +573,40 @@ private:
         const auto put = [&](int batch, int n) {
             const typename C::Slot &slot = shared.slot[of_slot];
             of_slot = of_slot == C::slots - 1 ? 0 : of_slot + 1;
-            const float *const u_row = shared.u[batch & 1] + row * C::u_ld + side,
-                               *const halves[2] = {u_row + C::u_turn(row),
-                                                   u_row + 4 - C::u_turn(row)};
-            float u[per][8], square[2] = {0, 0};
+            const int odd = (batch & 1) * M * C::u_ld;
+            float u[rows][8], square[rows];
 #pragma unroll
-            for (int j = 0; j < per; ++j)
+            for (int j = 0; j < rows; ++j) {
+                square[j] = 0;
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const float4 x = *reinterpret_cast<const float4 *>(halves[i] + 8 * parts * j);
+                    const float4 x =
+                        *reinterpret_cast<const float4 *>(halves[i] + odd + apart * j * C::u_ld);
                     u[j][4 * i] = x.x, u[j][4 * i + 1] = x.y, u[j][4 * i + 2] = x.z,
                              u[j][4 * i + 3] = x.w;
-                    square[i] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+                    square[j] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
                 }
-            square[0] += square[1];
+            }
 #pragma unroll
-            for (int i = rows; i < 32; i *= 2)
-                square[0] += from_lane_xor(square[0], i);
-            const float r = quick_inverse_root(square[0] * (1.0f / D) + eps);
+            for (int i = 1; i < chunks; i *= 2)
 #pragma unroll
-            for (int j = 0; j < per; ++j) {
+                for (int j = 0; j < rows; ++j)
+                    square[j] += from_lane_xor(square[j], i);
+#pragma unroll
+            for (int j = 0; j < rows; ++j) {
+                const float r = quick_inverse_root(square[j] * (1.0f / D) + eps);
                 const uint4 q =
-                    *reinterpret_cast<const uint4 *>(slot.q + row * L::ld + 8 * parts * j + side);
+                    *reinterpret_cast<const uint4 *>(slot.q + (row_0 + apart * j) * L::ld + c_0);
                 const uint32_t qs[4] = {q.x, q.y, q.z, q.w};
                 uint32_t out[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float2 x = floats(Pair<E>{qs[i]});
-                    out[i] = pack_bf16(g[j][2 * i] * (r * u[j][2 * i]) + (x.x + b[j][2 * i]),
-                                       g[j][2 * i + 1] * (r * u[j][2 * i + 1]) +
-                                           (x.y + b[j][2 * i + 1]));
+                    out[i] = pack_bf16(g[2 * i] * (r * u[j][2 * i]) + (x.x + b[2 * i]),
+                                       g[2 * i + 1] * (r * u[j][2 * i + 1]) + (x.y + b[2 * i + 1]));
                 }
-                if (row < n)
-                    *reinterpret_cast<uint4 *>(y + 8 * parts * j) = {out[0], out[1], out[2],
-                                                                     out[3]};
+                if (row_0 + apart * j < n)
+                    *reinterpret_cast<uint4 *>(y + j * stride) = {out[0], out[1], out[2], out[3]};
             }
             y += y_stride;
             if (which == 0 && with_losses) { // the error after the step, and what was aimed at

@@ -712,7 +712,8 @@ private:
             // where the state is, the warps ahead have been
             wait_for_phase(shared.state_full + step % reverse_state_slots,
                            step / reverse_state_slots & 1);
-            const int64_t at_row = offset + int64_t(batch * M + at.g) * width + at.col + 2 * at.t;
+            const int64_t at_row =
+                offset + int64_t(batch * M + at.g) * width + at.col + quad_column(at);
             FragA<E> a; // du_i P_j a_i / f
             FragB<E> b[2], w[L::kt][2];
 #pragma unroll
@@ -834,12 +835,12 @@ private:
     __device__ __forceinline__ void put_rows(E *to, const float (&x)[2][4], int n,
                                              const Place &at) const {
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < 2; ++half) {
+            const uint2 four = quad_of(pack_bf16(x[0][2 * half], x[0][2 * half + 1]),
+                                       pack_bf16(x[1][2 * half], x[1][2 * half + 1]), at);
             if (at.g + 8 * half < n)
-#pragma unroll
-                for (int nt = 0; nt < 2; ++nt)
-                    store_pair(to + int64_t(8 * half) * width + 8 * nt, x[nt][2 * half],
-                               x[nt][2 * half + 1]);
+                *reinterpret_cast<uint2 *>(to + int64_t(8 * half) * width) = four;
+        }
     }
 
     const LinearParams &p;
