@@ -21,7 +21,10 @@
 
 #include "ttt_linear_host.hpp"
 #include "ttt_linear_vjp.cuh"
-#include "ttt_linear_vjp_roles.cuh"
+#include "ttt_linear_vjp_ahead.cuh"
+#include "ttt_linear_vjp_chain.cuh"
+#include "ttt_linear_vjp_inputs.cuh"
+#include "ttt_linear_vjp_states.cuh"
 
 namespace ponder::cuda {
 
