@@ -79,6 +79,94 @@ __device__ float initial_error(const LinearParams &p, int head, const Place &at)
     return block_sum<warps>(total, reinterpret_cast<float *>(shared_memory()), at);
 }
 
+// initial_error with matrix products: a warp takes the last keys of sixteen mini-batches at a time.
+template <class L, int warps>
+__device__ float tiled_initial_error(const LinearParams &p, int head) {
+    using E = typename L::E;
+    constexpr int D = L::D, M = 16, kt = L::kt;
+    const Place at;
+    E *const w = reinterpret_cast<E *>(kept_shared_memory()); // [D, ld], input by output
+    float *const sums = reinterpret_cast<float *>(w + D * L::ld);
+    const int s = head / p.heads, h = head % p.heads, width = p.heads * D;
+    const float *weight = p.w1 + int64_t(head) * D * D, *bias = p.b1 + int64_t(head) * D;
+    for (int i = at.thread; i < D * D / 4; i += 32 * warps) {
+        const float4 x = *reinterpret_cast<const float4 *>(weight + 4 * i);
+        uint32_t *to = reinterpret_cast<uint32_t *>(w + 4 * i / D * L::ld + 4 * i % D);
+        to[0] = pack_bf16(x.x, x.y);
+        to[1] = pack_bf16(x.z, x.w);
+    }
+    sync_block();
+    float error = 0;
+    for (int first = 16 * at.warp; first < p.batches; first += 16 * warps) {
+        int64_t from[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int token = min((first + at.g + 8 * half + 1) * M, p.tokens) - 1;
+            from[half] = (int64_t(s) * p.tokens + token) * width + h * D + 2 * at.t;
+        }
+        const auto pair = [&](const void *x, int half, int dim) {
+            return *reinterpret_cast<const uint32_t *>(static_cast<const E *>(x) + from[half] +
+                                                       dim);
+        };
+        FragA<E> keys[kt]; // which lie as results do, too
+        uint32_t v[kt][4];
+        float z[2 * kt][4];
+#pragma unroll
+        for (int k = 0; k < kt; ++k)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                keys[k].x[i] = pair(p.k, i & 1, 16 * k + 8 * (i >> 1));
+                v[k][i] = pair(p.v, i & 1, 16 * k + 8 * (i >> 1));
+            }
+#pragma unroll
+        for (int n = 0; n < 2 * kt; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                z[n][e] = bias[8 * n + 2 * at.t + (e & 1)];
+#pragma unroll
+        for (int k = 0; k < kt; ++k)
+#pragma unroll
+            for (int n = 0; n < kt; ++n) {
+                FragB<E> b[2];
+                load_b_transposed(b, w + 16 * k * L::ld + 16 * n, L::ld, at.lane);
+                mma(z[2 * n], keys[k], b[0]);
+                mma(z[2 * n + 1], keys[k], b[1]);
+            }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float mean = 0, square = 0;
+#pragma unroll
+            for (int n = 0; n < 2 * kt; ++n)
+                mean += z[n][2 * half] + z[n][2 * half + 1];
+            mean += from_lane_xor(mean, 1);
+            mean += from_lane_xor(mean, 2);
+            mean *= 1.0f / D;
+#pragma unroll
+            for (int n = 0; n < 2 * kt; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    z[n][2 * half + e] -= mean;
+                    square += z[n][2 * half + e] * z[n][2 * half + e];
+                }
+            square += from_lane_xor(square, 1);
+            square += from_lane_xor(square, 2);
+            const float r = quick_inverse_root(square * (1.0f / D) + p.eps);
+            if (first + at.g + 8 * half < p.batches)
+#pragma unroll
+                for (int n = 0; n < 2 * kt; ++n) {
+                    const float2 vv = floats(Pair<E>{v[n / 2][half + 2 * (n & 1)]}),
+                                 kk = floats(Pair<E>{keys[n / 2].x[half + 2 * (n & 1)]});
+                    const int dim = h * D + 8 * n + 2 * at.t;
+                    const float x = p.g[dim] * z[n][2 * half] * r + p.b[dim] - (vv.x - kk.x),
+                                y = p.g[dim + 1] * z[n][2 * half + 1] * r + p.b[dim + 1] -
+                                    (vv.y - kk.y);
+                    error += x * x + y * y;
+                }
+        }
+    }
+    return block_sum<warps>(error, sums, at);
+}
+
 // The last block of a stream, of 2 H, takes the means over heads and mini-batches.
 __device__ __forceinline__ void finish_loss(const LinearParams &p, int stream, float d) {
     if (!is_last(p.tickets + stream, 2u * unsigned(p.heads)))

@@ -11,7 +11,10 @@
 #pragma once
 
 #include "ttt_linear_host.hpp"
-#include "ttt_linear_lockstep.cuh"
+#include "ttt_linear_lockstep_ahead.cuh"
+#include "ttt_linear_lockstep_behind.cuh"
+#include "ttt_linear_lockstep_chain.cuh"
+#include "ttt_linear_lockstep_state.cuh"
 #include "ttt_linear_roles.cuh"
 
 namespace ponder::cuda {
