@@ -200,6 +200,25 @@ TEST_P(CpuOps, Linear) {
                    0);
 }
 
+// As when a text is written: on devices a kernel of its own.
+TEST_P(CpuOps, LinearOfFewRows) {
+    for (const auto &[t, k, n] :
+         {std::array<int64_t, 3>{1, 768, 96}, {2, 64, 2304}, {3, 72, 40}, {5, 1096, 8},
+          {8, 136, 1104}, {9, 136, 1104}})
+        for (int variant = 0; variant < 4; ++variant) {
+            const bool transposed = variant & 1, full = variant & 2;
+            const int64_t columns = transposed ? n + 3 : n;
+            const Shape y = {1, t, columns};
+            check({"linear",
+                   {random(half, {1, t, k}),
+                    random(half, transposed ? Shape{columns, k} : Shape{k, columns}).frozen(),
+                    full ? random(f32, {columns}).frozen() : none(), full ? random(f32, y) : none()},
+                   {{full ? f32 : half, y}},
+                   {double(transposed)}},
+                  limit(half), shape_name(half, 1, t) + " K=" + std::to_string(k));
+        }
+}
+
 // Large enough that a device may leave plain f32 arithmetic; elements of very different sizes.
 TEST_P(CpuOps, LargeF32Products) {
     const int64_t t = 520, k = 264, n = 256;

@@ -179,6 +179,8 @@ void Product::run(const Run &run, const void *a, const void *b, void *c, const v
                   const void *add, std::byte *workspace, void *kept) const {
     const bool multiples = ponder::cuda::aligned(a, 16) && ponder::cuda::aligned(b, 16) &&
                            ponder::cuda::aligned(c, 16) && (!shape_.add || ponder::cuda::aligned(add, 16));
+    if (multiples && few_fit(shape_))
+        return few_product(run, shape_, a, b, c, bias, add, kept);
     const Choice &choice = multiples ? aligned_ : any_;
     if (!choice.found)
         return plain_product(shape_, a, b, c, bias, add, run.stream);

@@ -91,6 +91,10 @@ private:
 // product_plain.cu: for the few shapes that the library does not take.
 void plain_product(const ProductShape &shape, const void *a, const void *b, void *c,
                    const void *bias, const void *add, cudaStream_t stream);
+// product_few.cu: for few rows of bf16; 16-byte aligned operands.
+bool few_fit(const ProductShape &shape);
+void few_product(const Run &run, const ProductShape &shape, const void *a, const void *b, void *c,
+                 const void *bias, const void *add, void *kept);
 // elementwise.cu: y = x as another type.
 void convert(const float *x, bf16 *y, int64_t count, cudaStream_t stream);
 // x [rows,width] as bf16 next to what it leaves: (x, x, rest) for a first operand of a product, (x,
