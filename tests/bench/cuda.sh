@@ -91,11 +91,11 @@ if wanted group && [ -n "$streams" ] && [ "$gpus" -gt 1 ]; then
     # shellcheck disable=SC2086
     [ -e "$first" ] || train ours 120 --new --vocab 8192 $shape --steps 1
     rm -rf "$out/runs/alone" "$out/runs/together"
-    (export CUDA_VISIBLE_DEVICES=0; train alone 90 --model "$first" --steps 40; exit $failed) || failed=1
+    (export CUDA_VISIBLE_DEVICES=0; train alone 90 --model "$first" --steps "${STEPS:-40}"; exit $failed) || failed=1
     export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 NCCL_DEBUG=VERSION
-    (export RANK=1 LOCAL_RANK=1; train together 90 --model "$first" --steps 40; exit $failed) &
+    (export RANK=1 LOCAL_RANK=1; train together 90 --model "$first" --steps "${STEPS:-40}"; exit $failed) &
     second=$!
-    (export RANK=0 LOCAL_RANK=0; train together 90 --model "$first" --steps 40; exit $failed) || failed=1
+    (export RANK=0 LOCAL_RANK=0; train together 90 --model "$first" --steps "${STEPS:-40}"; exit $failed) || failed=1
     wait $second || failed=1
     unset WORLD_SIZE
     losses alone
