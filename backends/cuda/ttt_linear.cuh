@@ -252,7 +252,10 @@ __device__ __forceinline__ void row_products(float (&c)[2][4], const typename L:
 // Sums over dims of 8 quantities a token. A thread has parts for tokens g and g + 8 of 16; after
 // `put` by every warp and a barrier, `get` gives the thread the sums of token g + 8 (t % 2).
 struct RowSums {
-    // parts: [warps][16][8]
+    // parts: [warps][16][8], a token's where neither reading nor writing meets a bank twice
+    static __device__ __forceinline__ int place(int warp, int g, int upper) {
+        return warp * 128 + (upper ? 64 + (8 * g ^ 16) : 8 * g);
+    }
     static __device__ __forceinline__ void put(float *parts, const float (&low)[8],
                                                const float (&high)[8], const Place &at) {
         const bool odd = at.t & 1, upper = at.t & 2;
@@ -263,9 +266,8 @@ struct RowSums {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             quad[i] = (upper ? a[4 + i] : a[i]) + from_lane_xor(upper ? a[i] : a[4 + i], 2);
-        *reinterpret_cast<float4 *>(
-            parts + ((at.warp * 16 + at.g + 8 * odd) * 8 + 4 * (at.t >> 1))) = {quad[0], quad[1],
-                                                                                quad[2], quad[3]};
+        *reinterpret_cast<float4 *>(parts + place(at.warp, at.g, odd) +
+                                    4 * (at.t >> 1)) = {quad[0], quad[1], quad[2], quad[3]};
     }
     // The same for the first `count` quantities, rounded to 10 bits: a product with ones and zeros
     // sums over the lanes of a token in one instruction, and leaves every lane the sum.
@@ -283,7 +285,7 @@ struct RowSums {
             quad[i + 1] = odd ? sums[3] : sums[1];
         }
         if (at.t < 2) {
-            float4 *to = reinterpret_cast<float4 *>(parts + (at.warp * 16 + at.g + 8 * at.t) * 8);
+            float4 *to = reinterpret_cast<float4 *>(parts + place(at.warp, at.g, at.t));
             to[0] = {quad[0], quad[1], quad[2], quad[3]};
             to[1] = {quad[4], quad[5], quad[6], quad[7]};
         }
@@ -304,7 +306,7 @@ struct RowSums {
     static __device__ __forceinline__ void get(float (&sum)[8], const float *parts, int warps,
                                                const Place &at) {
         const bool upper = at.t & 2;
-        const float *from = parts + (at.g + 8 * (at.t & 1)) * 8 + 4 * (at.t >> 1);
+        const float *from = parts + place(0, at.g, at.t & 1) + 4 * (at.t >> 1);
         float quad[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int w = 0; w < warps; ++w) {
