@@ -46,7 +46,7 @@ template <class L, int chain_, int helpers_, bool output_> struct Lockstep {
     };
     struct Ready {
         float4 goal[2 * kt][32];               // g goal as results lie
-        uint4 a[32], keys[32];                 // A and k_i k_j + 1 as factors
+        uint4 a[32], sums[32];                 // A, and what b and the last key sum P with
         float rate[16], goal_sum[16][helpers]; // -f c_j; of g goal
     };
     struct Shared {
@@ -103,7 +103,6 @@ private:
     __device__ void keep_state(int index, const W &, const B &, const Place &);
     template <class Visit> __device__ void each(W &, int col, const Place &, Visit);
 
-    __device__ static void put_factor(uint4 *to, const float (&c)[2][4], const Place &);
     __device__ static void mma_from(float (&c)[4], const FragA<E> &, const FragB<E> &,
                                     const float (&start)[4]);
     __device__ float clip(const float (&z)[no][4], const float (&r)[2], const float (&mean_u)[2],

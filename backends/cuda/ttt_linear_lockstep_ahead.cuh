@@ -5,14 +5,6 @@
 
 namespace ponder::cuda {
 
-template <class C, class L>
-__device__ __forceinline__ void LockstepScan<C, L>::put_factor(uint4 *to, const float (&c)[2][4],
-                                                               const Place &at) {
-    FragA<E> a;
-    a_of(a, c[0], c[1]);
-    to[at.lane] = {a.x[0], a.x[1], a.x[2], a.x[3]};
-}
-
 // Of several such warps, the first makes A, the last k_i k_j + 1, and each a share of the
 // goals.
 template <class C, class L>
@@ -91,6 +83,7 @@ __device__ __forceinline__ void LockstepScan<C, L>::ahead(const Place &at, int w
                 to.goal[2 * share * which + n][at.lane] = {x[0], x[1], x[2], x[3]};
             }
         }
+        uint32_t of_last[2] = {};
         if (C::output) {
             if (!C::many && (first || (last && losses())))
 #pragma unroll
@@ -115,7 +108,9 @@ __device__ __forceinline__ void LockstepScan<C, L>::ahead(const Place &at, int w
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
                         c[jj][e] = c[jj][e] * by[jj][e >> 1][e & 1] + by[jj][e >> 1][e & 1];
-                put_factor(to.a, c, at);
+                FragA<E> a;
+                a_of(a, c[0], c[1]);
+                to.a[at.lane] = {a.x[0], a.x[1], a.x[2], a.x[3]};
             }
             if (last && losses()) {
                 float c[2][4];
@@ -128,8 +123,18 @@ __device__ __forceinline__ void LockstepScan<C, L>::ahead(const Place &at, int w
                     load_a(key, slot.k + 16 * k, L::ld, at.lane);
                     with_keys(c, key, k);
                 }
-                put_factor(to.keys, c, at);
+                FragA<E> a;
+                a_of(a, c[0], c[1]);
+                const bool lower = is_short && short_n <= 8;
+                of_last[0] = lower ? a.x[0] : a.x[1];
+                of_last[1] = lower ? a.x[2] : a.x[3];
             }
+        }
+        // The upper rows have that of the last key; the lower sum.
+        if (last) {
+            constexpr uint32_t one = 0x3f803f80u;
+            to.sums[at.lane] = rates.learns(is_short) != 0 ? uint4{one, of_last[0], one, of_last[1]}
+                                                           : uint4{0, 0, 0, 0};
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -146,7 +146,7 @@ __device__ __forceinline__ void LockstepScan<C, L>::chain(const Place &at) {
                     float(&to)[4] = s[e >> 1];
                     const float ggz = gg[n][e & 1] * z[n][e];
                     to[0] += z[n][e] * z[n][e];
-                    to[1] += ggz;
+                    to[1] = n == 0 && (e & 1) == 0 ? ggz : to[1] + ggz;
                     to[2] += ggz * z[n][e];
                     to[3] += goal[e] * z[n][e];
                 }
@@ -176,28 +176,28 @@ __device__ __forceinline__ void LockstepScan<C, L>::chain(const Place &at) {
                 }
         }
         FragB<E> keys[kt][2]; // of K^T P
-        uint4 factor_a{}, factor_keys{};
+        uint4 factor_a{}, factor_sums{};
         const auto load_keys = [&](int k) {
             load_b_transposed(keys[k], slot.k + 16 * k, L::ld, at.lane);
         };
-        const auto load_factors = [&] {
+        const auto load_a_factor = [&] {
             if (C::output)
                 factor_a = ready.a[at.lane];
-            if (with_losses)
-                factor_keys = ready.keys[at.lane];
         };
+        const auto load_sums_factor = [&] { factor_sums = ready.sums[at.lane]; };
         if constexpr (!C::many) { // where registers allow
 #pragma unroll
             for (int k = 0; k < kt; ++k)
                 load_keys(k);
-            load_factors();
+            load_sums_factor();
+            load_a_factor();
         }
         float r[2], mean_u[2], r_mean_uh[2], by[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float goal_sum = 0;
+            float goal_sum = ready.goal_sum[at.g + 8 * half][0];
 #pragma unroll
-            for (int i = 0; i < C::helpers; ++i)
+            for (int i = 1; i < C::helpers; ++i)
                 goal_sum += ready.goal_sum[at.g + 8 * half][i];
             by[half] = ready.rate[at.g + 8 * half];
             r[half] = quick_inverse_root(sums[0][2 * half] * (1.0f / D) + eps);
@@ -255,16 +255,8 @@ __device__ __forceinline__ void LockstepScan<C, L>::chain(const Place &at) {
 
         if (C::many)
             load_keys(0);
-        // W += K^T P, b += sum P
-        float next_b[no][4];
-#pragma unroll
-        for (int n = 0; n < no; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                next_b[n][e] = b[n][e];
         const bool learns = is_short ? rates.learns(true) != 0 : always;
-        if (learns) {
-            const FragA<E> ones{{0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u}};
+        if (learns) { // W += K^T P
 #pragma unroll
             for (int k = 0; k < kt; ++k) {
                 if (C::many && k + 1 < kt)
@@ -275,12 +267,32 @@ __device__ __forceinline__ void LockstepScan<C, L>::chain(const Place &at) {
                     mma(w[m][2 * k + 1], turned.first(m), keys[k][1]);
                 }
             }
-#pragma unroll
-            for (int n = 0; n < no; ++n)
-                mma(next_b[n], ones, turned.second(n));
         }
-        if (C::many)
-            load_factors();
+        if (C::many) {
+            load_sums_factor();
+            load_a_factor();
+        }
+        // b += sum P, and the last key under the new state, z + sum_j (k k_j + 1) P_j. All rows of
+        // b are alike: those of the upper eight tokens make room for that of the last key, which is
+        // one of them or, in a short mini-batch, put there.
+        {
+            const bool lower = n_tokens <= 8;
+            const bool mine = with_losses && at.g == ((n_tokens - 1) & 7);
+            const FragA<E> a{{factor_sums.x, factor_sums.y, factor_sums.z, factor_sums.w}};
+            float *to = last_at + odd * D;
+#pragma unroll
+            for (int n = 0; n < no; ++n) {
+                b[n][2] = lower ? z[n][0] : z[n][2];
+                b[n][3] = lower ? z[n][1] : z[n][3];
+                mma(b[n], a, turned.second(n));
+            }
+#pragma unroll
+            for (int n = 0; n < no; ++n) {
+                store_if(mine, to + 8 * n, b[n][2], b[n][3]);
+                b[n][2] = b[n][0];
+                b[n][3] = b[n][1];
+            }
+        }
         if (C::output) {
             const FragA<E> a{{factor_a.x, factor_a.y, factor_a.z, factor_a.w}};
             float *to = u_at + odd * 16 * C::u_ld;
@@ -289,22 +301,6 @@ __device__ __forceinline__ void LockstepScan<C, L>::chain(const Place &at) {
                 mma(u[n], a, turned.second(n));
                 *reinterpret_cast<float2 *>(to + 8 * n) = {u[n][0], u[n][1]};
                 *reinterpret_cast<float2 *>(to + 8 * C::u_ld + 8 * n) = {u[n][2], u[n][3]};
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < no; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                b[n][e] = next_b[n][e];
-        if (with_losses) { // the last key under the new state
-            const FragA<E> a{{factor_keys.x, factor_keys.y, factor_keys.z, factor_keys.w}};
-            const bool upper = n_tokens > 8, mine = at.g == ((n_tokens - 1) & 7);
-            float *to = last_at + odd * D;
-#pragma unroll
-            for (int n = 0; n < no; ++n) {
-                if (learns)
-                    mma(z[n], a, turned.second(n));
-                store_if(mine, to + 8 * n, upper ? z[n][2] : z[n][0], upper ? z[n][3] : z[n][1]);
             }
         }
     };
