@@ -191,9 +191,9 @@ __device__ __forceinline__ void products(typename L::Rows *const (&z)[count],
                                             : sum[i][0][m][nt][e];
 }
 
-// W += x^T p, b += sum p (or -=), p and x being tiles. The matrix unit cuts sums off where it
-// should round them; over a long stream f32 would notice, so there the step is added apart.
-// Here p is the factor that a tile of 16 tokens is at this warp's outputs.
+// W += x^T p, b += sum p for 16 tokens, p being a factor of this warp's outputs. The matrix unit
+// cuts sums off where it should round them; over a long stream f32 would notice, so there the step
+// is added apart.
 template <class L>
 __device__ __forceinline__ void add_outer(typename L::State &w, const typename L::E *x,
                                           const FragA<typename L::E> &p, const Place &at) {
@@ -220,6 +220,7 @@ __device__ __forceinline__ void add_outer(typename L::State &w, const typename L
     }
     add(w[2 * L::kt], ones);
 }
+// The same, or -=, for all tokens of tiles x and p.
 template <class L, bool minus = false>
 __device__ __forceinline__ void add_outer(typename L::State &w, const typename L::E *x,
                                           const typename L::E *p, const Place &at) {
