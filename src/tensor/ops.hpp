@@ -108,6 +108,9 @@
 //                     db1' wide[S,H,D], dloss wide[S,3] -> dq,dk,dv [S,T,C], dlr[S,T,H],
 //                     dindex wide[M], dg wide[H,D], db wide[H,D], dw1 wide, db1 wide
 //                     [as ttt_linear]
+//   ttt_mlp_vjp       q,k,v,lr,index,g,b,w1,b1,w2,b2 as in ttt_mlp, dy[S,T,C], dw1', db1', dw2',
+//                     db2' wide, dloss wide[S,3] -> dq,dk,dv [S,T,C], dlr[S,T,H], dindex wide[M],
+//                     dg wide[H,D], db wide[H,D], dw1, db1, dw2, db2 wide       [as ttt_mlp]
 // primitives, closed under vjp: what fused ops are composed of where gradients of gradients are
 // wanted. Any float type. Shapes broadcast: aligned at the right, a dim is equal or 1 or missing.
 // rows ops:

@@ -164,9 +164,13 @@ uint64_t ttt_linear_vjp_flops(const Graph &g, const Call &call) {
     return 3 * ttt_linear_flops(g, call);
 }
 
-const OpRule ttt_linear_vjp_rule{"ttt_linear_vjp", false, ttt_linear_vjp_flops, nullptr};
+uint64_t ttt_mlp_vjp_flops(const Graph &g, const Call &call) { return 3 * ttt_mlp_flops(g, call); }
 
-void ttt_linear_backward(Tape &tape, const Call &call) {
+const OpRule ttt_linear_vjp_rule{"ttt_linear_vjp", false, ttt_linear_vjp_flops, nullptr};
+const OpRule ttt_mlp_vjp_rule{"ttt_mlp_vjp", false, ttt_mlp_vjp_flops, nullptr};
+
+// Of both scans: the call's inputs, then the gradients of its outputs.
+void ttt_backward(Tape &tape, const Call &call, const OpRule &vjp) {
     Graph &g = tape.graph;
     std::vector<Id> in = call.in, out;
     for (Id output : call.out) {
@@ -185,14 +189,19 @@ void ttt_linear_backward(Tape &tape, const Call &call) {
         // q, k, v, lr in their own type; what is summed in wide
         out.push_back(g.temporary(i < 4 ? v.type : g.wide, v.shape));
     }
-    g.add_call(ttt_linear_vjp_rule, in, out, call.attr);
+    g.add_call(vjp, in, out, call.attr);
     for (size_t i = 0; i < call.in.size(); ++i)
         if (tape.wants(call.in[i]))
             tape.add(call.in[i], out[i]);
 }
 
+void ttt_linear_backward(Tape &tape, const Call &call) {
+    ttt_backward(tape, call, ttt_linear_vjp_rule);
+}
+void ttt_mlp_backward(Tape &tape, const Call &call) { ttt_backward(tape, call, ttt_mlp_vjp_rule); }
+
 const OpRule ttt_linear_rule{"ttt_linear", false, ttt_linear_flops, ttt_linear_backward};
-const OpRule ttt_mlp_rule{"ttt_mlp", false, ttt_mlp_flops, nullptr};
+const OpRule ttt_mlp_rule{"ttt_mlp", false, ttt_mlp_flops, ttt_mlp_backward};
 
 bool any_needs(const Graph &g, const std::vector<Id> &ids) {
     for (Id id : ids)
@@ -278,10 +287,9 @@ Id rope(Graph &g, Id x, int64_t heads, int64_t period, double theta) {
 
 TttResult ttt_scan(Graph &g, Id q, Id k, Id v, Id lr, Id index, Id scale, Id shift,
                    const std::vector<Id> &state, const TttScan &form) {
-    // The MLP's scan has no backward kernel: its composition gives the gradient.
     std::vector<Id> inputs{q, k, v, lr, index, scale, shift};
     inputs.insert(inputs.end(), state.begin(), state.end());
-    if ((g.mode.higher || form.mlp) && any_needs(g, inputs))
+    if (g.mode.higher && any_needs(g, inputs))
         return compose::ttt_scan(g, q, k, v, lr, index, scale, shift, state, form);
     TttResult r{
         g.temporary(g.value(q).type, g.shape(q)), g.temporary(g.wide, {g.shape(q)[0], 3}), {}};

@@ -55,6 +55,7 @@ const Op *const ops[] = {
     &dropout_op,
     &conv1d_vjp_op,
     &ttt_linear_vjp_op,
+    &ttt_mlp_vjp_op,
     &add_op,
     &sub_op,
     &mul_op,
