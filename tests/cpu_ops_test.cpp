@@ -363,8 +363,8 @@ TEST_P(CpuOps, ScaledWeights) {
                       1e-6, what);
                 check({"embedding_at",
                        {random_ids({n.s, n.t}, seed++, 0, int32_t(v)),
-                        random_ids({n.s, n.t}, seed++, 0, 9), table.w,
-                        random(act, {9, c}).frozen(), table.scales},
+                        random_ids({n.s, n.t}, seed++, 0, 9), table.w, random(act, {9, c}).frozen(),
+                        table.scales},
                        {{f32, {n.s, n.t, c}}},
                        {}},
                       1e-6, what);
@@ -525,9 +525,8 @@ TEST_P(CpuOps, AttentionCachedOfDrawnShapes) {
 TEST_P(CpuOps, KeepRows) {
     if (on_host())
         GTEST_SKIP() << "left to the reference";
-    for (const auto &[t, first] : {std::pair<int64_t, std::vector<double>>{1, {0, 19, 20}},
-                                   {7, {16}},
-                                   {20, {0, 3}}}) {
+    for (const auto &[t, first] :
+         {std::pair<int64_t, std::vector<double>>{1, {0, 19, 20}}, {7, {16}}, {20, {0, 3}}}) {
         const int64_t s = int64_t(first.size()), places = 20, c = 37;
         check({"keep_rows",
                {random(f32, {s, t, c}), from_values(DType::i32, {s}, first),
@@ -808,6 +807,42 @@ TEST_P(CpuOps, TttMlp) {
                        {0.1 / double(d), 1e-6}},
                       limit(act, true), shape_name(act, n.s, n.t) + " D=" + std::to_string(d));
             }
+}
+
+TEST_P(CpuOps, TttMlpGradient) {
+    if (on_host())
+        GTEST_SKIP() << "left to the reference";
+    for (const Length &n : {Length{1, 1}, {2, 2}, {1, 65}})
+        for (DType act : {f32, half})
+            for (int64_t d : {8, 20, 64})
+                for (bool all : {true, false}) {
+                    const int64_t heads = 4, c = heads * d, m = d == 20 ? 5 : 16;
+                    const Shape rows = {n.s, n.t, c}, gates = {n.s, n.t, heads};
+                    const std::vector<Shape> states = {{n.s, heads, d, 4 * d},
+                                                       {n.s, heads, 4 * d},
+                                                       {n.s, heads, 4 * d, d},
+                                                       {n.s, heads, d}};
+                    const Tensor lr = random(act, gates);
+                    for (int64_t i = 0; i < lr.count(); ++i)
+                        lr.set(i, 0.5 + 0.4 * lr.at(i));
+                    std::vector<Tensor> in = {
+                        random(act, rows),      random(act, rows),       random(act, rows),      lr,
+                        random(f32, {m}, 0.05), random(f32, {heads, d}), random(f32, {heads, d})};
+                    std::vector<Out> out = {{act, rows},      {act, rows}, {act, rows},
+                                            {act, gates},     {f32, {m}},  {f32, {heads, d}},
+                                            {f32, {heads, d}}};
+                    for (const Shape &s : states)
+                        in.push_back(random(f32, s, 0.1));
+                    in.push_back(random(act, rows));
+                    for (const Shape &s : states) {
+                        in.push_back(all ? random(f32, s) : none());
+                        out.push_back({f32, s});
+                    }
+                    in.push_back(all ? random(f32, {n.s, 3}) : none());
+                    check({"ttt_mlp_vjp", in, out, {0.1 / double(d), 1e-4}},
+                          act == half ? 2e-2 : 1e-3,
+                          shape_name(act, n.s, n.t) + " D=" + std::to_string(d));
+                }
 }
 
 TEST_P(CpuOps, TttLinearGradient) {

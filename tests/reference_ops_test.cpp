@@ -752,6 +752,44 @@ TEST(Gradient, TttLinear) {
         }
 }
 
+TEST(Gradient, TttMlp) {
+    const int64_t s = 2, t = 7, h = 2, d = 3, f = 4 * d, c = h * d, m = 4;
+    const auto r = [&](const Shape &shape, uint32_t seed, double scale = 1) {
+        return random_tensor(f64, shape, seed, scale);
+    };
+    const std::vector<Shape> states = {{s, h, d, f}, {s, h, f}, {s, h, f, d}, {s, h, d}};
+    std::vector<Tensor> in = {r({s, t, c}, 1), r({s, t, c}, 2), r({s, t, c}, 3), r({s, t, h}, 4),
+                              r({m}, 5, 0.2),  r({h, d}, 6),    r({h, d}, 7)};
+    in[4].set(2, -0.6); // max(0, ..) cuts this one off
+    std::vector<Tensor> weights = {r({s, t, c}, 10)};
+    std::vector<Out> out = {{f64, {s, t, c}}};
+    for (size_t i = 0; i < states.size(); ++i) {
+        in.push_back(r(states[i], uint32_t(20 + i), 0.5));
+        weights.push_back(r(states[i], uint32_t(30 + i)));
+        out.push_back({f64, states[i]});
+    }
+    weights.push_back(r({s, 3}, 13, 5));
+    out.push_back({f64, {s, 3}});
+    std::vector<Out> gradients;
+    for (const Tensor &x : in)
+        gradients.push_back({f64, x.shape});
+    const std::vector<double> attr = {0.3, 1e-2};
+    std::vector<Tensor> all = in;
+    all.insert(all.end(), weights.begin(), weights.end());
+    const auto back = call("ttt_mlp_vjp", all, gradients, attr);
+    for (size_t i = 0; i < in.size(); ++i)
+        expect_gradient("ttt_mlp", in, i, out, attr, weights, back[i]);
+    // One output alone, the others' gradients absent.
+    for (size_t only = 0; only < out.size(); ++only) {
+        std::vector<Tensor> one(out.size());
+        one[only] = weights[only];
+        std::vector<Tensor> some = in;
+        some.insert(some.end(), one.begin(), one.end());
+        const auto part = call("ttt_mlp_vjp", some, gradients, attr);
+        expect_gradient("ttt_mlp", in, 1, out, attr, one, part[1]);
+    }
+}
+
 // ---- Values written out ----
 
 TEST(Values, Embedding) {

@@ -53,20 +53,21 @@ struct ScanCase {
     int64_t causal_k = 0;
     bool losses = true; // with gradients of the losses
     double lr_scale = 1;
-    int kernel = 0; // as in TttLinearShape
+    int kernel = 0; // as in TttLinearShape; of an MLP, TttMlpShape's split
     std::string name() const {
         char text[160];
         std::snprintf(text, sizeof text, "%s %s %s s%d t%d h%d d%d m%d%s%s%s%s",
                       mlp ? "mlp" : "linear", type == DType::bf16 ? "bf16" : "f32",
                       ponder ? "ponder" : "official", int(s), int(t), int(h), int(d), int(m),
                       decay ? " decay" : "", limit ? " clip" : "", causal_k ? " shifted" : "",
-                      kernel == 1   ? " alike"
+                      mlp           ? ""
+                      : kernel == 1 ? " alike"
                       : kernel == 2 ? " roles"
                       : kernel == 3 ? " mixed"
                       : kernel == 4 ? " lockstep 2+1"
                       : kernel == 5 ? " lockstep 4+4"
                                     : "");
-        return text;
+        return mlp && kernel ? std::string(text) + " split " + std::to_string(kernel) : text;
     }
 };
 
@@ -87,7 +88,7 @@ public:
     ScanChecker() : reference_(reference_backend()) {}
 
     ScanErrors run(const ScanCase &c, bool backward = true) {
-        return c.mlp ? run_mlp(c) : run_linear(c, backward);
+        return c.mlp ? run_mlp(c, backward) : run_linear(c, backward);
     }
 
 private:
@@ -220,7 +221,7 @@ private:
         return errors;
     }
 
-    ScanErrors run_mlp(const ScanCase &c) {
+    ScanErrors run_mlp(const ScanCase &c, bool backward) {
         const int64_t width = c.h * c.d, f = 4 * c.d;
         const Shape rows{c.s, c.t, width}, rates{c.s, c.t, c.h}, head{c.h, c.d};
         const std::vector<Shape> states{
@@ -234,7 +235,8 @@ private:
         in[4].set(c.m / 2, -2);
         const std::vector<double> attr{0.1 * c.lr_scale / double(c.d), 1e-6};
         const cuda::TttType type = c.type == DType::bf16 ? cuda::TttType::bf16 : cuda::TttType::f32;
-        const cuda::TttMlpShape shape{c.s, c.t, c.h, c.d, c.m, type, type, attr[0], attr[1]};
+        const cuda::TttMlpShape shape{c.s,  c.t,  c.h,     c.d,     c.m,
+                                      type, type, attr[0], attr[1], c.kernel};
         if (const char *misses = cuda::ttt_mlp_misses(shape))
             throw NoKernel(misses);
         std::vector<Tensor> exact;
@@ -252,12 +254,14 @@ private:
             o.push_back(std::make_unique<DeviceTensor>(
                 Tensor(i == 0 ? c.type : DType::f32, outs[i].shape)));
         const DeviceTensor work{bytes_tensor(cuda::ttt_mlp_workspace(shape))},
-            tickets{filled(DType::f32, {c.s}, 0)};
+            tickets{filled(DType::f32, {c.s}, 0)}, trace{bytes_tensor(cuda::ttt_mlp_trace(shape))};
         const cuda::TttMlpForward call{
-            x[0]->data(),    x[1]->data(),   x[2]->data(),   x[3]->data(),   x[4]->floats(),
-            x[5]->floats(),  x[6]->floats(), x[7]->floats(), x[8]->floats(), x[9]->floats(),
-            x[10]->floats(), o[0]->data(),   o[1]->floats(), o[2]->floats(), o[3]->floats(),
-            o[4]->floats(),  o[5]->floats()};
+            x[0]->data(),   x[1]->data(),    x[2]->data(),
+            x[3]->data(),   x[4]->floats(),  x[5]->floats(),
+            x[6]->floats(), x[7]->floats(),  x[8]->floats(),
+            x[9]->floats(), x[10]->floats(), o[0]->data(),
+            o[1]->floats(), o[2]->floats(),  o[3]->floats(),
+            o[4]->floats(), o[5]->floats(),  backward && c.s % 2 ? trace.data() : nullptr};
         DeviceTensor::check(cuda::ttt_mlp(shape, call, work.data(),
                                           static_cast<unsigned *>(tickets.data()), nullptr));
         DeviceTensor::check(cudaDeviceSynchronize());
@@ -265,6 +269,72 @@ private:
         const char *names[] = {"y", "w1", "b1", "w2", "b2", "loss"};
         for (size_t i = 0; i < outs.size(); ++i)
             errors.forward[names[i]] = relative_error(o[i]->back(), expected[i]);
+        if (!backward)
+            return errors;
+        if (const char *misses = cuda::ttt_mlp_vjp_misses(shape))
+            throw NoKernel(misses);
+
+        std::vector<Tensor> upstream{random(c.type, rows, 1)};
+        for (const Shape &s : states)
+            upstream.push_back(random(DType::f32, s, 1));
+        upstream.push_back(c.losses ? random(DType::f32, {c.s, 3}, 0.5 * double(c.t), double(c.t))
+                                    : filled(DType::f32, {c.s, 3}, 0));
+        for (const Tensor &t : upstream)
+            exact.push_back(wide(t));
+        std::vector<Shape> shapes{rows, rows, rows, rates, {c.m}, head, head};
+        shapes.insert(shapes.end(), states.begin(), states.end());
+        outs.clear();
+        for (const Shape &s : shapes)
+            outs.push_back({DType::f64, s});
+        const auto gradients = reference_.run("ttt_mlp_vjp", exact, outs, attr);
+        std::vector<std::unique_ptr<DeviceTensor>> d, up;
+        for (const Tensor &t : upstream)
+            up.push_back(std::make_unique<DeviceTensor>(t));
+        for (size_t i = 0; i < shapes.size(); ++i)
+            d.push_back(
+                std::make_unique<DeviceTensor>(Tensor(i < 4 ? c.type : DType::f32, shapes[i])));
+        const DeviceTensor vjp_work{
+            bytes_tensor(cuda::ttt_mlp_vjp_workspace(shape, call.trace != nullptr))};
+        const cuda::TttMlpBackward b{call.q,
+                                     call.k,
+                                     call.v,
+                                     call.lr,
+                                     call.index,
+                                     call.g,
+                                     call.b,
+                                     call.w1,
+                                     call.b1,
+                                     call.w2,
+                                     call.b2,
+                                     up[0]->data(),
+                                     up[1]->floats(),
+                                     up[2]->floats(),
+                                     up[3]->floats(),
+                                     up[4]->floats(),
+                                     c.losses || c.t % 2 ? up[5]->floats() : nullptr,
+                                     call.trace,
+                                     d[0]->data(),
+                                     d[1]->data(),
+                                     d[2]->data(),
+                                     d[3]->data(),
+                                     d[4]->floats(),
+                                     d[5]->floats(),
+                                     d[6]->floats(),
+                                     d[7]->floats(),
+                                     d[8]->floats(),
+                                     d[9]->floats(),
+                                     d[10]->floats()};
+        DeviceTensor::check(cuda::ttt_mlp_vjp(shape, b, vjp_work.data(), nullptr));
+        DeviceTensor::check(cudaDeviceSynchronize());
+        const Tensor first_dk = d[1]->back(), first_dw = d[7]->back();
+        DeviceTensor::check(cuda::ttt_mlp_vjp(shape, b, vjp_work.data(), nullptr));
+        DeviceTensor::check(cudaDeviceSynchronize());
+        if (!identical(first_dk, d[1]->back()) || !identical(first_dw, d[7]->back()))
+            throw std::runtime_error(c.name() + ": a second run gives other gradients");
+        const char *gradient_names[] = {"dq", "dk",  "dv",  "dlr", "dindex", "dg",
+                                        "db", "dw1", "db1", "dw2", "db2"};
+        for (size_t i = 0; i < shapes.size(); ++i)
+            errors.gradient[gradient_names[i]] = relative_error(d[i]->back(), gradients[i]);
         return errors;
     }
 

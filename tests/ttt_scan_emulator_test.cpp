@@ -23,11 +23,15 @@ int main(int argc, char **argv) {
         cases.push_back({1, 90, 1, 64, 16, type, false, false, 0, 0, 0, true, 4});
         cases.push_back({1, 90, 1, 64, 16, type, true, false, 0, 0, -1, true, 4, 1});
         cases.push_back({1, 90, 1, 64, 16, type, true, false, 0, 0, -1, true, 4, 3});
-        for (const int64_t t : {1, 50}) {
-            ScanCase mlp{1, t, 1, 64, 16, type};
-            mlp.mlp = true;
-            cases.push_back(mlp);
-        }
+        for (const int64_t t : {1, 25, 50, 300})
+            for (const int split : {1, 4}) {
+                ScanCase mlp{t == 50 ? 2 : 1, t, t < 25 ? 4 : t == 50 ? 2 : 1, 64, 16, type};
+                mlp.mlp = true;
+                mlp.losses = t != 300;
+                mlp.lr_scale = 10;
+                mlp.kernel = split;
+                cases.push_back(mlp);
+            }
     }
     for (const int kernel : {4, 5}) {
         ScanCase c{1, 48, 2, 64, 16, DType::bf16};

@@ -3,6 +3,7 @@
 // memory (fragments.cuh): factors are small and all of them lie in the cache.
 #pragma once
 
+#include "cluster.cuh"
 #include "fragments.cuh"
 #include "launch.cuh"
 #include "lora_linear.hpp"
@@ -37,12 +38,6 @@ template <int SPLIT> __device__ inline float cluster_sum(const float *mine) {
     for (int block = 0; block < SPLIT; ++block)
         sum += x[block];
     return sum;
-}
-__device__ inline void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-}
-__device__ inline void cluster_wait() {
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 template <int SPLIT, bool back, class X, class Y>

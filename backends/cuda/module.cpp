@@ -87,6 +87,7 @@ constexpr Named ops[] = {
     {"dropout", plan_dropout},
     {"conv1d_vjp", plan_conv1d_vjp},
     {"ttt_linear_vjp", plan_ttt_linear_vjp},
+    {"ttt_mlp_vjp", plan_ttt_mlp_vjp},
     {"add", plan_add},
     {"sub", plan_sub},
     {"mul", plan_mul},

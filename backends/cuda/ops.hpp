@@ -25,7 +25,8 @@ int32_t plan_cross_entropy(const Call &), plan_cross_entropy_vjp(const Call &),
 int32_t plan_attention(const Call &), plan_attention_vjp(const Call &),
         plan_attention_cached(const Call &), plan_keep_rows(const Call &);
 int32_t plan_conv1d(const Call &), plan_conv1d_vjp(const Call &), plan_rope(const Call &);
-int32_t plan_ttt_linear(const Call &), plan_ttt_mlp(const Call &), plan_ttt_linear_vjp(const Call &);
+int32_t plan_ttt_linear(const Call &), plan_ttt_mlp(const Call &), plan_ttt_linear_vjp(const Call &),
+        plan_ttt_mlp_vjp(const Call &);
 int32_t plan_mean(const Call &), plan_mean_vjp(const Call &), plan_norm(const Call &);
 int32_t plan_adam(const Call &), plan_sgd(const Call &), plan_adamw(const Call &),
         plan_adam_vjp(const Call &), plan_sgd_vjp(const Call &);

@@ -1,5 +1,5 @@
-// ttt_linear, ttt_mlp and ttt_linear_vjp: the fused scans where they take the shape, else the plain
-// ones.
+// ttt_linear, ttt_mlp and their gradients: the fused scans where they take the shape, else the
+// plain ones.
 #include "scan.hpp"
 #include "ops.hpp"
 #include "ttt_scan.hpp"
@@ -31,6 +31,13 @@ TttLinearShape linear_shape(const Call &call) {
     shape.eps = call.attr(3);
     shape.max_grad_norm = call.attr(4);
     shape.causal_k = int64_t(call.attr(5));
+    return shape;
+}
+
+TttMlpShape mlp_shape(const Call &call) {
+    auto shape = shape_of<TttMlpShape>(call);
+    shape.scale = call.attr(0);
+    shape.eps = call.attr(1);
     return shape;
 }
 
@@ -91,9 +98,7 @@ int32_t plan_ttt_linear(const Call &call) {
 }
 
 int32_t plan_ttt_mlp(const Call &call) {
-    auto shape = shape_of<TttMlpShape>(call);
-    shape.scale = call.attr(0);
-    shape.eps = call.attr(1);
+    const TttMlpShape shape = mlp_shape(call);
     if (!types_fit(call, {1, 2, 11}, {4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16}) ||
         ttt_mlp_misses(shape) || !stays_aligned(shape.heads, shape.mini_batch) ||
         shape.streams > ponder_device::most_tickets)
@@ -137,6 +142,41 @@ int32_t plan_ttt_linear_vjp(const Call &call) {
         b.dw1 = run.at<float>(out + 7);
         b.db1 = run.at<float>(out + 8);
         return ttt_linear_vjp(shape, b, run.workspace, run.stream);
+    });
+}
+
+int32_t plan_ttt_mlp_vjp(const Call &call) {
+    const TttMlpShape shape = mlp_shape(call);
+    const size_t out = call.out(0);
+    if (call.op->n_in != 17 ||
+        !types_fit(call, {1, 2, 11, out, out + 1, out + 2},
+                   {4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, out + 4, out + 5, out + 6, out + 7,
+                    out + 8, out + 9, out + 10}) ||
+        call.type(out + 3) != call.type(3) || ttt_mlp_vjp_misses(shape) ||
+        !stays_aligned(shape.heads, shape.mini_batch))
+        return plan_plain_ttt_mlp_vjp(call);
+    return fused(call, ttt_mlp_vjp_workspace(shape, false), [=](const Run &run) {
+        auto b = inputs_of<TttMlpBackward>(run);
+        b.w2 = run.at<const float>(9);
+        b.b2 = run.at<const float>(10);
+        b.dy = run.at(11);
+        b.dw1_out = run.at<const float>(12);
+        b.db1_out = run.at<const float>(13);
+        b.dw2_out = run.at<const float>(14);
+        b.db2_out = run.at<const float>(15);
+        b.dloss = run.at<const float>(16);
+        b.dq = run.at(out);
+        b.dk = run.at(out + 1);
+        b.dv = run.at(out + 2);
+        b.dlr = run.at(out + 3);
+        b.dindex = run.at<float>(out + 4);
+        b.dg = run.at<float>(out + 5);
+        b.db = run.at<float>(out + 6);
+        b.dw1 = run.at<float>(out + 7);
+        b.db1 = run.at<float>(out + 8);
+        b.dw2 = run.at<float>(out + 9);
+        b.db2 = run.at<float>(out + 10);
+        return ttt_mlp_vjp(shape, b, run.workspace, run.stream);
     });
 }
 

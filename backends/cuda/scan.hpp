@@ -22,5 +22,6 @@ inline bool types_fit(const Call &call, std::initializer_list<size_t> rows,
 int32_t plan_plain_ttt_linear(const Call &);
 int32_t plan_plain_ttt_mlp(const Call &);
 int32_t plan_plain_ttt_linear_vjp(const Call &);
+int32_t plan_plain_ttt_mlp_vjp(const Call &);
 
 } // namespace ponder::cuda

@@ -92,16 +92,6 @@ __host__ __device__ inline int64_t mlp_scratch(int64_t m, int64_t d) {
     return 5 * m * d + 4 * m * 4 * d + m * m + 2 * m + 5 * d;
 }
 
-constexpr float gelu_scale = 0.79788456080286535588f, gelu_cube = 0.044715f;
-__device__ inline float gelu_of(float x) {
-    return 0.5f * x * (1 + tanhf(gelu_scale * (x + gelu_cube * x * x * x)));
-}
-__device__ inline float gelu_slope(float x) {
-    const float t = tanhf(gelu_scale * (x + gelu_cube * x * x * x));
-    return 0.5f * (1 + t) +
-           0.5f * x * (1 - t * t) * gelu_scale * (1 + 3 * gelu_cube * x * x);
-}
-
 template <class T, class R>
 __global__ void mlp_kernel(Shape p, const T *q_all, const T *k_all, const T *v_all,
                            const R *lr_all, const float *index, const float *g_all,

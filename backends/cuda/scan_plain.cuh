@@ -184,6 +184,16 @@ __device__ inline void take_step(int64_t n, int64_t in, int64_t out, const float
     });
 }
 
+constexpr float gelu_scale = 0.79788456080286535588f, gelu_cube = 0.044715f;
+__device__ inline float gelu_of(float x) {
+    return 0.5f * x * (1 + tanhf(gelu_scale * (x + gelu_cube * x * x * x)));
+}
+__device__ inline float gelu_slope(float x) {
+    const float t = tanhf(gelu_scale * (x + gelu_cube * x * x * x));
+    return 0.5f * (1 + t) +
+           0.5f * x * (1 - t * t) * gelu_scale * (1 + 3 * gelu_cube * x * x);
+}
+
 // Length of all n d values; the block's.
 __device__ inline float length(int64_t n, const float *x, float *cell) {
     float sum = 0;

@@ -1,7 +1,9 @@
 // ttt_linear_vjp on the plain scans: the mini-batches read backwards, with the state before each
 // kept. The equations are those of src/backend/reference/ttt_linear_vjp.cpp.
-#include "scan_plain.cuh"
 #include "scan.hpp"
+#include "scan_plain_vjp.cuh"
+
+#include <algorithm>
 
 namespace ponder::cuda {
 namespace plain {
@@ -21,92 +23,13 @@ __host__ __device__ inline int64_t scratch_of(const Shape &p) {
     return 17 * p.m * p.d + 4 * p.m * p.m + 4 * p.m + 8 * p.d + (p.batches + 2) * (p.d * p.d + p.d);
 }
 
-// A row of LN backwards, on a warp. What belongs to g and b is added to rows of its own, which one
-// thread a column sums in the end.
-struct Back {
-    Norm norm;
-    // dz += (d LN / dz)^T dy
-    __device__ void output(const float *z, const float *dy, float *dz, float *dg, float *db) const {
-        float mean, inverse;
-        norm.moments(z, mean, inverse);
-        float sum_u = 0, sum_uh = 0;
-        lanes(norm.d, [&](int64_t j) {
-            const float h = (z[j] - mean) * inverse, u = norm.g[j] * dy[j];
-            dg[j] += dy[j] * h;
-            db[j] += dy[j];
-            sum_u += u;
-            sum_uh += u * h;
-        });
-        const float mean_u = warp_sum(sum_u) / float(norm.d),
-                    mean_uh = warp_sum(sum_uh) / float(norm.d);
-        lanes(norm.d, [&](int64_t j) {
-            const float h = (z[j] - mean) * inverse;
-            dz[j] += (norm.g[j] * dy[j] - mean_u - h * mean_uh) * inverse;
-        });
-    }
-    // Of weight mean((LN(z) - target)^2); dy is scratch.
-    __device__ void error(const float *z, const float *target, float weight, float *dy, float *dz,
-                          float *dtarget, float *dg, float *db) const {
-        float mean, inverse;
-        norm.moments(z, mean, inverse);
-        lanes(norm.d, [&](int64_t j) {
-            const float y = norm.g[j] * ((z[j] - mean) * inverse) + norm.b[j];
-            dy[j] = 2 * weight / float(norm.d) * (y - target[j]);
-            dtarget[j] -= dy[j];
-        });
-        __syncwarp();
-        output(z, dy, dz, dg, db);
-    }
-    // Of the gradient of 0.5 |LN(z) - target|^2 in z; see NormGradient::loss_gradient.
-    __device__ void loss_gradient(const float *z, const float *target, const float *dp, float *dz,
-                                  float *dtarget, float *dg, float *db) const {
-        const int64_t d = norm.d;
-        const float *g = norm.g, *b = norm.b;
-        float mean, r;
-        norm.moments(z, mean, r);
-        float sums[4] = {};
-        lanes(d, [&](int64_t j) {
-            const float h = (z[j] - mean) * r, u = g[j] * (g[j] * h + b[j] - target[j]);
-            const float e = r * dp[j];
-            sums[0] += u;
-            sums[1] += u * h;
-            sums[2] += e;
-            sums[3] += e * h;
-        });
-        const float mean_u = warp_sum(sums[0]) / float(d), mean_uh = warp_sum(sums[1]) / float(d),
-                    mean_e = warp_sum(sums[2]) / float(d), mean_eh = warp_sum(sums[3]) / float(d);
-        float dr = 0, sum_dh = 0, sum_dhh = 0;
-        const auto dh_of = [&](int64_t j, float h, float u, float du) {
-            return -r * dp[j] * mean_uh - u * mean_eh + g[j] * g[j] * du;
-        };
-        lanes(d, [&](int64_t j) {
-            const float h = (z[j] - mean) * r, residual = g[j] * h + b[j] - target[j];
-            const float u = g[j] * residual, du = r * dp[j] - mean_e - h * mean_eh;
-            dr += dp[j] * (u - mean_u - h * mean_uh);
-            dg[j] += du * (residual + g[j] * h);
-            db[j] += du * g[j];
-            const float dh = dh_of(j, h, u, du);
-            sum_dh += dh;
-            sum_dhh += dh * h;
-        });
-        const float mean_dh = warp_sum(sum_dh) / float(d),
-                    mean_dhh = (warp_sum(sum_dhh) + warp_sum(dr) * r) / float(d);
-        lanes(d, [&](int64_t j) {
-            const float h = (z[j] - mean) * r, u = g[j] * (g[j] * h + b[j] - target[j]);
-            const float du = r * dp[j] - mean_e - h * mean_eh;
-            dtarget[j] -= du * g[j];
-            dz[j] += r * (dh_of(j, h, u, du) - mean_dh - h * mean_dhh);
-        });
-    }
-};
-
 template <class T, class R>
-__global__ void vjp_kernel(Shape p, const T *q_all, const T *k_all, const T *v_all,
-                           const R *lr_all, const float *index, const float *g_all,
-                           const float *b_all, const float *w1, const float *b1, const T *dy_all,
-                           const float *dw_next, const float *db_next, const float *dloss_all,
-                           T *dq_all, T *dk_all, T *dv_all, R *dlr_all, float *dw1, float *db1,
-                           float *partial, float *scratch) {
+__global__ void vjp_kernel(Shape p, const T *q_all, const T *k_all, const T *v_all, const R *lr_all,
+                           const float *index, const float *g_all, const float *b_all,
+                           const float *w1, const float *b1, const T *dy_all, const float *dw_next,
+                           const float *db_next, const float *dloss_all, T *dq_all, T *dk_all,
+                           T *dv_all, R *dlr_all, float *dw1, float *db1, float *partial,
+                           float *scratch) {
     __shared__ float cell[33];
     const int64_t d = p.d, m = p.m, d2 = d * d, md = m * d;
     const int64_t head = blockIdx.x, s = head / p.heads, h = head % p.heads;
@@ -344,6 +267,14 @@ __global__ void sum_streams(const float *partial, float *dg, float *db, float *d
 }
 
 } // namespace
+
+void queue_sums(const Run &run, size_t out, const float *partial, int64_t streams, int64_t heads,
+                int64_t d, int64_t m) {
+    sum_streams<<<blocks_for(std::max(heads * d, m), threads), threads, 0, run.stream>>>(
+        partial, run.at<float>(out + 5), run.at<float>(out + 6), run.at<float>(out + 4), streams,
+        heads, d, m);
+}
+
 } // namespace plain
 
 int32_t plan_plain_ttt_linear_vjp(const Call &call) {
@@ -365,26 +296,20 @@ int32_t plan_plain_ttt_linear_vjp(const Call &call) {
         call.type(out + 3) != call.type(3))
         return PONDER_PLAN_NONE;
     const int64_t blocks = streams * p.heads;
-    const size_t partial =
-        (size_t(blocks * (2 * p.d + m)) * sizeof(float) + 255) / 256 * 256;
+    const size_t partial = (size_t(blocks * (2 * p.d + m)) * sizeof(float) + 255) / 256 * 256;
     return by_types(call.type(0), call.type(3), [&]<class T, class R>(T, R) {
         return call.is(
-            partial + size_t(blocks * plain::scratch_of(p)) * sizeof(float),
-            [=](const Run &run) {
+            partial + size_t(blocks * plain::scratch_of(p)) * sizeof(float), [=](const Run &run) {
                 float *const parts = reinterpret_cast<float *>(run.workspace);
                 plain::vjp_kernel<<<unsigned(blocks), plain::threads, 0, run.stream>>>(
                     p, run.at<const T>(0), run.at<const T>(1), run.at<const T>(2),
                     run.at<const R>(3), run.at<const float>(4), run.at<const float>(5),
                     run.at<const float>(6), run.at<const float>(7), run.at<const float>(8),
                     run.at<const T>(9), run.at<const float>(10), run.at<const float>(11),
-                    run.at<const float>(12), run.at<T>(out), run.at<T>(out + 1),
-                    run.at<T>(out + 2), run.at<R>(out + 3), run.at<float>(out + 7),
-                    run.at<float>(out + 8), parts,
+                    run.at<const float>(12), run.at<T>(out), run.at<T>(out + 1), run.at<T>(out + 2),
+                    run.at<R>(out + 3), run.at<float>(out + 7), run.at<float>(out + 8), parts,
                     reinterpret_cast<float *>(run.workspace + partial));
-                plain::sum_streams<<<blocks_for(std::max(p.heads * p.d, m), plain::threads),
-                                     plain::threads, 0, run.stream>>>(
-                    parts, run.at<float>(out + 5), run.at<float>(out + 6), run.at<float>(out + 4),
-                    streams, p.heads, p.d, m);
+                plain::queue_sums(run, out, parts, streams, p.heads, p.d, m);
             });
     });
 }

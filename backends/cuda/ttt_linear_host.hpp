@@ -53,15 +53,17 @@ inline const char *linear_misses(const TttLinearShape &s) {
 }
 
 struct DeviceLimits {
-    int shared = 0, processors = 0; // bytes a block may have; 0 without a device
+    int shared = 0, processors = 0, major = 0; // bytes a block may have; 0 without a device
     DeviceLimits() {
         int device = 0;
         if (cudaGetDevice(&device) != cudaSuccess ||
             cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
                 cudaSuccess ||
             cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) !=
+                cudaSuccess ||
+            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) !=
                 cudaSuccess)
-            shared = processors = 0;
+            shared = processors = major = 0;
     }
 };
 inline const char *shared_misses(size_t bytes) {
@@ -97,6 +99,15 @@ auto visit_linear(const TttLinearShape &s, Visit visit) {
         return s.mini_batch == 16 ? visit(Kernels<Bf16, 16>()) : visit(Kernels<Bf16, 64>());
     return visit(Kernels<float, 16>());
 }
+
+// Sums of LinearParams' part: of dg and db over streams, of dindex over streams and heads.
+struct SumParams {
+    const float *part, *index;
+    float *dg, *db, *dindex;
+    int streams, heads, d, m;
+    float decay;
+};
+cudaError_t linear_sum_parts(const SumParams &, cudaStream_t);
 
 // The scan without queries, for its trace.
 cudaError_t ttt_linear_states(const TttLinearShape &shape, const LinearParams &p,

@@ -5,13 +5,7 @@
 namespace ponder::cuda {
 namespace {
 
-// dg and db: sums over streams; dindex: over streams and heads. A warp for each.
-struct SumParams {
-    const float *part, *index;
-    float *dg, *db, *dindex;
-    int streams, heads, d, m;
-    float decay;
-};
+// A warp for each sum.
 __global__ void __launch_bounds__(256) linear_sums(SumParams p) {
     const Place at;
     const int size = 2 * p.d + p.m, of_norm = p.heads * p.d;
@@ -54,6 +48,11 @@ size_t part_size(const TttLinearShape &s) {
 
 } // namespace
 
+cudaError_t linear_sum_parts(const SumParams &sums, cudaStream_t stream) {
+    const unsigned outputs = unsigned(2 * sums.heads * sums.d + sums.m);
+    return launch(linear_sums, (outputs + 7) / 8, 256, 0, stream, sums);
+}
+
 size_t ttt_linear_vjp_workspace(const TttLinearShape &shape, bool has_trace) {
     return part_size(shape) + last_rows_size(shape) + (has_trace ? 0 : ttt_linear_trace(shape));
 }
@@ -88,18 +87,9 @@ cudaError_t ttt_linear_vjp(const TttLinearShape &shape, const TttLinearBackward 
         shape, [&](auto kernels) { return kernels.run(shape, p, stream); });
     if (e != cudaSuccess)
         return e;
-    const SumParams sums{p.part,
-                         t.index,
-                         t.dg,
-                         t.db,
-                         t.dindex,
-                         p.streams,
-                         p.heads,
-                         int(shape.head_dim),
-                         int(shape.mini_batch),
-                         p.decay};
-    const unsigned outputs = unsigned(2 * shape.heads * shape.head_dim + shape.mini_batch);
-    return launch(linear_sums, (outputs + 7) / 8, 256, 0, stream, sums);
+    return linear_sum_parts({p.part, t.index, t.dg, t.db, t.dindex, p.streams, p.heads,
+                             int(shape.head_dim), int(shape.mini_batch), p.decay},
+                            stream);
 }
 
 } // namespace ponder::cuda

@@ -13,20 +13,15 @@
 //
 // with a barrier after each but the last. The error after a step is that of one more row, the last
 // key, in 1 to 3 of the next; the error under the initial state has blocks of its own.
-#include "ttt_linear_host.hpp"
 #include "ttt_linear_loss.cuh"
+#include "ttt_mlp.cuh"
 
 namespace ponder::cuda {
 namespace {
 
-struct MlpParams : LinearParams {
-    const float *w2, *b2;
-    float *w2_out, *b2_out;
-};
-
 template <class E> struct Mlp {
     using L = Linear<E, 64, 16>;
-    static constexpr int D = 64, M = 16, F = 4 * D, ld = D + 8, wide = F + 8;
+    static constexpr int D = mlp_dim, M = mlp_batch, F = mlp_inner, ld = D + 8, wide = F + 8;
     static constexpr int warps = F / 16, threads = 32 * warps, quarters = warps / (D / 16);
     static constexpr int stages = 3;
     static constexpr int z_ld = D + 4;
@@ -61,23 +56,7 @@ template <class E> struct MlpShared {
     }
 };
 
-// gelu(x) = x (1 + t) / 2 and its slope, t = tanh(sqrt(2 / pi) (x + 0.044715 x^3))
-__device__ __forceinline__ float gelu(float x, float &slope) {
-    const float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-    const float t = 1 - quotient(2, 1 + exponential(2 * u));
-    slope = 0.5f * (1 + t) +
-            0.5f * x * (1 - t * t) * 0.79788456080286536f * (1 + 3 * 0.044715f * x * x);
-    return 0.5f * x * (1 + t);
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2)
-        x += from_lane_xor(x, i);
-    return x;
-}
-
-template <class E> class MlpScan {
+template <class E, bool traced> class MlpScan {
     using X = Mlp<E>;
     using L = typename X::L;
     static constexpr int D = X::D, M = X::M, F = X::F, ld = X::ld, wide = X::wide;
@@ -154,9 +133,11 @@ private:
         for (int nt = 0; nt < 2; ++nt)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float a = gelu(z[nt][2 * half], slope[nt][2 * half]),
-                            b = gelu(z[nt][2 * half + 1], slope[nt][2 * half + 1]);
-                store_pair(to + (at.g + 8 * half) * wide + at.col + 8 * nt + 2 * at.t, a, b);
+                const Gelu a(z[nt][2 * half]), b(z[nt][2 * half + 1]);
+                slope[nt][2 * half] = a.slope;
+                slope[nt][2 * half + 1] = b.slope;
+                store_pair(to + (at.g + 8 * half) * wide + at.col + 8 * nt + 2 * at.t, a.value,
+                           b.value);
             }
     }
     // This warp's part of x W2
@@ -200,10 +181,10 @@ private:
     }
     // z becomes h; returns 1 / std.
     __device__ __forceinline__ float normalise(float2 &z) {
-        const float mean = warp_sum(z.x + z.y) * (1.0f / D);
+        const float mean = sum_of_lanes(z.x + z.y) * (1.0f / D);
         z.x -= mean;
         z.y -= mean;
-        const float r = inverse_root(warp_sum(z.x * z.x + z.y * z.y) * (1.0f / D) + p.eps);
+        const float r = inverse_root(sum_of_lanes(z.x * z.x + z.y * z.y) * (1.0f / D) + p.eps);
         z.x *= r;
         z.y *= r;
         return r;
@@ -230,11 +211,9 @@ private:
         }
         if (at.g == 0)
 #pragma unroll
-            for (int nt = 0; nt < 2; ++nt) {
-                float unused;
-                const float a = gelu(z[nt][0], unused), b = gelu(z[nt][1], unused);
-                store_pair(shared.x_last + at.col + 8 * nt + 2 * at.t, a, b);
-            }
+            for (int nt = 0; nt < 2; ++nt)
+                store_pair(shared.x_last + at.col + 8 * nt + 2 * at.t, Gelu(z[nt][0]).value,
+                           Gelu(z[nt][1]).value);
     }
     __device__ __forceinline__ void last_second_layer() {
         float z[2][4] = {};
@@ -316,14 +295,17 @@ private:
                     *q_tile = shared.tile(batch, 2);
             const float *b2 = shared.b2 + (batch & 1) * D;
             const bool learns = shared.rates.learns(is_short) != 0;
+            const bool queries = !traced || p.y;
+            if (traced && batch % trace_every == 0)
+                trace_state(batch / trace_every, b2);
 
             // 1
             float z[2][4], q1[2][4], slope[2][4];
             first_layer(z, k_tile);
             activate(slope, z, shared.x);
-            first_layer(q1, q_tile);
             FragA<E> a; // A
-            {
+            if (queries) {
+                first_layer(q1, q_tile);
                 float c[2][4] = {};
                 row_products<L>(c, q_tile, k_tile, at.lane);
                 rate_rows(c, is_short, 1.0f);
@@ -353,11 +335,16 @@ private:
                 const float goal[2] = {vv.x - kk.x - b.x, vv.y - kk.y - b.y};
                 const float residual[2] = {g.x * x.x - goal[0], g.y * x.y - goal[1]};
                 const float u[2] = {g.x * residual[0], g.y * residual[1]};
-                const float mean_u = warp_sum(u[0] + u[1]) * (1.0f / D),
-                            mean_uh = warp_sum(u[0] * x.x + u[1] * x.y) * (1.0f / D);
+                const float mean_u = sum_of_lanes(u[0] + u[1]) * (1.0f / D),
+                            mean_uh = sum_of_lanes(u[0] * x.x + u[1] * x.y) * (1.0f / D);
                 const float c = shared.c[(batch & 3) * M + row] * r;
-                store_pair(shared.p2 + row * ld + 2 * at.lane, c * (u[0] - mean_u - x.x * mean_uh),
-                           c * (u[1] - mean_u - x.y * mean_uh));
+                const float p2[2] = {c * (u[0] - mean_u - x.x * mean_uh),
+                                     c * (u[1] - mean_u - x.y * mean_uh)};
+                store_pair(shared.p2 + row * ld + 2 * at.lane, p2[0], p2[1]);
+                if (traced && row < n)
+                    store_pair(static_cast<E *>(p.trace_p) +
+                                   (int64_t(head) * p.tokens + batch * M + row) * D + 2 * at.lane,
+                               p2[0], p2[1]);
                 if (row == n - 1) {
                     before += residual[0] * residual[0] + residual[1] * residual[1];
                     store_pair(shared.goal_last + (batch & 1) * D + 2 * at.lane, goal[0], goal[1]);
@@ -385,12 +372,20 @@ private:
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt)
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
+                for (int half = 0; half < 2; ++half) {
+                    z[nt][2 * half] *= slope[nt][2 * half];
+                    z[nt][2 * half + 1] *= slope[nt][2 * half + 1];
                     store_pair(shared.p1 + (at.g + 8 * half) * wide + at.col + 8 * nt + 2 * at.t,
-                               z[nt][2 * half] * slope[nt][2 * half],
-                               z[nt][2 * half + 1] * slope[nt][2 * half + 1]);
+                               z[nt][2 * half], z[nt][2 * half + 1]);
+                }
+            if constexpr (traced)
+                store_rows(static_cast<E *>(p.trace_p1) +
+                               (((int64_t(head) * p.batches + batch) * X::warps + at.warp) * 32 +
+                                at.lane) *
+                                   8,
+                           z[0], z[1]);
             sync_warp(); // of P1, a warp reads its own units
-            {
+            if (queries) {
                 FragB<E> y[2];
                 load_b_transposed(y, shared.p1 + at.col, wide, at.lane);
                 mma(q1[0], a, y[0]);
@@ -404,10 +399,10 @@ private:
                 for (int k = 0; k < L::kt; ++k) {
                     FragB<E> y[2];
                     load_b_transposed(y, k_tile + 16 * k, ld, at.lane);
-                    step(w1[2 * k], x, y[0]);
-                    step(w1[2 * k + 1], x, y[1]);
+                    add_step(w1[2 * k], x, y[0]);
+                    add_step(w1[2 * k + 1], x, y[1]);
                 }
-                step(w1[2 * L::kt], x, ones);
+                add_step(w1[2 * L::kt], x, ones);
             }
             if (at.thread < D) {
                 float x = 0;
@@ -418,11 +413,11 @@ private:
             sync_block();
 
             // 5
-            second_layer(z, shared.x_q);
-            {
+            FragA<E> x;
+            FragB<E> y[2];
+            if (queries) {
+                second_layer(z, shared.x_q);
                 float c[2][4] = {};
-                FragA<E> x;
-                FragB<E> y[2];
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     load_a(x, shared.x_q + quarter + 16 * k, wide, at.lane);
@@ -436,22 +431,22 @@ private:
                 mma(z[0], x, y[0]);
                 mma(z[1], x, y[1]);
                 put_z(z);
-                if (learns) {
-                    load_a_transposed(x, shared.p2 + out, ld, at.lane);
+            }
+            if (learns) {
+                load_a_transposed(x, shared.p2 + out, ld, at.lane);
 #pragma unroll
-                    for (int k = 0; k < 4; ++k) {
-                        load_b_transposed(y, shared.x + quarter + 16 * k, wide, at.lane);
-                        step(w2[2 * k], x, y[0]);
-                        step(w2[2 * k + 1], x, y[1]);
-                    }
-                    copy_w2();
+                for (int k = 0; k < 4; ++k) {
+                    load_b_transposed(y, shared.x + quarter + 16 * k, wide, at.lane);
+                    add_step(w2[2 * k], x, y[0]);
+                    add_step(w2[2 * k + 1], x, y[1]);
                 }
+                copy_w2();
             }
             wait_for_copies<1>();
             sync_block();
 
             // 6
-            {
+            if (queries) {
                 const int row = at.warp;
                 float2 x = sum_z(shared.z + row * X::z_ld, M * X::z_ld, b2);
                 normalise(x);
@@ -463,8 +458,12 @@ private:
             }
         }
 
+        const float *b2_last = shared.b2 + (p.batches & 1) * D;
+        if constexpr (traced)
+            trace_state(trace_states(p.batches) - 1, b2_last);
         if (p.w_out)
-            write_states();
+            write_states(p.w_out + int64_t(head) * D * F, p.b_out + int64_t(head) * F,
+                         p.w2_out + int64_t(head) * F * D, p.b2_out + int64_t(head) * D, b2_last);
         if (p.loss) {
             sync_block();
             last_first_layer(shared.tile(p.batches - 1, 0) + (short_n - 1) * ld);
@@ -472,9 +471,8 @@ private:
             last_second_layer();
             sync_block();
             if (at.warp == 0)
-                after += last_error(shared.b2 + (p.batches & 1) * D,
-                                    shared.goal_last + ((p.batches - 1) & 1) * D, g);
-            after = warp_sum(after);
+                after += last_error(b2_last, shared.goal_last + ((p.batches - 1) & 1) * D, g);
+            after = sum_of_lanes(after);
             before = block_sum<X::warps>(before, shared.block, at);
             if (at.thread == 0) {
                 p.loss_part[head * 3 + 1] = before;
@@ -499,37 +497,30 @@ private:
                 }
         }
     }
-    // c += a b; in f32 rounded, see add_outer
-    __device__ __forceinline__ void step(float (&c)[4], const FragA<E> &a, const FragB<E> &b) {
-        if constexpr (sizeof(E) == 4) {
-            float x[4] = {};
-            mma(x, a, b);
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                c[e] += x[e];
-        } else
-            mma(c, a, b);
-    }
-
-    __device__ __forceinline__ void write_states() {
+    __device__ __forceinline__ void write_states(float *to_1, float *to_b1, float *to_2,
+                                                 float *to_b2, const float *b2) {
 #pragma unroll
         for (int j = 0; j < 2 * L::kt + 1; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int in = 8 * j + 2 * at.t + (e & 1), unit = at.col + at.g + 8 * (e >> 1);
                 if (in < D)
-                    p.w_out[(int64_t(head) * D + in) * F + unit] = w1[j][e];
+                    to_1[in * F + unit] = w1[j][e];
                 else if (in == D)
-                    p.b_out[int64_t(head) * F + unit] = w1[j][e];
+                    to_b1[unit] = w1[j][e];
             }
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                p.w2_out[(int64_t(head) * F + quarter + 8 * j + 2 * at.t + (e & 1)) * D + out +
-                         at.g + 8 * (e >> 1)] = w2[j][e];
+                to_2[(quarter + 8 * j + 2 * at.t + (e & 1)) * D + out + at.g + 8 * (e >> 1)] =
+                    w2[j][e];
         if (at.thread < D)
-            p.b2_out[int64_t(head) * D + at.thread] = shared.b2[(p.batches & 1) * D + at.thread];
+            to_b2[at.thread] = b2[at.thread];
+    }
+    __device__ __forceinline__ void trace_state(int64_t i, const float *b2) {
+        const MlpState to(p.trace_w, head, p.batches, i);
+        write_states(to.w1, to.b1, to.w2, to.b2, b2);
     }
 
     // The last tokens of 16 mini-batches at a time.
@@ -583,13 +574,29 @@ private:
     float w2[8][4];
 };
 
-template <class E>
+template <class E, bool traced>
 __global__ void __launch_bounds__(Mlp<E>::threads, 1)
     mlp_scan(const __grid_constant__ MlpParams p) {
-    MlpScan<E>(p).run();
+    MlpScan<E, traced>(p).run();
 }
 
 template <class E> size_t mlp_shared() { return size_t(MlpShared<E>(nullptr).size); }
+
+template <class E>
+cudaError_t run(const MlpParams &p, unsigned blocks_a_head, cudaStream_t stream) {
+    return launch(p.trace_w ? mlp_scan<E, true> : mlp_scan<E, false>,
+                  unsigned(p.streams * p.heads) * blocks_a_head, Mlp<E>::threads, mlp_shared<E>(),
+                  stream, p);
+}
+
+// Up to one and a half blocks a multiprocessor, as far as was measured; with 96 heads on 132 one
+// block a head is faster.
+bool on_clusters(const TttMlpShape &s) {
+    const DeviceLimits device;
+    return s.split ? s.split > 1
+                   : device.major >= 9 &&
+                         s.streams * s.heads * mlp_most_split * 2 <= device.processors * 3;
+}
 
 } // namespace
 
@@ -608,23 +615,31 @@ size_t ttt_mlp_workspace(const TttMlpShape &s) {
     return size_t(s.streams * s.heads * 3) * sizeof(float);
 }
 
+size_t ttt_mlp_trace(const TttMlpShape &s) { return MlpTrace(s).total; }
+
 cudaError_t ttt_mlp(const TttMlpShape &s, const TttMlpForward &t, void *workspace,
                     unsigned *tickets, cudaStream_t stream) {
-    MlpParams p{};
-    p.tokens = int(s.tokens), p.heads = int(s.heads), p.streams = int(s.streams);
-    p.batches = int((s.tokens + s.mini_batch - 1) / s.mini_batch);
-    p.rate_bf16 = s.rate_type == TttType::bf16;
-    p.scale = float(s.scale), p.eps = float(s.eps);
+    MlpParams p = mlp_params(s);
     p.q = t.q, p.k = t.k, p.v = t.v, p.lr = t.lr;
     p.index = t.index, p.g = t.g, p.b = t.b;
     p.w1 = t.w1, p.b1 = t.b1, p.w2 = t.w2, p.b2 = t.b2;
     p.y = t.y, p.w_out = t.w1_out, p.b_out = t.b1_out, p.w2_out = t.w2_out, p.b2_out = t.b2_out;
     p.loss = t.loss, p.loss_part = static_cast<float *>(workspace), p.tickets = tickets;
-    const unsigned blocks = unsigned(p.streams * p.heads) * (t.loss ? 2 : 1);
-    return s.type == TttType::bf16
-               ? launch(mlp_scan<Bf16>, blocks, Mlp<Bf16>::threads, mlp_shared<Bf16>(), stream, p)
-               : launch(mlp_scan<float>, blocks, Mlp<float>::threads, mlp_shared<float>(), stream,
-                        p);
+    if (t.trace)
+        MlpTrace(s).set(p, t.trace);
+    if (on_clusters(s))
+        return ttt_mlp_split(s, p, stream);
+    const unsigned blocks = t.loss ? 2 : 1;
+    return s.type == TttType::bf16 ? run<Bf16>(p, blocks, stream) : run<float>(p, blocks, stream);
+}
+
+cudaError_t ttt_mlp_states(const TttMlpShape &s, const MlpParams &reverse, cudaStream_t stream) {
+    MlpParams p = reverse;
+    p.y = nullptr;
+    p.w_out = p.loss = nullptr;
+    if (on_clusters(s))
+        return ttt_mlp_split(s, p, stream);
+    return s.type == TttType::bf16 ? run<Bf16>(p, 1, stream) : run<float>(p, 1, stream);
 }
 
 } // namespace ponder::cuda

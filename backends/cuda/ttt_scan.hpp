@@ -1,7 +1,7 @@
 // The fused TTT scans, as the module's ops call them: plain C++, no types of the module.
 //
-// They compute ops ttt_linear, ttt_linear_vjp and ttt_mlp of src/tensor/ops.hpp; names and shapes
-// are those of the list. S streams, T tokens, C = H D width, H heads, M mini-batch. Rows are dense.
+// They compute ops ttt_linear, ttt_mlp and their vjp of src/tensor/ops.hpp; names and shapes are
+// those of the list. S streams, T tokens, C = H D width, H heads, M mini-batch. Rows are dense.
 // `type` is that of q, k, v, y and their gradients, `rate_type` that of lr and dlr; everything else
 // is f32. Pointers are the device's and 16-byte aligned; outputs must not overlap inputs.
 //
@@ -76,6 +76,8 @@ struct TttMlpShape {
     int64_t streams, tokens, heads, head_dim, mini_batch;
     TttType type, rate_type;
     double scale, eps;
+    // Blocks that share a head; 0: chosen by the device and the number of heads. For tests 1 and 4.
+    int32_t split = 0;
 };
 
 struct TttMlpForward {
@@ -85,11 +87,30 @@ struct TttMlpForward {
     void *y;
     float *w1_out, *b1_out, *w2_out, *b2_out;
     float *loss; // [S,3]; may be null
+    void *trace; // as in TttLinearForward
+};
+
+struct TttMlpBackward {
+    const void *q, *k, *v, *lr;
+    const float *index, *g, *b, *w1, *b1, *w2, *b2;
+    const void *dy; // may be null, as the next five: zero
+    const float *dw1_out, *db1_out, *dw2_out, *db2_out;
+    const float *dloss;
+    const void *trace;        // of the forward scan; null: it is computed again
+    void *dq, *dk, *dv, *dlr; // as q, k, v, lr
+    float *dindex, *dg, *db, *dw1, *db1, *dw2, *db2;
 };
 
 const char *ttt_mlp_misses(const TttMlpShape &);
+const char *ttt_mlp_vjp_misses(const TttMlpShape &);
+
+size_t ttt_mlp_trace(const TttMlpShape &);
 size_t ttt_mlp_workspace(const TttMlpShape &);
+size_t ttt_mlp_vjp_workspace(const TttMlpShape &, bool has_trace);
+
 cudaError_t ttt_mlp(const TttMlpShape &, const TttMlpForward &, void *workspace, unsigned *tickets,
                     cudaStream_t);
+// As ttt_linear_vjp.
+cudaError_t ttt_mlp_vjp(const TttMlpShape &, const TttMlpBackward &, void *workspace, cudaStream_t);
 
 } // namespace ponder::cuda

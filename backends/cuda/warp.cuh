@@ -163,9 +163,10 @@ __device__ __forceinline__ bool is_last(unsigned *ticket, unsigned count) {
     return last;
 }
 
+// `cluster` blocks after each other share a cluster.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared,
-                   cudaStream_t stream, Params params) {
+                   cudaStream_t stream, Params params, unsigned cluster = 1) {
     if (shared > 48 * 1024) {
         const cudaError_t e =
             cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
@@ -174,8 +175,21 @@ cudaError_t launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
             return e;
     }
     void *args[] = {&params};
-    return cudaLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(blocks), dim3(threads),
-                            args, shared, stream);
+    if (cluster == 1)
+        return cudaLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(blocks), dim3(threads),
+                                args, shared, stream);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel), args);
 }
 
 } // namespace ponder::cuda

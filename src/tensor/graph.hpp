@@ -76,6 +76,8 @@ struct Mode {
     double dropout = 0;           // probability, on embeddings and residual branches
     double attention_dropout = 0; // probability, on attention's weights
     Id dropout_seed = -1;
+    bool compose_mlp = false; // TTT-MLP's scan is, where it has a gradient: products run faster on
+                              // the host than its reference kernel
     bool recompute = false; // what a block keeps for its gradient is computed again when it is due
 };
 

@@ -289,7 +289,7 @@ TttResult ttt_scan(Graph &g, Id q, Id k, Id v, Id lr, Id index, Id scale, Id shi
                    const std::vector<Id> &state, const TttScan &form) {
     std::vector<Id> inputs{q, k, v, lr, index, scale, shift};
     inputs.insert(inputs.end(), state.begin(), state.end());
-    if (g.mode.higher && any_needs(g, inputs))
+    if ((g.mode.higher || (form.mlp && g.mode.compose_mlp)) && any_needs(g, inputs))
         return compose::ttt_scan(g, q, k, v, lr, index, scale, shift, state, form);
     TttResult r{
         g.temporary(g.value(q).type, g.shape(q)), g.temporary(g.wide, {g.shape(q)[0], 3}), {}};

@@ -168,6 +168,7 @@ std::shared_ptr<const typename Unroll<T>::Pass> Unroll<T>::record(int64_t contex
     Mode mode;
     mode.higher = higher_;
     mode.train_adapter = inside_;
+    mode.compose_mlp = device_->on_host();
     Graph g(model_.type(), mode);
     auto p = std::make_shared<Pass>();
     p->context = context;

@@ -8,6 +8,7 @@
 #include "formats/gpt2_create.hpp"
 #include "session/generate.hpp"
 #include "session/session.hpp"
+#include "tensor/compose.hpp"
 #include "tensor/ops.hpp"
 #include "train/trainer.hpp"
 
@@ -154,6 +155,42 @@ void attend(const Model &model, int64_t streams, int64_t tokens) {
              *model.device(), b.flops(segment), double(streams * tokens), [&] { b.run(segment); });
 }
 
+// TTT-MLP's scan with the gradients of all that it reads: as two calls, or composed of primitives.
+void scan_mlp(const std::shared_ptr<const Device> &device, int64_t streams, int64_t tokens,
+              bool composed) {
+    constexpr int64_t heads = 12, d = 64, m = 16;
+    Graph g(DType::bf16);
+    std::vector<Id> in;
+    const auto input = [&](DType type, Shape shape) {
+        in.push_back(g.external("input", type, shape, true));
+        return in.back();
+    };
+    const Shape rows{streams, tokens, heads * d};
+    const Id q = input(g.act, rows), k = input(g.act, rows), v = input(g.act, rows),
+             lr = input(g.act, {streams, tokens, heads}), index = input(g.wide, {m}),
+             scale = input(g.wide, {heads, d}), shift = input(g.wide, {heads, d});
+    const std::vector<Id> state{
+        input(g.wide, {streams, heads, d, 4 * d}), input(g.wide, {streams, heads, 4 * d}),
+        input(g.wide, {streams, heads, 4 * d, d}), input(g.wide, {streams, heads, d})};
+    TttScan form;
+    form.mlp = true;
+    form.scale = 0.1 / double(d);
+    const TttResult r =
+        (composed ? compose::ttt_scan : ttt_scan)(g, q, k, v, lr, index, scale, shift, state, form);
+    const std::vector<Seed> seeds{{r.y, g.external("dy", g.value(r.y).type, rows)}};
+    for (const Id id : gradients(g, seeds, in))
+        g.expose(id, "gradient");
+    g.expose(r.y, "y");
+    const size_t end = g.calls().size();
+    const Bound b(std::move(g), {end}, device);
+    time("TTT-MLP scan and gradient, B=" + std::to_string(streams) +
+             " T=" + std::to_string(tokens) + (composed ? ", composed" : ""),
+         *device, b.flops(0), double(streams * tokens), [&] { b.run(0); });
+    std::printf("    %zu calls, arena %.2f GB, workspace %.2f GB\n", end,
+                double(b.program->arena_bytes()) * 1e-9,
+                double(b.program->workspace_bytes()) * 1e-9);
+}
+
 void session(const std::shared_ptr<const Model> &model, const char *name,
              std::initializer_list<std::pair<const char *, const char *>> values) {
     Options options;
@@ -272,7 +309,7 @@ void generate(const std::shared_ptr<const Model> &model, const std::string &name
     std::sort(write.begin(), write.end());
     const double first = fill[2], each = (write[2] - first) / double(more);
     const double speed = bandwidth(model->device()) * 1e-3, // bytes a millisecond
-                 element = double(size_of(backbone.type())),
+        element = double(size_of(backbone.type())),
                  matrices = double(backbone.packed_estimate(false, 0)),
                  rest = matrices - double(config.vocabulary * config.width) * element,
                  row = double(config.layers * 2 * config.width) * element; // keys and values
@@ -340,6 +377,10 @@ int main(int argc, char **argv) {
             time("TTT-Linear layer, SKIP", device, skip.flops(0), 512, [&] { skip.run(0); });
             time("TTT-Linear layer, UPDATE", device, b.flops(0), 512, [&] { b.run(0); });
         }
+        if (wanted("ttt-mlp"))
+            for (const int64_t streams : {1, 8})
+                for (const bool composed : {false, true})
+                    scan_mlp(model->device(), streams, 2048, composed);
         if (wanted("batch")) {
             const Bound b = losses(*model, 16, 1024);
             time("SKIP, B=16 T=1024, losses", device, b.flops(0), 16384, [&] { b.run(0); });
@@ -359,8 +400,8 @@ int main(int argc, char **argv) {
                     {{"policy", "ema:loss:0.001"}, {"lora.layers", "last:3"}});
         }
         if (wanted("generate"))
-            for (const auto &[name, m] : {std::pair("GPT-2 124M", model),
-                                          {"code-10m's shape", load(small)}})
+            for (const auto &[name, m] :
+                 {std::pair("GPT-2 124M", model), {"code-10m's shape", load(small)}})
                 for (const char *adapter : {"none", "lora", "ttt-linear"}) {
                     generate(m, name, 1, 512, adapter);
                     generate(m, name, 16, 64, adapter);

@@ -2,7 +2,8 @@
 // them.
 //
 //     ttt_scan_cuda [--check] [--time] [--variants [--kernels 1245]]
-//                   [--small KERNEL [--forward] [--unlimited]] [--one CASE] [--json FILE]
+//                   [--small KERNEL [--forward] [--unlimited]] [--mlp [--short]] [--one CASE]
+//                   [--json FILE]
 //
 // Times are medians over replays of a graph in which each call has inputs of its own, together
 // larger than the L2 cache, divided by the calls; `alone` is the median of single calls between
@@ -13,6 +14,7 @@
 // alike.
 // --small checks short scans of one kernel, for compute-sanitizer: the forward pass alone, without
 // the one that has a limit on the gradient's norm.
+// --mlp leaves the cases of TTT-MLP alone, --short of these the short ones.
 #include "../ttt_scan_cases.hpp"
 
 #include <fstream>
@@ -58,10 +60,17 @@ std::vector<ScanCase> checks() {
     }
     for (const DType type : {DType::f32, DType::bf16})
         for (const int64_t m : {16, 64})
-            for (const int64_t t : {1, 50, 300}) {
-                ScanCase c{2, t, 2, 64, m, type};
+            for (const int64_t t : {1, 25, 50, 300, 2048}) {
+                ScanCase c{t == 50 || t == 2048 ? 1 : 2, t, t == 2048 ? 1 : 2, 64, m, type};
                 c.mlp = true;
+                c.losses = t != 300;
+                c.lr_scale = t == 2048 ? 1 : 10;
                 cases.push_back(c);
+                if (type == DType::bf16 && m == 16 && t != 2048)
+                    for (const int split : {4, 1}) {
+                        c.kernel = split;
+                        cases.push_back(c);
+                    }
             }
     return cases;
 }
@@ -338,7 +347,8 @@ std::vector<Timing> time_mlp(Timer &timer, const ScanCase &c, bool few) {
     const std::vector<Shape> states{
         {c.s, c.h, c.d, f}, {c.s, c.h, f}, {c.s, c.h, f, c.d}, {c.s, c.h, c.d}};
     const cuda::TttType type = c.type == DType::bf16 ? cuda::TttType::bf16 : cuda::TttType::f32;
-    const cuda::TttMlpShape shape{c.s, c.t, c.h, c.d, c.m, type, type, 0.1 / double(c.d), 1e-6};
+    const cuda::TttMlpShape shape{c.s,  c.t,     c.h, c.d, c.m, type, type, 0.1 / double(c.d),
+                                  1e-6, c.kernel};
     if (cuda::ttt_mlp_misses(shape))
         return {};
     const double tensor = double(c.s * c.t * width) * double(size_of(c.type));
@@ -346,39 +356,99 @@ std::vector<Timing> time_mlp(Timer &timer, const ScanCase &c, bool few) {
     const Tensor pattern = random_tensor(c.type, {999983}, 1),
                  wide = random_tensor(DType::f32, {99991}, 3, 0.02);
     Set all;
-    std::vector<cuda::TttMlpForward> calls;
+    std::vector<cuda::TttMlpForward> calls, traced;
+    std::vector<cuda::TttMlpBackward> back, alone;
     const auto f32 = [&](const Shape &s) {
         return all.add(filled_with(wide, DType::f32, s))->floats();
     };
     const auto row = [&] { return all.add(filled_with(pattern, c.type, rows))->data(); };
     DeviceTensor *tickets = all.add(filled_with(filled(DType::f32, {8}, 0), DType::f32, {c.s}));
-    DeviceTensor *work =
-        all.add(std::make_unique<DeviceTensor>(bytes_tensor(cuda::ttt_mlp_workspace(shape))));
+    DeviceTensor *work = all.add(std::make_unique<DeviceTensor>(bytes_tensor(
+        std::max(cuda::ttt_mlp_workspace(shape), cuda::ttt_mlp_vjp_workspace(shape, false)))));
+    const bool vjp = !cuda::ttt_mlp_vjp_misses(shape);
     const float *index = f32({c.m}), *g = f32(head), *b = f32(head);
-    for (int i = 0; i < sets; ++i)
+    for (int i = 0; i < sets; ++i) {
         calls.push_back({row(), row(), row(), all.add(filled_with(pattern, c.type, rates))->data(),
                          index, g, b, f32(states[0]), f32(states[1]), f32(states[2]),
                          f32(states[3]), row(), f32(states[0]), f32(states[1]), f32(states[2]),
-                         f32(states[3]), f32({c.s, 3})});
-    const auto call = [&](int i) {
-        CHECK(cuda::ttt_mlp(shape, calls[size_t(i)], work->data(),
-                            static_cast<unsigned *>(tickets->data()), timer.stream));
+                         f32(states[3]), f32({c.s, 3}), nullptr});
+        if (!vjp)
+            continue;
+        const auto &x = calls.back();
+        traced.push_back(x);
+        traced.back().trace =
+            all.add(std::make_unique<DeviceTensor>(bytes_tensor(cuda::ttt_mlp_trace(shape))))
+                ->data();
+        back.push_back({x.q,
+                        x.k,
+                        x.v,
+                        x.lr,
+                        index,
+                        g,
+                        b,
+                        x.w1,
+                        x.b1,
+                        x.w2,
+                        x.b2,
+                        row(),
+                        f32(states[0]),
+                        f32(states[1]),
+                        f32(states[2]),
+                        f32(states[3]),
+                        nullptr,
+                        traced.back().trace,
+                        row(),
+                        row(),
+                        row(),
+                        all.add(filled_with(pattern, c.type, rates))->data(),
+                        f32({c.m}),
+                        f32(head),
+                        f32(head),
+                        f32(states[0]),
+                        f32(states[1]),
+                        f32(states[2]),
+                        f32(states[3])});
+        alone.push_back(back.back());
+        alone.back().trace = nullptr;
+    }
+    const auto forward = [&](const cuda::TttMlpForward &x) {
+        CHECK(cuda::ttt_mlp(shape, x, work->data(), static_cast<unsigned *>(tickets->data()),
+                            timer.stream));
+    };
+    const auto backward = [&](const cuda::TttMlpBackward &x) {
+        CHECK(cuda::ttt_mlp_vjp(shape, x, work->data(), timer.stream));
     };
     if (few) {
-        for (int i = 0; i < 3; ++i)
-            call(0);
+        for (int i = 0; i < 3; ++i) {
+            forward(calls[0]);
+            if (vjp)
+                forward(traced[0]), backward(back[0]), backward(alone[0]);
+        }
         CHECK(cudaStreamSynchronize(timer.stream));
         return {};
     }
     Timing t{c.name(), "fwd", 0, 0, 4 * tensor};
-    timer.run(t, sets, call);
-    return {t};
+    timer.run(t, sets, [&](int i) { forward(calls[size_t(i)]); });
+    std::vector<Timing> out{t};
+    if (!vjp)
+        return out;
+    t = {c.name(), "f+b", 0, 0, 12 * tensor};
+    timer.run(t, sets, [&](int i) {
+        forward(traced[size_t(i)]);
+        backward(back[size_t(i)]);
+    });
+    out.push_back(t);
+    t = {c.name(), "vjp", 0, 0, 8 * tensor};
+    timer.run(t, sets, [&](int i) { backward(alone[size_t(i)]); });
+    out.push_back(t);
+    return out;
 }
 
 } // namespace
 
 int main(int argc, char **argv) {
     bool check = false, time = false, variants = false, backward = true, limited = true;
+    bool mlp = false, few_tokens = false;
     int one = -1, small = -1;
     std::string json, kernels = "1245";
     for (int i = 1; i < argc; ++i) {
@@ -392,6 +462,8 @@ int main(int argc, char **argv) {
             kernels = argv[++i];
         if (a == "--small" && i + 1 < argc)
             small = std::atoi(argv[++i]);
+        mlp |= a == "--mlp";
+        few_tokens |= a == "--short";
         if (a == "--one" && i + 1 < argc)
             one = std::atoi(argv[++i]);
         if (a == "--json" && i + 1 < argc)
@@ -399,7 +471,11 @@ int main(int argc, char **argv) {
     }
     bool good = true;
     if (check) {
-        good = check_scans(checks(), true);
+        std::vector<ScanCase> cases = checks();
+        if (mlp)
+            std::erase_if(cases,
+                          [&](const ScanCase &c) { return !c.mlp || (few_tokens && c.t != 25); });
+        good = check_scans(cases, true);
         std::printf("checks: %s\n", good ? "all good" : "FAILED");
     }
     if (small >= 0) {
@@ -428,15 +504,20 @@ int main(int argc, char **argv) {
     cases.push_back({8, 2048, 6, 128, 16, DType::bf16});
     cases.push_back({8, 2048, 6, 128, 64, DType::bf16});
     cases.push_back({1, 512, 12, 64, 16, DType::bf16, true, false, 0.1, 1.0, -1});
-    for (const int64_t s : {1, 8}) {
+    for (const int64_t s : {1, 2, 4, 8}) {
         ScanCase c{s, 2048, 12, 64, 16, DType::bf16};
         c.mlp = true;
-        cases.push_back(c);
-        c.m = 64;
-        cases.push_back(c);
+        for (const int split : {4, 1}) { // both, to choose by
+            c.kernel = split;
+            cases.push_back(c);
+        }
     }
+    cases.push_back({1, 2048, 12, 64, 16, DType::f32});
+    cases.back().mlp = true;
     if (small >= 0 && !time && !variants && one < 0)
         return good ? 0 : 1;
+    if (mlp)
+        std::erase_if(cases, [](const ScanCase &c) { return !c.mlp; });
     Timer timer;
     if (variants) { // results are lines of JSON, one each
         std::ofstream out(json.empty() ? "/dev/null" : json, std::ios::app);

@@ -61,4 +61,4 @@ template <class T> cudaError_t cudaFuncSetAttribute(T *, cudaFuncAttribute, int)
     return cudaSuccess;
 }
 
-#include "warp.hpp"
+#include "cluster.hpp"

@@ -41,7 +41,7 @@ static void *scheduler = nullptr;
 void yield() { ponder_switch_stack(&thread->stack_pointer, scheduler); }
 
 static void entry() {
-    (*block->body)();
+    (*block->cluster->body)();
     thread->done = true;
     yield();
     std::abort();
@@ -57,34 +57,40 @@ static void start(Thread &t, unsigned char *stack, size_t size) {
     t.stack_pointer = sp;
 }
 
-static void run_block(Block &b) {
+static void run_cluster(Cluster &c) {
     constexpr size_t size = 128 * 1024;
     static std::vector<std::unique_ptr<unsigned char[]>> stacks;
-    while (stacks.size() < b.threads.size())
+    while (stacks.size() < size_t(c.threads))
         stacks.push_back(std::make_unique_for_overwrite<unsigned char[]>(size));
-    block = &b;
-    for (size_t i = 0; i < b.threads.size(); ++i) {
-        Thread &t = b.threads[i];
-        t.id = unsigned(i);
-        t.index = {t.id % block_size.x, t.id / block_size.x % block_size.y,
-                   t.id / block_size.x / block_size.y};
-        ++b.warps[i / 32].lanes;
-        start(t, stacks[i].get(), size);
-    }
-    for (size_t left = b.threads.size(); left > 0;)
-        for (Thread &t : b.threads) {
-            if (t.done)
+    std::vector<Thread *> all;
+    for (Block &b : c.blocks)
+        for (size_t i = 0; i < b.threads.size(); ++i) {
+            Thread &t = b.threads[i];
+            t.block = &b;
+            t.id = unsigned(i);
+            t.index = {t.id % block_size.x, t.id / block_size.x % block_size.y,
+                       t.id / block_size.x / block_size.y};
+            ++b.warps[i / 32].lanes;
+            start(t, stacks[all.size()].get(), size);
+            all.push_back(&t);
+        }
+    for (size_t left = all.size(); left > 0;)
+        for (Thread *t : all) {
+            if (t->done)
                 continue;
-            thread = &t;
-            ponder_switch_stack(&scheduler, t.stack_pointer);
-            left -= t.done;
+            thread = t;
+            block = t->block;
+            block_index = block->index;
+            ponder_switch_stack(&scheduler, t->stack_pointer);
+            left -= t->done;
         }
 }
 
 void launch(const Config &c, const std::function<void()> &body) {
     const unsigned threads = c.block.x * c.block.y * c.block.z;
     if (threads == 0 || threads > 1024 || c.shared > most_shared ||
-        c.grid.x * c.grid.y * c.grid.z == 0) {
+        c.grid.x * c.grid.y * c.grid.z == 0 || c.cluster == 0 || c.cluster > 8 ||
+        c.grid.x % c.cluster != 0) {
         last_error = cudaErrorInvalidConfiguration;
         return;
     }
@@ -92,14 +98,20 @@ void launch(const Config &c, const std::function<void()> &body) {
     grid_size = c.grid;
     for (unsigned z = 0; z < c.grid.z; ++z)
         for (unsigned y = 0; y < c.grid.y; ++y)
-            for (unsigned x = 0; x < c.grid.x; ++x) {
-                block_index = {x, y, z};
-                Block b;
-                b.body = &body;
-                b.threads.resize(threads);
-                b.warps.resize((threads + 31) / 32);
-                b.shared.assign(c.shared + 128, 0xff);
-                run_block(b);
+            for (unsigned x = 0; x < c.grid.x; x += c.cluster) {
+                Cluster cluster;
+                cluster.body = &body;
+                cluster.threads = int(threads * c.cluster);
+                cluster.blocks.resize(c.cluster);
+                for (unsigned i = 0; i < c.cluster; ++i) {
+                    Block &b = cluster.blocks[i];
+                    b.cluster = &cluster;
+                    b.index = {x + i, y, z};
+                    b.threads.resize(threads);
+                    b.warps.resize((threads + 31) / 32);
+                    b.shared.assign(c.shared + 128, 0xff);
+                }
+                run_cluster(cluster);
             }
 }
 

@@ -1,4 +1,5 @@
-// What runs a kernel on the CPU: a fiber for each thread of a block, blocks one after the other.
+// What runs a kernel on the CPU: a fiber for each thread of a block, blocks one after the other but
+// for those of a cluster, which take turns.
 //
 // Exchanges and barriers are where fibers take turns. Shared memory starts as NaN, and what is
 // copied asynchronously arrives when it is waited for, so tests see results that nothing wrote,
@@ -20,12 +21,16 @@ struct Copy {
     bool valid;
 };
 
+struct Block;
+
 struct Thread {
+    Block *block = nullptr;
     unsigned id = 0; // in the block
     uint3 index{};
     void *stack_pointer = nullptr;
     bool done = false;
     unsigned exchanges = 0; // that it took part in
+    unsigned cluster_turn = 0;
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
 };
@@ -43,12 +48,22 @@ struct Barrier {
     unsigned generation = 0;
 };
 
+struct Cluster;
+
 struct Block {
-    const std::function<void()> *body;
+    Cluster *cluster;
+    uint3 index;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<unsigned char> shared;
     Barrier barrier[16]; // 0: __syncthreads
+};
+
+struct Cluster {
+    const std::function<void()> *body;
+    std::vector<Block> blocks;
+    Barrier barrier;
+    int threads;
 };
 
 extern Block *block;
@@ -63,8 +78,9 @@ constexpr size_t most_shared = 227 * 1024;
 struct Config {
     dim3 grid, block;
     size_t shared;
-    Config(dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = nullptr)
-        : grid(grid), block(block), shared(shared) {}
+    unsigned cluster; // along x
+    Config(dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = nullptr, unsigned cluster = 1)
+        : grid(grid), block(block), shared(shared), cluster(cluster) {}
 };
 // Runs `body` for every thread and returns when the last is done.
 void launch(const Config &, const std::function<void()> &body);
@@ -82,6 +98,19 @@ inline void wait_at(Barrier &b, int threads) {
     } else
         while (b.generation == generation)
             yield();
+}
+
+inline void arrive_in_cluster() {
+    Cluster &c = *block->cluster;
+    thread->cluster_turn = c.barrier.generation;
+    if (++c.barrier.arrived == c.threads) {
+        c.barrier.arrived = 0;
+        ++c.barrier.generation;
+    }
+}
+inline void wait_for_cluster() {
+    while (block->cluster->barrier.generation == thread->cluster_turn)
+        yield();
 }
 
 // Every lane gives its value and gets those of all.
@@ -106,9 +135,15 @@ template <class T> T of_lane(const Slots &slots, unsigned lane) {
 }
 
 // Dynamic shared memory.
-template <class T> T *shared_memory() {
-    const auto first = reinterpret_cast<uintptr_t>(block->shared.data());
-    return reinterpret_cast<T *>((first + 127) / 128 * 128);
+inline unsigned char *first_byte(Block &b) {
+    const auto first = reinterpret_cast<uintptr_t>(b.shared.data());
+    return reinterpret_cast<unsigned char *>((first + 127) / 128 * 128);
+}
+template <class T> T *shared_memory() { return reinterpret_cast<T *>(first_byte(*block)); }
+// The same place in another block of the cluster.
+inline unsigned char *in_block(const void *p, unsigned rank) {
+    return first_byte(block->cluster->blocks[rank]) +
+           (static_cast<const unsigned char *>(p) - first_byte(*block));
 }
 
 } // namespace emulator

@@ -170,8 +170,8 @@ inline bool is_last(unsigned *ticket, unsigned count) {
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared,
-                   cudaStream_t stream, Params params) {
-    emulator::launch({blocks, threads, shared, stream}, [&] { kernel(params); });
+                   cudaStream_t stream, Params params, unsigned cluster = 1) {
+    emulator::launch({blocks, threads, shared, stream, cluster}, [&] { kernel(params); });
     return cudaGetLastError();
 }
 

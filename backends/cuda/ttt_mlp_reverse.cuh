@@ -1,0 +1,700 @@
+// ttt_mlp_vjp: the mini-batches read backwards. Notation as in ttt_mlp.cuh and ttt_linear_vjp; XQ
+// and U are the queries' hidden units and outputs, S and S'' gelu's slope and curve at Z1.
+//
+//   W1, W2 before the mini-batch by subtraction of its step, whose P1 and P2 are in the trace, and
+//   exactly every few mini-batches, where the trace has them whole
+//   dU from dy through the output norm
+//   dZQ1 = (dU W2^T + B2 X) gelu'(ZQ1),   B2_ij = a_i / f (dU_i P2_j), j <= i
+//   dP1 = K dW1' + db1' + A1^T dZQ1,      dY = dP1 S (of Y = P2 W2^T), dZ1 = dP1 Y S''
+//   dP2 = X dW2' + db2' + A2^T dU + dY W2
+//   dZ2 from dG2 = -f c dP2 through the gradient of the reconstruction loss
+//   dZ1 += (P2 dW2'^T + B2^T XQ + dZ2 W2^T) S
+//   dk = P1 dW1'^T + dZ1 W1^T + B1^T Q - dtarget, dq = dy + dZQ1 W1^T + B1 K,   B1 as B2
+//   dW1 = dW1' + K^T dZ1 + Q^T dZQ1,  dW2 = dW2' + X^T dZ2 + XQ^T dU + dY^T P2
+//
+// State and gradient, 256 KiB for a head, are a multiprocessor's whole register file: on sm_90
+// blocks of a cluster share a head (ttt_mlp_units.cuh), 128 registers a thread for W1, W2 and their
+// gradients. Without clusters one block has it, and the compiler spills what does not fit. Sums are
+// exchanged three times a mini-batch: for Z2 and U, for dP2, and for dq and dk, which are read in
+// the next mini-batch; dU and dZ2 are handed out. So four waits.
+//
+// Counted, a mini-batch of a head: 21 products of 16 x 64 x 256 and small ones, 11 MFLOP, 240
+// matrix instructions a warp (7,100 in the whole code); measured on an H200, one warp on a
+// scheduler: 15,000 cycles, two: hardly more. Latency is what limits, not the multiprocessor.
+#pragma once
+
+#include "ttt_mlp_units.cuh"
+
+namespace ponder::cuda {
+
+template <class X> struct MlpReverseShared {
+    using E = typename X::E;
+    E *tiles, *p1, *du, *dz;
+    MlpExchange<X, 2> exchange;
+    Rates<X::M> rates;
+    int size;
+    __host__ __device__ explicit MlpReverseShared(unsigned char *base)
+        : MlpReverseShared(SharedLayout(base)) {}
+    __host__ __device__ explicit MlpReverseShared(SharedLayout s) : exchange(s) {
+        tiles = s.take<E>(2 * 3 * X::M * X::ld);
+        p1 = s.take<E>(2 * X::threads * 8);
+        du = s.take<E>(X::M * X::ld);
+        dz = s.take<E>(X::M * X::ld);
+        rates = {s.take<float>(3 * X::M + 4)};
+        size = s.size();
+    }
+    __device__ E *tile(int batch, int input) const { // k, q, P2
+        return tiles + ((batch & 1) * 3 + input) * X::M * X::ld;
+    }
+};
+
+template <class X> class MlpReverseScan : MlpUnits<X, 2> {
+    using Units = MlpUnits<X, 2>;
+    using typename Units::E, typename Units::L, typename Units::Result, typename Units::Weight,
+        typename Units::Norm, typename Units::Loss;
+    using Units::D, Units::M, Units::F, Units::ld, Units::split;
+    using Units::each, Units::read, Units::fetch_rows, Units::trace_at, Units::output;
+    using Units::mean, Units::goal_of;
+    using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out;
+    using Units::over_dims, Units::over_rows, Units::small, Units::add, Units::add_bias,
+        Units::sum_rows, Units::scale_rows, Units::causal, Units::add_along, Units::start,
+        Units::rows_of;
+    using Units::p, Units::exchange, Units::at, Units::rank, Units::head, Units::stream, Units::h,
+        Units::width, Units::short_n, Units::row, Units::unit, Units::offset, Units::g, Units::b;
+
+public:
+    __device__ explicit MlpReverseScan(const MlpParams &p)
+        : MlpReverseScan(p, MlpReverseShared<X>(kept_shared_memory())) {}
+
+    __device__ void run() {
+        fetch_batch(p.batches - 1);
+        load_state(trace_states(p.batches) - 1);
+        load_gradient();
+        shared.rates.fill(p, at.thread, short_n);
+        if (p.dloss)
+#pragma unroll
+            for (int i = 0; i < 3; ++i) {
+                weight[i] =
+                    p.dloss[stream * 3 + i] * 2 / (float(D) * float(p.heads) * float(p.batches));
+                if (uniform(weight[i] != 0))
+                    wanted |= 1 << i;
+            }
+        meet(); // the cluster's blocks are there
+        for (int batch = p.batches - 1; batch >= 0; --batch)
+            reverse(batch);
+        flush();
+        if (wanted & 1)
+            probe_initial();
+        write();
+        if (split > 1)
+            meet(); // nothing is on its way to a block that has gone
+    }
+
+private:
+    __device__ MlpReverseScan(const MlpParams &p, const MlpReverseShared<X> &shared)
+        : Units(p, shared.exchange, int(blockIdx.x) / split), shared(shared) {}
+
+    // ---- memory
+
+    __device__ __forceinline__ void fetch_batch(int batch) {
+        if (batch >= 0) {
+            constexpr int per = 16 / int(sizeof(E));
+            fetch_rows(shared.tile(batch, 0), static_cast<const E *>(p.k) + offset, width, batch);
+            fetch_rows(shared.tile(batch, 1), static_cast<const E *>(p.q) + offset, width, batch);
+            fetch_rows(shared.tile(batch, 2),
+                       static_cast<const E *>(p.trace_p) + int64_t(head) * p.tokens * D, D, batch);
+            const E *const p1 = static_cast<const E *>(p.trace_p1) + trace_at(batch);
+#pragma unroll
+            for (int i = 0; i < 8 / per; ++i)
+                copy_async(p1_place(batch) + i * per, p1 + i * per, true);
+        }
+        commit_copies();
+    }
+    __device__ __forceinline__ E *p1_place(int batch) {
+        return shared.p1 + ((batch & 1) * X::threads + at.thread) * 8;
+    }
+
+    __device__ __forceinline__ void load_state(int64_t i) {
+        const MlpState from(p.trace_w, head, p.batches, i);
+        read(w1, bias1, w2, bias2, from.w1, from.b1, from.w2, from.b2);
+    }
+    __device__ __forceinline__ void load_gradient() {
+        const auto of_head = [&](const float *x, int64_t size) {
+            return x ? x + head * size : nullptr;
+        };
+        read(dw1, dbias1, dw2, dbias2, of_head(p.dw_next, D * F), of_head(p.db_next, F),
+             of_head(p.dw2_next, D * F), of_head(p.db2_next, D));
+    }
+
+    __device__ __forceinline__ float *last_row(int batch) const { // dk, dv
+        return p.last_rows + (int64_t(head) * p.batches + batch) * 2 * D + 2 * at.lane;
+    }
+    // dq and dk of the mini-batch before, whose sums have come.
+    __device__ __forceinline__ void flush() {
+        if (pending < 0)
+            return;
+        if constexpr (split > 1)
+            await(2);
+        collect(1, outputs);
+        const int n = pending == p.batches - 1 ? short_n : M;
+        if (row < n) {
+            const float2 dk = {outputs[0].x + pending_dk.x, outputs[0].y + pending_dk.y},
+                         dq = {outputs[1].x + pending_dy.x, outputs[1].y + pending_dy.y};
+            output(p.dq, int64_t(pending) * M + row, dq);
+            output(p.dk, int64_t(pending) * M + row, dk);
+            if ((wanted & 1) && row == n - 1)
+                *reinterpret_cast<float2 *>(last_row(pending)) = dk;
+        }
+        pending = -1;
+    }
+
+    // ---- the loss of rows of keys under the state that is in the registers now
+
+    // of_token: `weight` |LN(z) - target|^2 / 2 of this warp's row; its dtarget and dkey.
+    __device__ __forceinline__ void probe(const E *keys, float2 goal, float of_token,
+                                          float2 &dtarget, float2 &dkey) {
+        Result z, slope, dz1 = {};
+        FragA<E> x, x_t;
+        start(z, bias1);
+        over_dims(z, keys, w1);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const Gelu y(z[nt][e]);
+                z[nt][e] = y.value;
+                slope[nt][e] = y.slope;
+            }
+        a_of(x, z[0], z[1]);
+        transpose(x_t, x, at.lane);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float c[4] = {};
+            FragB<E> y;
+            b_of(y, w2[j], at.lane);
+            mma(c, x, y);
+            put(0, j, c);
+        }
+        float2 sum[1];
+        reduce(0, sum);
+        await(0);
+        flush();
+        collect(0, sum);
+        const Loss loss(Norm({sum[0].x + bias2.x, sum[0].y + bias2.y}, p.eps), g, goal);
+        const float2 c = loss.centred(g);
+        const float by = of_token * loss.r;
+        hand_out(shared.dz, {by * c.x, by * c.y});
+        const float2 residual = {of_token * loss.residual.x, of_token * loss.residual.y};
+        dtarget = {-residual.x, -residual.y};
+        dg.x += residual.x * loss.h.x;
+        dg.y += residual.y * loss.h.y;
+        db.x += residual.x;
+        db.y += residual.y;
+        await(1);
+
+        over_dims(dz1, shared.dz, w2);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                dz1[nt][e] *= slope[nt][e];
+        FragA<E> d, d_t;
+        a_of(d, dz1[0], dz1[1]);
+        transpose(d_t, d, at.lane);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float sum_k[4] = {};
+            FragB<E> y;
+            b_of(y, w1[j], at.lane);
+            mma(sum_k, d, y);
+            put(0, j, sum_k);
+        }
+        add(dw2, x_t, shared.dz);
+        add(dw1, d_t, keys);
+        add_bias(dbias1, d_t, 1);
+        const float2 sum_dz = sum_rows(shared.dz);
+        dbias2.x += sum_dz.x;
+        dbias2.y += sum_dz.y;
+        reduce(0, sum);
+        await(0);
+        collect(0, sum);
+        dkey = sum[0];
+        meet(); // the sums have been read
+    }
+    // The last tokens of 16 mini-batches at a time, under the initial state.
+    __device__ __forceinline__ void probe_initial() {
+        const E *k = static_cast<const E *>(p.k) + offset,
+                *v = static_cast<const E *>(p.v) + offset;
+        const auto last = [&](int batch) { return int64_t(min((batch + 1) * M, p.tokens) - 1); };
+        E *keys = shared.tile(0, 0);
+        meet(); // what flush left in memory is seen by all
+        for (int first = 0; first < p.batches; first += M) {
+            for (int i = at.warp; i < M; i += X::warps) {
+                float2 key = {0, 0};
+                if (first + i < p.batches)
+                    key = floats(pair_at(k + last(first + i) * width + 2 * at.lane));
+                store_pair(keys + i * ld + 2 * at.lane, key.x, key.y);
+            }
+            sync_block();
+            const int batch = first + row;
+            const bool valid = batch < p.batches;
+            float2 goal = {0, 0}, dtarget, dkey;
+            if (valid) {
+                const int64_t from = last(batch) * width + 2 * at.lane;
+                goal = goal_of(floats(pair_at(k + from)), floats(pair_at(v + from)));
+            }
+            probe(keys, goal, valid ? weight[0] : 0.0f, dtarget, dkey);
+            if (valid) {
+                const float *rest = last_row(batch);
+                output(p.dk, last(batch),
+                       {rest[0] + dkey.x - dtarget.x, rest[1] + dkey.y - dtarget.y});
+                output(p.dv, last(batch), {rest[D] + dtarget.x, rest[D + 1] + dtarget.y});
+            }
+        }
+    }
+
+    // ---- one mini-batch
+
+    __device__ __forceinline__ void reverse(int batch) {
+        const bool is_short = batch == p.batches - 1;
+        const int n = is_short ? short_n : M;
+        const int64_t token = int64_t(batch) * M + row;
+        const E *const k_tile = shared.tile(batch, 0), *const q_tile = shared.tile(batch, 1),
+                       *const p2_tile = shared.tile(batch, 2);
+        const float by = shared.rates.f(is_short);
+        const bool learns = uniform(shared.rates.learns(is_short) != 0);
+        float2 own[2];
+
+        wait_for_copies<0>();
+        sync_block();
+        fetch_batch(batch - 1);
+        const float rate[2] = {shared.rates.a(is_short, at.g), shared.rates.a(is_short, at.g + 8)};
+        float2 dy = {0, 0}, v = {0, 0};
+        float lr = 0;
+        if (row < n) {
+            const int64_t from = offset + token * width + 2 * at.lane;
+            if (p.dy)
+                dy = floats(pair_at(static_cast<const E *>(p.dy) + from));
+            v = floats(pair_at(static_cast<const E *>(p.v) + from));
+            lr = rate_at(p, (int64_t(stream) * p.tokens + token) * p.heads + h);
+        }
+        const float2 goal = goal_of(floats(pair_at(k_tile + row * ld + 2 * at.lane)), v);
+        float2 dtarget = {0, 0}, dkey = {0, 0};
+        if (wanted & 4)
+            probe(k_tile, goal, row == n - 1 ? weight[2] : 0.0f, dtarget, dkey);
+
+        // The first layer's state, Z1, ZQ1
+        FragA<E> p1, p1_t, a1;
+        load_rows(p1, p1_place(batch));
+        transpose(p1_t, p1, at.lane);
+        const bool whole = batch % trace_every == 0;
+        if (learns && !whole) {
+            FragA<E> step = p1_t;
+            negate(step);
+            add(w1, step, k_tile);
+            add_bias(bias1, p1_t, -1);
+        } else if (whole)
+            load_state(batch / trace_every);
+        Result z, zq, slope, slope_q, curve;
+        {
+            Result c = {};
+            row_products<L>(c, q_tile, k_tile, at.lane);
+            causal(c, 1);
+            a_of(a1, c[0], c[1]);
+        }
+        start(z, bias1);
+        over_dims(z, k_tile, w1);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                zq[nt][e] = 0;
+        small(zq, a1, p1_t);
+        scale_rows(zq, rate);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                zq[nt][e] += bias1[nt][e & 1];
+        over_dims(zq, q_tile, w1);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const Gelu x(z[nt][e]), xq(zq[nt][e]);
+                z[nt][e] = x.value;
+                slope[nt][e] = x.slope;
+                curve[nt][e] = x.curve;
+                zq[nt][e] = xq.value;
+                slope_q[nt][e] = xq.slope;
+            }
+        FragA<E> x, x_t, xq, xq_t;
+        a_of(x, z[0], z[1]);
+        a_of(xq, zq[0], zq[1]);
+        transpose(x_t, x, at.lane);
+        transpose(xq_t, xq, at.lane);
+
+        // The second layer's, Z2 and U
+        if (learns && !whole) {
+            FragA<E> step = x_t;
+            negate(step);
+            add(w2, step, p2_tile);
+            const float2 sum = sum_rows(p2_tile);
+            bias2.x -= sum.x;
+            bias2.y -= sum.y;
+        }
+        const float one = rank == 0 && at.warp == 0 ? 1.0f : 0.0f;
+        Result a2 = {}; // this warp's part of A2 without its rates
+        small(a2, xq, x);
+        causal(a2, one);
+        {
+            Result c;
+            FragA<E> a;
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    c[nt][e] = a2[nt][e];
+            scale_rows(c, rate);
+            a_of(a, c[0], c[1]);
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+                Result to_z = {}, to_u = {};
+                over_rows(to_u, a, p2_tile, k);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    FragB<E> y;
+                    b_of(y, w2[2 * k + i], at.lane);
+                    mma(to_z[i], x, y);
+                    mma(to_u[i], xq, y);
+                    put(0, 2 * k + i, to_z[i]);
+                    put(1, 2 * k + i, to_u[i]);
+                }
+            }
+        }
+        reduce(0, own);
+        // What waits for no sums: dP1 and dX but for the queries' and the loss's parts
+        Result dp1 = {}, dx = {};
+        {
+            Result y = {};
+            over_dims(y, p2_tile, w2);
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    curve[nt][e] *= y[nt][e];
+        }
+        float to_last[2] = {0, 0};
+        {
+            start(dp1, dbias1);
+            over_dims(dp1, k_tile, dw1);
+            over_dims(dx, p2_tile, dw2);
+            Result c;
+            rows_of(c, p1);
+            add_along(to_last, c, dp1, 1 / by);
+            rows_of(c, x);
+            add_along(to_last, c, dx, 1 / by);
+            if (row < n) {
+                const float2 p2 = floats(pair_at(p2_tile + row * ld + 2 * at.lane));
+                to_last[0] += (p2.x * dbias2.x + p2.y * dbias2.y) / by;
+            }
+            (is_short && n < M ? da_short : da_last) += to_last[0] + to_last[1];
+            if (!learns)
+#pragma unroll
+                for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        dp1[nt][e] = dx[nt][e] = 0;
+        }
+        await(0);
+        flush();
+        collect(0, own);
+
+        // dU
+        const Loss loss(Norm({own[0].x + bias2.x, own[0].y + bias2.y}, p.eps), g, goal);
+        {
+            const Norm u({own[1].x + bias2.x, own[1].y + bias2.y}, p.eps);
+            const float2 e = {g.x * dy.x, g.y * dy.y};
+            const float mean_e = mean(e.x + e.y), mean_eh = mean(e.x * u.z.x + e.y * u.z.y);
+            dg.x += dy.x * u.z.x;
+            dg.y += dy.y * u.z.y;
+            db.x += dy.x;
+            db.y += dy.y;
+            hand_out(shared.du, {u.r * (e.x - mean_e - u.z.x * mean_eh),
+                                 u.r * (e.y - mean_e - u.z.y * mean_eh)});
+        }
+        await(1);
+
+        // dZQ1, dP1, dY
+        FragA<E> dzq, dzq_t, dy1, dy1_t, b2_t;
+        Result dz1;
+        {
+            Result c = {}, d = {};
+            FragA<E> b2;
+            row_products<L>(c, shared.du, p2_tile, at.lane);
+            causal(c, 0);
+            add_along(da, a2, c, 1 / by);
+            scale_rows(c, rate);
+            a_of(b2, c[0], c[1]);
+            transpose(b2_t, b2, at.lane);
+            over_dims(d, shared.du, w2);
+            small(d, b2, x_t);
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    d[nt][e] *= slope_q[nt][e];
+                    c[nt][e] = 0;
+                }
+            a_of(dzq, d[0], d[1]);
+            transpose(dzq_t, dzq, at.lane);
+            small(c, a1, p1_t);
+            add_along(da, c, d, 1 / by);
+            scale_rows(d, rate);
+            FragA<E> scaled, a1_t;
+            a_of(scaled, d[0], d[1]);
+            transpose(a1_t, a1, at.lane);
+            transpose(scaled, FragA<E>(scaled), at.lane);
+            small(dp1, a1_t, scaled);
+        }
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                dz1[nt][e] = dp1[nt][e] * curve[nt][e];
+                dp1[nt][e] *= slope[nt][e];
+            }
+        a_of(dy1, dp1[0], dp1[1]);
+        {
+            FragA<E> a, a_t;
+            scale_rows(a2, rate);
+            a_of(a, a2[0], a2[1]);
+            transpose(a_t, a, at.lane);
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+                Result c = {};
+                over_rows(c, a_t, shared.du, k);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    FragB<E> y;
+                    if (learns) {
+                        b_of(y, dw2[2 * k + i], at.lane);
+                        mma(c[i], x, y);
+                    }
+                    b_of(y, w2[2 * k + i], at.lane);
+                    mma(c[i], dy1, y);
+                    put(0, 2 * k + i, c[i]);
+                }
+            }
+        }
+        float2 dp[1];
+        reduce(0, dp);
+        // What waits for no sums: dq, and of dX and dW2 the queries' parts
+        FragA<E> b1_t;
+        {
+            Result c = {};
+            FragA<E> b1;
+            small(c, dzq, p1);
+            causal(c, 0);
+            scale_rows(c, rate);
+            a_of(b1, c[0], c[1]);
+            transpose(b1_t, b1, at.lane);
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+                Result to_q = {};
+                over_rows(to_q, b1, k_tile, k);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    FragB<E> y;
+                    b_of(y, w1[2 * k + i], at.lane);
+                    mma(to_q[i], dzq, y);
+                    put(1, 2 * k + i, to_q[i]);
+                }
+            }
+        }
+        small(dx, b2_t, xq_t);
+        add(dw2, xq_t, shared.du);
+        transpose(dy1_t, dy1, at.lane);
+        add(dw2, dy1_t, p2_tile);
+        await(0);
+        collect(0, dp);
+
+        // dG2, dZ2, dtarget
+        {
+            if (learns) {
+                dp[0].x += dbias2.x;
+                dp[0].y += dbias2.y;
+            }
+            const float c = -by * lr * loss.r;
+            const float2 u = {g.x * loss.residual.x, g.y * loss.residual.y}, hat = loss.h,
+                         raw = loss.centred(g), e = {c * dp[0].x, c * dp[0].y}; // e: r dG
+            const float mean_e = mean(e.x + e.y), mean_eh = mean(e.x * hat.x + e.y * hat.y),
+                        along = sum_of_lanes(dp[0].x * raw.x + dp[0].y * raw.y);
+            const float2 du = {e.x - mean_e - hat.x * mean_eh, e.y - mean_e - hat.y * mean_eh};
+            const float2 dh = {g.x * g.x * du.x - e.x * loss.mean_uh - u.x * mean_eh,
+                               g.y * g.y * du.y - e.y * loss.mean_uh - u.y * mean_eh};
+            const float mean_dh = mean(dh.x + dh.y),
+                        mean_dhh = mean(dh.x * hat.x + dh.y * hat.y) +
+                                   c * along * (1.0f / D); // dr r / D, dr = sum dG raw
+            const float before = row == n - 1 ? weight[1] : 0.0f;
+            hand_out(shared.dz, {loss.r * (dh.x - mean_dh - hat.x * mean_dhh + before * raw.x),
+                                 loss.r * (dh.y - mean_dh - hat.y * mean_dhh + before * raw.y)});
+            const float2 residual = {before * loss.residual.x, before * loss.residual.y};
+            dg.x += du.x * (loss.residual.x + g.x * hat.x) + residual.x * hat.x;
+            dg.y += du.y * (loss.residual.y + g.y * hat.y) + residual.y * hat.y;
+            db.x += du.x * g.x + residual.x;
+            db.y += du.y * g.y + residual.y;
+            dtarget.x -= g.x * du.x + residual.x;
+            dtarget.y -= g.y * du.y + residual.y;
+            if (row < n) {
+                output(p.dv, token, dtarget);
+                if ((wanted & 1) && row == n - 1)
+                    *reinterpret_cast<float2 *>(last_row(batch) + D) = dtarget;
+                if (at.lane == 0) {
+                    const float dlr = -by * loss.r * along;
+                    const int64_t to = (int64_t(stream) * p.tokens + token) * p.heads + h;
+                    if (p.rate_bf16)
+                        store(static_cast<Bf16 *>(p.dlr) + to, dlr);
+                    else
+                        static_cast<float *>(p.dlr)[to] = dlr;
+                }
+            }
+        }
+        await(1);
+
+        // dZ1, dk, the gradients before the mini-batch
+        over_dims(dx, shared.dz, w2);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                dz1[nt][e] += dx[nt][e] * slope[nt][e];
+        FragA<E> d, d_t;
+        a_of(d, dz1[0], dz1[1]);
+        transpose(d_t, d, at.lane);
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            Result c = {};
+            over_rows(c, b1_t, q_tile, k);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                FragB<E> y;
+                if (learns) {
+                    b_of(y, dw1[2 * k + i], at.lane);
+                    mma(c[i], p1, y);
+                }
+                b_of(y, w1[2 * k + i], at.lane);
+                mma(c[i], d, y);
+                put(0, 2 * k + i, c[i]);
+            }
+        }
+        add(dw2, x_t, shared.dz);
+        add(dw1, d_t, k_tile);
+        add(dw1, dzq_t, q_tile);
+        add_bias(dbias1, d_t, 1);
+        add_bias(dbias1, dzq_t, 1);
+        const float2 sum_dz = sum_rows(shared.dz), sum_du = sum_rows(shared.du);
+        dbias2.x += sum_dz.x + sum_du.x;
+        dbias2.y += sum_dz.y + sum_du.y;
+        pending = batch;
+        pending_dy = dy;
+        pending_dk = {dkey.x - dtarget.x, dkey.y - dtarget.y};
+        reduce(1, outputs);
+    }
+
+    // ---- what is left at the end
+
+    __device__ __forceinline__ void write() {
+        const int64_t to = int64_t(head) * D * F;
+        each(dw1, [&](float &x, int u, int dim) { p.dw[to + dim * F + u] = x; });
+        each(dw2, [&](float &x, int u, int dim) { p.dw2[to + u * D + dim] = x; });
+        if (at.g == 0)
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    p.db1[int64_t(head) * F + unit + 8 * nt + 2 * at.t + e] = dbias1[nt][e];
+        if (row == 0)
+            *reinterpret_cast<float2 *>(p.db2 + int64_t(head) * D + 2 * at.lane) = dbias2;
+
+        // The block's sums of dg, db and the rates' gradients
+        float *norms = exchange.parts,
+              *rates = norms + X::warps * 2 * D; // [warps][2 D], [warps][M]
+        sync_block();
+        *reinterpret_cast<float2 *>(norms + at.warp * 2 * D + 2 * at.lane) = dg;
+        *reinterpret_cast<float2 *>(norms + at.warp * 2 * D + D + 2 * at.lane) = db;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float x = da[half];
+            x += from_lane_xor(x, 1);
+            x += from_lane_xor(x, 2);
+            if (at.t == 0)
+                rates[at.warp * M + at.g + 8 * half] = x;
+        }
+        const float last = block_sum<X::warps>(da_last, exchange.block, at);
+        sync_block();
+        const float of_short = block_sum<X::warps>(da_short, exchange.block, at);
+        float *part = p.part + ((int64_t(stream) * split + rank) * p.heads + h) * (2 * D + M);
+        for (int i = at.thread; i < 2 * D; i += X::threads) {
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < X::warps; ++w)
+                sum += norms[w * 2 * D + i];
+            part[i] = sum;
+        }
+        if (at.thread < M) {
+            float sum = at.thread == M - 1 ? last : 0.0f;
+            if (at.thread == short_n - 1 && short_n < M)
+                sum += of_short;
+#pragma unroll
+            for (int w = 0; w < X::warps; ++w)
+                sum += rates[w * M + at.thread];
+            part[2 * D + at.thread] = p.scale * sum;
+        }
+    }
+
+    const MlpReverseShared<X> shared;
+    Weight w1, w2, dw1, dw2;
+    float bias1[2][2], dbias1[2][2]; // at this thread's units of a result
+    float2 bias2, dbias2;            // at dims 2 lane and 2 lane + 1, as the rest
+    float2 dg = {0, 0}, db = {0, 0};
+    float weight[3] = {0, 0, 0}; // of the losses, as factors of |LN(z) - target|^2 / 2
+    int wanted = 0;              // bits: those that are not 0
+    float da[2] = {0, 0}, da_last = 0, da_short = 0; // as in linear_reverse
+    int pending = -1;
+    float2 outputs[2] /* dk, dq */, pending_dy, pending_dk;
+};
+
+template <class X>
+__global__ void __launch_bounds__(X::threads, 1) mlp_reverse(const __grid_constant__ MlpParams p) {
+    if constexpr (X::split == 1 || has_clusters)
+        MlpReverseScan<X>(p).run();
+}
+
+template <class X> size_t mlp_reverse_shared() { return size_t(MlpReverseShared<X>(nullptr).size); }
+// In f32 one block has too little shared memory where there are no clusters.
+template <class E, class Visit> auto visit_split(const TttMlpShape &shape, Visit visit) {
+    if constexpr (sizeof(E) == 2)
+        if (mlp_split(shape) == 1)
+            return visit(MlpSplit<E, 1>());
+    return visit(MlpSplit<E, mlp_most_split>());
+}
+
+template <class E>
+cudaError_t MlpReverseOf<E>::run(const TttMlpShape &shape, const MlpParams &p,
+                                 cudaStream_t stream) {
+    return visit_split<E>(shape, [&](auto x) {
+        using X = decltype(x);
+        return launch(mlp_reverse<X>, unsigned(p.streams * p.heads * X::split), X::threads,
+                      mlp_reverse_shared<X>(), stream, p, X::split);
+    });
+}
+
+template <class E> const char *MlpReverseOf<E>::misses(const TttMlpShape &shape) {
+    if (sizeof(E) == 4 && mlp_split(shape) == 1)
+        return "in f32 the fused gradient of the MLP scan needs clusters of blocks";
+    return visit_split<E>(shape,
+                          [](auto x) { return shared_misses(mlp_reverse_shared<decltype(x)>()); });
+}
+
+} // namespace ponder::cuda

@@ -1,0 +1,16 @@
+#include "ttt_mlp_split.cuh"
+
+namespace ponder::cuda {
+
+template <class X> static cudaError_t run(const MlpParams &p, cudaStream_t stream) {
+    return launch(p.trace_w ? mlp_split_scan<X, true> : mlp_split_scan<X, false>,
+                  unsigned(p.streams * p.heads * X::split) * (p.loss ? 2 : 1), X::threads,
+                  mlp_split_shared<X>(), stream, p, X::split);
+}
+
+cudaError_t ttt_mlp_split(const TttMlpShape &s, const MlpParams &p, cudaStream_t stream) {
+    return s.type == TttType::bf16 ? run<MlpSplit<Bf16, mlp_most_split>>(p, stream)
+                                   : run<MlpSplit<float, mlp_most_split>>(p, stream);
+}
+
+} // namespace ponder::cuda

@@ -1,0 +1,451 @@
+// ttt_mlp with a head on a cluster of blocks (ttt_mlp_units.cuh), sm_90. A mini-batch:
+//
+//   Z1 = K W1 + b1, X = gelu(Z1); of Z2 = X W2 + b2 the sums over hidden units come together at the
+//   tokens, which hand out P2 = -f c G2
+//   P1 = (P2 W2^T) gelu'(Z1), XQ = gelu(Q W1 + b1 + A1 P1); of U = XQ W2 + b2 + A2 P2 the sums go
+//   to the tokens too, and are read in the next mini-batch, which has to wait anyway W1, b1 += K^T
+//   P1, sum P1, W2, b2 += X^T P2, sum P2
+//
+// so two waits a mini-batch. The error after a step is that of one more row, the last key, under
+// the state of the next; the error under the initial state has clusters of its own.
+#pragma once
+
+#include "ttt_linear_loss.cuh"
+#include "ttt_mlp_units.cuh"
+
+namespace ponder::cuda {
+
+template <class X> struct MlpSplitShared {
+    using E = typename X::E;
+    static constexpr int stages = 3;
+    E *tiles, *p2;
+    float *last; // parts of the last key's sums
+    MlpExchange<X, 1> exchange;
+    Rates<X::M> rates;
+    int size;
+    __host__ __device__ explicit MlpSplitShared(unsigned char *base)
+        : MlpSplitShared(SharedLayout(base)) {}
+    __host__ __device__ explicit MlpSplitShared(SharedLayout s) : exchange(s) {
+        tiles = s.take<E>(stages * 2 * X::M * X::ld);
+        p2 = s.take<E>(X::M * X::ld);
+        last = s.take<float>((X::warps + 2 * X::split) * X::D);
+        rates = {s.take<float>(3 * X::M + 4)};
+        size = s.size();
+    }
+    __device__ E *tile(int batch, int input) const { // k, q
+        return tiles + (batch % stages * 2 + input) * X::M * X::ld;
+    }
+};
+
+template <class X, bool traced> class MlpSplitScan : MlpUnits<X, 1> {
+    using Units = MlpUnits<X, 1>;
+    using typename Units::E, typename Units::L, typename Units::Result, typename Units::Weight,
+        typename Units::Norm, typename Units::Loss;
+    using Units::D, Units::M, Units::F, Units::ld, Units::split;
+    using Units::each, Units::read, Units::fetch_rows, Units::trace_at, Units::output;
+    using Units::goal_of;
+    using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out;
+    using Units::over_dims, Units::over_rows, Units::small, Units::add, Units::add_bias,
+        Units::sum_rows, Units::scale_rows, Units::causal, Units::start;
+    using Units::p, Units::exchange, Units::at, Units::rank, Units::head, Units::stream, Units::h,
+        Units::width, Units::short_n, Units::row, Units::unit, Units::offset, Units::g, Units::b;
+
+public:
+    __device__ explicit MlpSplitScan(const MlpParams &p)
+        : MlpSplitScan(p, MlpSplitShared<X>(kept_shared_memory())) {}
+
+    __device__ void run() {
+        if (!is_probe)
+            fetch_batch(0), fetch_batch(1);
+        read(w1, bias1, w2, bias2, p.w1 + int64_t(head) * D * F, p.b1 + int64_t(head) * F,
+             p.w2 + int64_t(head) * F * D, p.b2 + int64_t(head) * D);
+        shared.rates.fill(p, at.thread, short_n);
+        if (at.thread < 2)
+            exchange.block[at.thread] = 0;
+        meet(); // the cluster's blocks are there
+        if (is_probe)
+            probe_initial();
+        else
+            scan();
+        meet(); // nothing is on its way to a block that has gone
+        if (p.loss && rank == 0 && at.thread == 0) {
+            float *part = p.loss_part + head * 3;
+            if (is_probe) {
+                part[0] = 0;
+                for (int i = 0; i < 16; ++i)
+                    part[0] += shared.last[i];
+            } else {
+                part[1] = exchange.block[0] + exchange.block[1];
+                part[2] = exchange.block[2];
+            }
+            finish_loss(p, stream, float(D));
+        }
+    }
+
+private:
+    __device__ MlpSplitScan(const MlpParams &p, const MlpSplitShared<X> &shared)
+        : Units(p, shared.exchange, int(blockIdx.x) / split % (p.streams * p.heads)),
+          shared(shared), is_probe(int(blockIdx.x) / split >= p.streams * p.heads) {}
+
+    __device__ __forceinline__ void fetch_batch(int batch) {
+        if (batch < p.batches) {
+            fetch_rows(shared.tile(batch, 0), static_cast<const E *>(p.k) + offset, width, batch);
+            if (p.y)
+                fetch_rows(shared.tile(batch, 1), static_cast<const E *>(p.q) + offset, width,
+                           batch);
+        }
+        commit_copies();
+    }
+    __device__ __forceinline__ void write(float *to_1, float *to_b1, float *to_2, float *to_b2) {
+        each(w1, [&](float &x, int u, int dim) { to_1[dim * F + u] = x; });
+        each(w2, [&](float &x, int u, int dim) { to_2[u * D + dim] = x; });
+        if (at.g == 0)
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+                store_pair(to_b1 + unit + 8 * nt + 2 * at.t, bias1[nt][0], bias1[nt][1]);
+        if (row == 0)
+            store_pair(to_b2 + 2 * at.lane, bias2.x, bias2.y);
+    }
+    __device__ __forceinline__ void trace_state(int64_t i) {
+        const MlpState to(p.trace_w, head, p.batches, i);
+        write(to.w1, to.b1, to.w2, to.b2);
+    }
+
+    // X, and where wanted the slope, of keys or queries before their gelu
+    template <bool sloped>
+    __device__ __forceinline__ void activate(FragA<E> &x, Result &z, Result &slope) {
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const Gelu y(z[nt][e]);
+                z[nt][e] = y.value;
+                if (sloped)
+                    slope[nt][e] = y.slope;
+            }
+        a_of(x, z[0], z[1]);
+    }
+
+    // One key under the state that is in the registers now: this warp's part of its Z2, by way of
+    // its hidden units as the first row of a factor, the others being 0.
+    __device__ __forceinline__ void first_layer_of(FragA<E> &x, const E *key) {
+        Result z, unused;
+        start(z, bias1);
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            FragA<E> a;
+            load_a_row(a, key + 16 * k, at.lane);
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt) {
+                FragB<E> y;
+                b_of_transposed(y, w1[2 * k], w1[2 * k + 1], nt);
+                mma(z[nt], a, y);
+            }
+        }
+        activate<false>(x, z, unused);
+    }
+    __device__ __forceinline__ void put_last(int j, const float (&c)[4]) {
+        if (at.g == 0)
+            store_pair(shared.last + at.warp * D + 8 * j + 2 * at.t, c[0], c[1]);
+    }
+    __device__ __forceinline__ float *last_sum(int batch, int from) {
+        return shared.last + (X::warps + (batch & 1) * split + from) * D;
+    }
+    static constexpr unsigned last_bytes = split * D * sizeof(float);
+    // The block's sum, after a barrier, to the warp that has the last token of full mini-batches
+    __device__ __forceinline__ void reduce_last(int batch) {
+        if (at.thread >= D / 4)
+            return;
+        float4 sum = {0, 0, 0, 0};
+#pragma unroll
+        for (int w = 0; w < X::warps; ++w) {
+            const float4 x = *reinterpret_cast<const float4 *>(shared.last + w * D + 4 * at.thread);
+            sum.x += x.x;
+            sum.y += x.y;
+            sum.z += x.z;
+            sum.w += x.w;
+        }
+        deliver(last_sum(batch, rank) + 4 * at.thread, sum, exchange.deliveries, split - 1);
+    }
+    // By that warp, when the sums have come.
+    __device__ __forceinline__ float last_error(int batch, float2 goal) {
+        float2 z = bias2;
+#pragma unroll
+        for (int from = 0; from < split; ++from) {
+            const float2 x = *reinterpret_cast<const float2 *>(last_sum(batch, from) + 2 * at.lane);
+            z.x += x.x;
+            z.y += x.y;
+        }
+        const Norm norm(z, p.eps);
+        const float a = g.x * norm.z.x - goal.x, b = g.y * norm.z.y - goal.y;
+        return a * a + b * b;
+    }
+
+    __device__ __forceinline__ void flush() {
+        if (pending < 0)
+            return;
+        if constexpr (split > 1)
+            await(2);
+        collect(1, outputs);
+        if (row < (pending == p.batches - 1 ? short_n : M)) {
+            const Norm u({outputs[0].x + pending_b2.x, outputs[0].y + pending_b2.y}, p.eps);
+            output(p.y, int64_t(pending) * M + row,
+                   {pending_q.x + g.x * u.z.x + b.x, pending_q.y + g.y * u.z.y + b.y});
+        }
+        pending = -1;
+    }
+
+    __device__ __forceinline__ void scan() {
+        for (int batch = 0; batch < p.batches; ++batch)
+            step(batch);
+        if (traced)
+            trace_state(trace_states(p.batches) - 1);
+        if (p.w_out)
+            write(p.w_out + int64_t(head) * D * F, p.b_out + int64_t(head) * F,
+                  p.w2_out + int64_t(head) * F * D, p.b2_out + int64_t(head) * D);
+        if (p.loss) {
+            sync_block();
+            FragA<E> x;
+            first_layer_of(x, shared.tile(p.batches - 1, 0) + (short_n - 1) * ld);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                float c[4] = {};
+                FragB<E> y;
+                b_of(y, w2[j], at.lane);
+                mma(c, x, y);
+                put_last(j, c);
+            }
+            sync_block();
+            if (rank == split - 1 && at.thread == 0)
+                announce(exchange.deliveries, last_bytes);
+            reduce_last(p.batches);
+            if (rank == split - 1)
+                await(0);
+        }
+        flush();
+        if (p.loss) {
+            before = sum_of_lanes(before);
+            if (row == M - 1) {
+                const int64_t from = offset + int64_t(p.tokens - 1) * width + 2 * at.lane;
+                after += last_error(p.batches,
+                                    goal_of(floats(pair_at(static_cast<const E *>(p.k) + from)),
+                                            floats(pair_at(static_cast<const E *>(p.v) + from))));
+                after = sum_of_lanes(after);
+                if (at.lane == 0) {
+                    float *to = in_block(exchange.block, 0);
+                    to[0] = before;
+                    to[2] = after;
+                }
+            } else if (row == short_n - 1 && at.lane == 0)
+                in_block(exchange.block, 0)[1] = before;
+        }
+    }
+
+    __device__ __forceinline__ void step(int batch) {
+        const bool is_short = batch == p.batches - 1;
+        const int n = is_short ? short_n : M;
+        const int64_t token = int64_t(batch) * M + row;
+        const bool queries = !traced || p.y;
+        const bool learns = uniform(shared.rates.learns(is_short) != 0);
+        const bool with_last = p.loss && batch > 0;
+
+        wait_for_copies<1>();
+        sync_block();
+        const E *const k_tile = shared.tile(batch, 0), *const q_tile = shared.tile(batch, 1);
+        float2 v = {0, 0};
+        float lr = 0;
+        if (row < n) {
+            v = floats(pair_at(static_cast<const E *>(p.v) + offset + token * width + 2 * at.lane));
+            lr = rate_at(p, (int64_t(stream) * p.tokens + token) * p.heads + h);
+        }
+        if (traced && batch % trace_every == 0)
+            trace_state(batch / trace_every);
+
+        Result z, slope;
+        FragA<E> x, x_last;
+        start(z, bias1);
+        over_dims(z, k_tile, w1);
+        activate<true>(x, z, slope);
+        if (with_last)
+            first_layer_of(x_last, shared.tile(batch - 1, 0) + (M - 1) * ld);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float c[4] = {};
+            FragB<E> y;
+            b_of(y, w2[j], at.lane);
+            mma(c, x, y);
+            put(0, j, c);
+            if (with_last) {
+                float c_last[4] = {};
+                mma(c_last, x_last, y);
+                put_last(j, c_last);
+            }
+        }
+        float2 own[1];
+        reduce(0, own, with_last && rank == split - 1 ? last_bytes : 0);
+        if (with_last)
+            reduce_last(batch);
+        // What waits for no sums
+        fetch_batch(batch + 2); // in the place of the last key's tile
+        FragA<E> x_t, a1;
+        Result zq = {};
+        transpose(x_t, x, at.lane);
+        if (queries) {
+            Result c = {};
+            row_products<L>(c, q_tile, k_tile, at.lane);
+            causal(c, 1);
+            a_of(a1, c[0], c[1]);
+        }
+        await(0);
+        collect(0, own);
+
+        // G2, P2
+        {
+            const float2 goal = goal_of(floats(pair_at(k_tile + row * ld + 2 * at.lane)), v);
+            const Loss loss(Norm({own[0].x + bias2.x, own[0].y + bias2.y}, p.eps), g, goal);
+            const float2 raw = loss.centred(g);
+            const float c = -shared.rates.f(is_short) * lr * loss.r;
+            const float2 p2 = {c * raw.x, c * raw.y};
+            hand_out(shared.p2, p2);
+            if (traced && row < n)
+                store_pair(static_cast<E *>(p.trace_p) + (int64_t(head) * p.tokens + token) * D +
+                               2 * at.lane,
+                           p2.x, p2.y);
+            if (with_last && row == M - 1)
+                after += last_error(batch, goal_last);
+            if (row == n - 1)
+                before += loss.residual.x * loss.residual.x + loss.residual.y * loss.residual.y;
+            goal_last = goal;
+        }
+        flush();
+        if (queries)
+            over_dims(zq, q_tile, w1);
+        await(1);
+
+        // P1, W1, XQ
+        FragA<E> p1_t;
+        {
+            Result y = {};
+            FragA<E> p1;
+            over_dims(y, shared.p2, w2);
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    y[nt][e] *= slope[nt][e];
+            if (traced)
+                store_rows(static_cast<E *>(p.trace_p1) + trace_at(batch), y[0], y[1]);
+            a_of(p1, y[0], y[1]);
+            transpose(p1_t, p1, at.lane);
+        }
+        if (queries) {
+            const float rate[2] = {shared.rates.a(is_short, at.g),
+                                   shared.rates.a(is_short, at.g + 8)};
+            FragA<E> xq, a;
+            Result c = {}, a2 = {};
+            small(c, a1, p1_t);
+            scale_rows(c, rate);
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    zq[nt][e] += c[nt][e] + bias1[nt][e & 1];
+            activate<false>(xq, zq, c);
+            small(a2, xq, x);
+            causal(a2, rank == 0 && at.warp == 0 ? 1.0f : 0.0f);
+            scale_rows(a2, rate);
+            a_of(a, a2[0], a2[1]);
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+                Result to_u = {};
+                over_rows(to_u, a, shared.p2, k);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    FragB<E> y;
+                    b_of(y, w2[2 * k + i], at.lane);
+                    mma(to_u[i], xq, y);
+                    put(0, 2 * k + i, to_u[i]);
+                }
+            }
+            pending = batch;
+            pending_b2 = bias2;
+            pending_q = floats(pair_at(q_tile + row * ld + 2 * at.lane));
+        }
+        if (learns) {
+            add(w1, p1_t, k_tile);
+            add_bias(bias1, p1_t, 1);
+            add(w2, x_t, shared.p2);
+            const float2 sum = sum_rows(shared.p2);
+            bias2.x += sum.x;
+            bias2.y += sum.y;
+        }
+        if (queries)
+            reduce(1, outputs);
+    }
+
+    // The last tokens of 16 mini-batches at a time.
+    __device__ __forceinline__ void probe_initial() {
+        const E *k = static_cast<const E *>(p.k) + offset,
+                *v = static_cast<const E *>(p.v) + offset;
+        const auto last = [&](int batch) { return int64_t(min((batch + 1) * M, p.tokens) - 1); };
+        E *keys = shared.tile(0, 0);
+        float error = 0;
+        for (int first = 0; first < p.batches; first += M) {
+            for (int i = at.warp; i < M; i += X::warps) {
+                float2 key = {0, 0};
+                if (first + i < p.batches)
+                    key = floats(pair_at(k + last(first + i) * width + 2 * at.lane));
+                store_pair(keys + i * ld + 2 * at.lane, key.x, key.y);
+            }
+            sync_block();
+            Result z, unused;
+            FragA<E> x;
+            start(z, bias1);
+            over_dims(z, keys, w1);
+            activate<false>(x, z, unused);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                float c[4] = {};
+                FragB<E> y;
+                b_of(y, w2[j], at.lane);
+                mma(c, x, y);
+                put(0, j, c);
+            }
+            float2 own[1];
+            reduce(0, own);
+            await(0);
+            collect(0, own);
+            const Norm norm({own[0].x + bias2.x, own[0].y + bias2.y}, p.eps);
+            if (first + row < p.batches) {
+                const int64_t from = last(first + row) * width + 2 * at.lane;
+                const float2 goal = goal_of(floats(pair_at(k + from)), floats(pair_at(v + from)));
+                const float e0 = g.x * norm.z.x - goal.x, e1 = g.y * norm.z.y - goal.y;
+                error += e0 * e0 + e1 * e1;
+            }
+            meet(); // the sums have been read
+        }
+        error = sum_of_lanes(error);
+        if (at.lane == 0)
+            in_block(shared.last, 0)[row] = error;
+    }
+
+    const MlpSplitShared<X> shared;
+    const bool is_probe;
+    Weight w1, w2;
+    float bias1[2][2]; // at this thread's units of a result
+    float2 bias2;
+    float before = 0, after = 0;
+    int pending = -1;
+    float2 outputs[1], pending_q, pending_b2, goal_last = {0, 0};
+};
+
+template <class X, bool traced>
+__global__ void __launch_bounds__(X::threads, sizeof(typename X::E) == 2 ? 3 : 1)
+    mlp_split_scan(const __grid_constant__ MlpParams p) {
+    if constexpr (has_clusters)
+        MlpSplitScan<X, traced>(p).run();
+}
+
+template <class X> size_t mlp_split_shared() { return size_t(MlpSplitShared<X>(nullptr).size); }
+
+} // namespace ponder::cuda
