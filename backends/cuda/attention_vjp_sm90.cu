@@ -1,10 +1,14 @@
 // attention_vjp for heads of 64 on Hopper: both kernels of attention_vjp.cu with products by groups
-// of warps (wgmma). A block has 128 rows, keys or queries, 64 for each of two groups; what is on the
-// other side comes by in tiles of 64 rows through a ring of stages (TMA). While one group works out
-// probabilities the other one's products run.
+// of warps (wgmma). A block has 128 rows, keys or queries, 64 for each of two groups; what is on
+// the other side comes by in tiles of 64 rows through a ring of stages (TMA). While one group works
+// out probabilities the other one's products run.
 //
 // Results of a product lie as the first operand of the next does, so they stay in registers; as the
 // second operand a tile is read along its rows for scores, and across them for gradients.
+//
+// Where there are few rows a block has 64 only, and its two groups share them: each takes every
+// other tile, and in the end they add up what they found. All tiles of 512 tokens are on their way
+// at once.
 #include "attention_sm90.hpp"
 #include "launch.cuh"
 #include "wgmma.cuh"
@@ -13,36 +17,42 @@ namespace ponder::cuda {
 
 namespace {
 
-constexpr int D = 64, tile = 64, groups = 2, rows = tile * groups, stages = 4;
+constexpr int D = 64, tile = 64, groups = 2;
 constexpr int threads = 128 * groups, tile_bytes = tile * D * 2, sums_bytes = tile * 4;
-constexpr size_t memory_bytes = size_t(groups + stages) * 2 * tile_bytes + stages * 2 * sums_bytes +
-                                (2 * stages + 1) * 8 + 1024;
+
+template <bool share> constexpr int tiles_of = share ? 1 : groups; // of a block's rows
+template <bool share> constexpr int stages_of = share ? 8 : 4;
+template <bool share>
+constexpr size_t memory_bytes = size_t(tiles_of<share> + stages_of<share>) * 2 * tile_bytes
+                                + stages_of<share> * 2 * sums_bytes +
+                                (2 * stages_of<share> + 1) * 8 + 1024;
 constexpr float log2_e = 1.4426950408889634f;
 
 struct Shape {
-    int tokens, width;
+    int tokens, width, heads;
     float scale;
 };
 
 // A block's rows: keys with all queries from them on, or queries with all keys up to them.
-template <bool by_key>
+template <bool by_key, bool share>
 __device__ inline void gradients(std::byte *memory, const CUtensorMap *qkv, const CUtensorMap *grad,
                                  const float *lse, const float *delta, bf16 *dqkv, const Shape &s,
-                                 int block) {
-    std::byte *const mine = memory, *const ring = memory + groups * 2 * tile_bytes;
+                                 int block, int head) {
+    constexpr int stages = stages_of<share>, own_tiles = tiles_of<share>, rows = own_tiles * tile;
+    std::byte *const mine = memory, *const ring = memory + own_tiles * 2 * tile_bytes;
     float *const sums = reinterpret_cast<float *>(ring + stages * 2 * tile_bytes);
     uint64_t *const full = reinterpret_cast<uint64_t *>(sums + stages * 2 * tile),
                    *const empty = full + stages, *const ready = empty + stages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
-    const int head = blockIdx.y, stream = blockIdx.z, first = block * rows;
+    const int stream = blockIdx.z, first = block * rows;
     const int row0 = stream * s.tokens, at_q = head * D, at_k = s.width + at_q,
               at_v = s.width + at_k;
-    lse += int64_t(stream * int(gridDim.y) + head) * s.tokens;
-    delta += int64_t(stream * int(gridDim.y) + head) * s.tokens;
+    lse += int64_t(stream * s.heads + head) * s.tokens;
+    delta += int64_t(stream * s.heads + head) * s.tokens;
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; ++i) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, 4 * groups);
+            barrier_init(empty + i, 4 * own_tiles);
         }
         barrier_init(ready, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -50,7 +60,7 @@ __device__ inline void gradients(std::byte *memory, const CUtensorMap *qkv, cons
     __syncthreads();
 
     const int begin = by_key ? first / tile : 0,
-              end = by_key ? s.tokens / tile : first / tile + groups;
+              end = by_key ? s.tokens / tile : first / tile + own_tiles;
     const auto fetch = [&](int i) {
         const int stage = i % stages, y = row0 + (begin + i) * tile;
         std::byte *const to = ring + stage * 2 * tile_bytes;
@@ -66,8 +76,8 @@ __device__ inline void gradients(std::byte *memory, const CUtensorMap *qkv, cons
         }
     };
     if (threadIdx.x == 0) {
-        barrier_expect(ready, groups * 2 * tile_bytes);
-        for (int i = 0; i < groups; ++i) {
+        barrier_expect(ready, own_tiles * 2 * tile_bytes);
+        for (int i = 0; i < own_tiles; ++i) {
             const int y = row0 + first + i * tile;
             load_tile(mine + 2 * i * tile_bytes, qkv, ready, by_key ? at_k : at_q, y);
             load_tile(mine + (2 * i + 1) * tile_bytes, by_key ? qkv : grad, ready,
@@ -78,9 +88,10 @@ __device__ inline void gradients(std::byte *memory, const CUtensorMap *qkv, cons
     }
     __syncwarp();
 
-    const uint64_t mine_a = operand(mine + 2 * group * tile_bytes),
-                   mine_b = operand(mine + (2 * group + 1) * tile_bytes);
-    const int own = first / tile + group, row = warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
+    const int part = share ? 0 : group; // of the block's rows
+    const uint64_t mine_a = operand(mine + 2 * part * tile_bytes),
+                   mine_b = operand(mine + (2 * part + 1) * tile_bytes);
+    const int own = first / tile + part, row = warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
     const float factor = s.scale * log2_e;
     float row_lse[2] = {}, row_delta[2] = {};
     if constexpr (!by_key)
@@ -98,6 +109,8 @@ __device__ inline void gradients(std::byte *memory, const CUtensorMap *qkv, cons
         }
         __syncwarp();
         const int stage = i % stages, there = begin + i;
+        if (share && i % groups != group)
+            continue;
         barrier_wait(full + stage, i / stages & 1);
         if (by_key ? there >= own : there <= own) {
             const uint64_t other_a = operand(ring + stage * 2 * tile_bytes),
@@ -186,6 +199,22 @@ __device__ inline void gradients(std::byte *memory, const CUtensorMap *qkv, cons
         __syncwarp();
     }
 
+    if constexpr (share) {
+        // Each group gives away what the other one is to write: the first writes dq or dk, the
+        // second dv.
+        float *const given = reinterpret_cast<float *>(ring) + threadIdx.x % 128;
+        __syncthreads(); // the stages are free
+        if (by_key || group == 1)
+#pragma unroll
+            for (int j = 0; j < 32; ++j)
+                given[(32 * group + j) * 128] = group == 1 ? sum_a[j] : sum_b[by_key ? j : 0];
+        __syncthreads();
+        if (!by_key && group == 1)
+            return;
+#pragma unroll
+        for (int j = 0; j < 32; ++j)
+            (group == 0 ? sum_a[j] : sum_b[by_key ? j : 0]) += given[(32 * (1 - group) + j) * 128];
+    }
     bf16 *const to = dqkv + (int64_t(row0) + own * tile + row) * 3 * s.width +
                      (by_key ? at_k : at_q) + column;
 #pragma unroll
@@ -193,37 +222,62 @@ __device__ inline void gradients(std::byte *memory, const CUtensorMap *qkv, cons
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             bf16 *const at = to + half * 8 * int64_t(3 * s.width) + 8 * j;
-            *reinterpret_cast<uint32_t *>(at) =
-                pack(sum_a[4 * j + 2 * half] * s.scale, sum_a[4 * j + 2 * half + 1] * s.scale);
+            if (!share || group == 0)
+                *reinterpret_cast<uint32_t *>(at) =
+                    pack(sum_a[4 * j + 2 * half] * s.scale, sum_a[4 * j + 2 * half + 1] * s.scale);
             if constexpr (by_key)
-                *reinterpret_cast<uint32_t *>(at + s.width) =
-                    pack(sum_b[4 * j + 2 * half], sum_b[4 * j + 2 * half + 1]);
+                if (!share || group == 1)
+                    *reinterpret_cast<uint32_t *>(at + s.width) =
+                        pack(sum_b[4 * j + 2 * half], sum_b[4 * j + 2 * half + 1]);
         }
 }
 
 // Blocks of keys and of queries by turns, those with the longest way first.
-__global__ __launch_bounds__(threads, 1)
-void gradients_kernel(const __grid_constant__ CUtensorMap qkv,
-                      const __grid_constant__ CUtensorMap grad, const float *lse,
-                      const float *delta, bf16 *dqkv, const Shape s) {
+template <bool share>
+__global__ __launch_bounds__(threads,
+                             1) void gradients_kernel(const __grid_constant__ CUtensorMap qkv,
+                                                      const __grid_constant__ CUtensorMap grad,
+                                                      const float *lse, const float *delta,
+                                                      bf16 *dqkv, const Shape s) {
     extern __shared__ std::byte raw[];
     std::byte *const memory = raw + (1024 - (address(raw) & 1023)) % 1024;
-    const int block = blockIdx.x / 2;
+    // Few rows: those of all heads in the order of their ways.
+    const int place = share ? blockIdx.y : blockIdx.x, head = share ? blockIdx.x : blockIdx.y;
+    const int block = place / 2, last = s.tokens / (tiles_of<share> * tile) - 1;
     wait_for_earlier();
-    if (blockIdx.x % 2 == 0)
-        gradients<true>(memory, &qkv, &grad, lse, delta, dqkv, s, block);
+    if (place % 2 == 0)
+        gradients<true, share>(memory, &qkv, &grad, lse, delta, dqkv, s, block, head);
     else
-        gradients<false>(memory, &qkv, &grad, lse, delta, dqkv, s, s.tokens / rows - 1 - block);
+        gradients<false, share>(memory, &qkv, &grad, lse, delta, dqkv, s, last - block, head);
+}
+
+// Smaller blocks keep more multiprocessors busy.
+bool few_rows(const ponder_device &device, int64_t streams, int64_t heads, int64_t tokens) {
+    return streams * heads * (tokens / (groups * tile)) < device.processors;
+}
+
+template <bool share>
+void queue(const Run &run, const CUtensorMap &qkv, const CUtensorMap &grad, const float *lse,
+           const float *delta, bf16 *dqkv, const Shape &s, int64_t streams) {
+    constexpr int memory = int(memory_bytes<share>);
+    run.device->check(cudaFuncSetAttribute(gradients_kernel<share>,
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, memory),
+                      "attention_vjp");
+    const unsigned blocks = unsigned(2 * s.tokens / (tiles_of<share> * tile)),
+                   heads = unsigned(s.heads);
+    launch(run, gradients_kernel<share>,
+           dim3(share ? heads : blocks, share ? blocks : heads, unsigned(streams)), threads, memory,
+           qkv, grad, lse, delta, dqkv, s);
 }
 
 } // namespace
 
 bool attention_gradients_fit(const ponder_device &device, int64_t streams, int64_t heads,
                              int64_t tokens, int64_t d) {
-    // Smaller blocks keep more multiprocessors busy with few rows.
-    return device.major == 9 && d == D && tokens % rows == 0 && streams < 65536 && heads < 65536 &&
+    return device.major == 9 && d == D && tokens % tile == 0 && streams < 65536 && heads < 65536 &&
            streams * tokens * 3 * heads * d < int64_t(1) << 40 && streams * tokens < (1 << 30) &&
-           2 * streams * heads * (tokens / rows) >= 2 * device.processors && encode_function();
+           (few_rows(device, streams, heads, tokens) ? tokens < 65536 : tokens % (2 * tile) == 0) &&
+           encode_function();
 }
 
 void attention_gradients(const Run &run, const bf16 *qkv, const float *lse, const float *delta,
@@ -234,14 +288,10 @@ void attention_gradients(const Run &run, const bf16 *qkv, const float *lse, cons
     if (!describe(map_qkv, qkv, 3 * width, streams * tokens, tile) ||
         !describe(map_grad, grad, width, streams * tokens, tile))
         return run.device->fail("attention_vjp: cuTensorMapEncodeTiled failed");
-    run.device->check(cudaFuncSetAttribute(gradients_kernel,
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           int(memory_bytes)),
-                      "attention_vjp");
-    launch(run, gradients_kernel,
-           dim3(unsigned(2 * tokens / rows), unsigned(heads), unsigned(streams)), threads,
-           memory_bytes, map_qkv, map_grad, lse, delta, dqkv,
-           Shape{int(tokens), int(width), 1 / sqrtf(float(D))});
+    const Shape shape{int(tokens), int(width), int(heads), 1 / sqrtf(float(D))};
+    few_rows(*run.device, streams, heads, tokens)
+        ? queue<true>(run, map_qkv, map_grad, lse, delta, dqkv, shape, streams)
+        : queue<false>(run, map_qkv, map_grad, lse, delta, dqkv, shape, streams);
 }
 
 } // namespace ponder::cuda
