@@ -151,14 +151,39 @@ TEST_P(CpuOps, LayerNorm) {
                                       {{act, {n.s, n.t, c}}, {f32, {n.s, n.t, 2}}},
                                       {1e-5}};
                 check(forward, limit(act), shape_name(act, n.s, n.t));
+                std::vector<Tensor> gated; // no op of the reference
+                std::string why;
+                std::vector<Tensor> in = forward.in;
+                in.push_back(random(half, {n.s, n.t, c}));
+                if (!on_host() && act == half &&
+                    runner->try_run("layer_norm_gated", in, forward.out, {1e-5}, gated, why) ==
+                        PONDER_PLAN_OK) {
+                    for (Tensor &t : in)
+                        t = t.to(DType::f64);
+                    const Out f64{DType::f64, {n.s, n.t, c}};
+                    const Tensor y = oracle->run("layer_norm", {in[0], in[1], in[2]},
+                                                 {f64, {DType::f64, {n.s, n.t, 2}}}, {1e-5})[0];
+                    EXPECT_LE(relative_error(gated[0], oracle->run("mul", {in[3], y}, {f64})[0]),
+                              limit(act));
+                }
                 const Tensor stats = runner->run("layer_norm", forward.in, forward.out, {1e-5})[1];
-                for (bool carry : {false, true})
-                    check({"layer_norm_vjp",
-                           {random(act, {n.s, n.t, c}), x, g, stats,
-                            carry ? random(f32, {n.s, n.t, c}) : none()},
-                           {{f32, {n.s, n.t, c}}},
-                           {}},
-                          limit(f32, true), shape_name(act, n.s, n.t));
+                for (bool carry : {false, true}) {
+                    const Case back = {"layer_norm_vjp",
+                                       {random(act, {n.s, n.t, c}), x, g, stats,
+                                        carry ? random(f32, {n.s, n.t, c}) : none()},
+                                       {{f32, {n.s, n.t, c}}},
+                                       {}};
+                    check(back, limit(f32, true), shape_name(act, n.s, n.t));
+                    if (on_host())
+                        continue;
+                    std::vector<Tensor> both; // with a narrow copy
+                    if (runner->try_run("layer_norm_vjp_copy", back.in,
+                                        {back.out[0], {half, {n.s, n.t, c}}}, {}, both,
+                                        why) != PONDER_PLAN_OK)
+                        continue;
+                    for (int64_t i = 0; i < both[0].count(); ++i)
+                        ASSERT_EQ(to_float(to_bf16(both[0].as<float>()[i])), both[1].at(i));
+                }
             }
     check_rows({"layer_norm",
                 {random(f32, {1, 70, 33}), random(f32, {33}), random(f32, {33})},
@@ -216,6 +241,52 @@ TEST_P(CpuOps, LinearOfFewRows) {
                    {{full ? f32 : half, y}},
                    {double(transposed)}},
                   limit(half), shape_name(half, 1, t) + " K=" + std::to_string(k));
+        }
+}
+
+// Products of the same rows, one of them narrow; no op of the reference.
+TEST_P(CpuOps, LinearGroup) {
+    if (on_host())
+        GTEST_SKIP() << "only programs on other devices ask for it";
+    for (int64_t k : {64, 448, 768})
+        for (bool with_narrow : {false, true}) {
+            SCOPED_TRACE(k);
+            const int64_t t = 256;
+            const Tensor x = random(half, {1, t, k});
+            struct {
+                int64_t n;
+                DType weight, out;
+                double form;
+                bool bias;
+            } members[] = {{256, f32, f32, 0, false},
+                           {128, half, half, 0, true},
+                           {128, f32, half, 1, false},
+                           {12, f32, f32, 2, true}};
+            std::vector<Tensor> in = {x}, ours;
+            std::vector<Out> outs;
+            std::vector<double> forms;
+            for (const auto &m : members)
+                if (m.n > 16 || with_narrow) {
+                    in.push_back(random(m.weight, {k, m.n}).frozen());
+                    in.push_back(m.bias ? random(f32, {m.n}).frozen() : none());
+                    outs.push_back({m.out, {1, t, m.n}});
+                    forms.push_back(m.form);
+                }
+            std::string why;
+            const int32_t answer = runner->try_run("linear_group", in, outs, forms, ours, why);
+            if (answer == PONDER_PLAN_NONE)
+                GTEST_SKIP() << "no such op";
+            ASSERT_EQ(PONDER_PLAN_OK, answer) << why;
+            for (size_t i = 0; i < outs.size(); ++i) {
+                const Out f64{DType::f64, outs[i].shape};
+                Tensor y = oracle->run("linear",
+                                       {x.to(DType::f64), in[1 + 2 * i].to(DType::f64),
+                                        in[2 + 2 * i].to(DType::f64), none()},
+                                       {f64}, {0})[0];
+                if (forms[i])
+                    y = oracle->run(forms[i] == 1 ? "gelu" : "sigmoid", {y}, {f64})[0];
+                EXPECT_LE(relative_error(ours[i], y), limit(half)) << i;
+            }
         }
 }
 
@@ -287,6 +358,89 @@ TEST_P(CpuOps, LoraLinear) {
                            {0.7}},
                           limit(act, true), shape_name(act, n.s, n.t));
                 }
+}
+
+// Whole tiles of tokens, which a device may compute in one go: depths and widths that cut the depth
+// into different numbers of parts, and one that does not.
+TEST_P(CpuOps, LoraLinearTiles) {
+    struct {
+        int64_t s, t, k, n;
+    } sizes[] = {{1, 128, 64, 128},  {1, 256, 256, 128},  {2, 128, 512, 384}, {1, 128, 1664, 256},
+                 {1, 384, 128, 768}, {1, 256, 128, 2304}, {1, 256, 64, 4352}};
+    for (const auto &z : sizes)
+        for (bool full : {false, true}) {
+            const Shape x = {z.s, z.t, z.k}, y = {z.s, z.t, z.n}, u = {z.s, z.t, 16};
+            const Tensor w = random(half, {z.k, z.n}).frozen();
+            const Tensor a = random(f32, {z.s, z.k, 16}), bb = random(f32, {z.s, 16, z.n});
+            const std::string what = "K=" + std::to_string(z.k) + " N=" + std::to_string(z.n);
+            check({"lora_linear",
+                   {random(half, x), w, full ? random(f32, {z.n}).frozen() : none(), a, bb,
+                    full ? random(f32, y) : none()},
+                   {{full ? f32 : half, y}, {half, u}},
+                   {0.7}},
+                  limit(half), what);
+            check({"lora_linear_vjp",
+                   {random(full ? f32 : half, y), w, a, bb},
+                   {{half, x}, {half, u}},
+                   {0.7}},
+                  limit(half, true), what);
+        }
+}
+
+// The same with gelu; no ops of the reference.
+TEST_P(CpuOps, LoraLinearGelu) {
+    if (on_host())
+        GTEST_SKIP() << "only programs on other devices ask for it";
+    struct {
+        int64_t t, k, n, r;
+    } sizes[] = {{128, 64, 128, 16}, {256, 256, 384, 16}, {130, 64, 192, 16}, {65, 33, 21, 3}};
+    const auto wide = [](std::vector<Tensor> in) {
+        for (Tensor &t : in)
+            t = t.to(DType::f64);
+        return in;
+    };
+    for (const auto &z : sizes)
+        for (bool keeps : {false, true}) {
+            SCOPED_TRACE("T=" + std::to_string(z.t) + " K=" + std::to_string(z.k));
+            const Shape x = {1, z.t, z.k}, y = {1, z.t, z.n}, u = {1, z.t, z.r};
+            const Tensor w = random(half, {z.k, z.n}).frozen(), b = random(f32, {z.n}).frozen();
+            const Tensor a = random(f32, {1, z.k, z.r}), bb = random(f32, {1, z.r, z.n});
+            const std::vector<Tensor> in = {random(half, x), w, b, a, bb, none()};
+            std::vector<Tensor> ours;
+            std::string why;
+            const int32_t answer = runner->try_run(
+                "lora_linear_gelu", in, {{half, y}, {half, u}, keeps ? Out{half, y} : Out{}}, {0.7},
+                ours, why);
+            if (answer == PONDER_PLAN_NONE)
+                GTEST_SKIP() << "no such op";
+            ASSERT_EQ(PONDER_PLAN_OK, answer) << why;
+            const auto sums =
+                oracle->run("lora_linear", wide(in), {{DType::f64, y}, {DType::f64, u}}, {0.7});
+            EXPECT_LE(relative_error(ours[0], oracle->run("gelu", {sums[0]}, {{DType::f64, y}})[0]),
+                      limit(half));
+            EXPECT_LE(relative_error(ours[1], sums[1]), limit(half));
+            if (keeps) {
+                EXPECT_LE(relative_error(ours[2], sums[0]), limit(half));
+            }
+            const std::vector<Tensor> back = {random(keeps ? f32 : half, y), w, a, bb};
+            const Tensor before = random(half, x);
+            std::vector<Tensor> all = back;
+            all.push_back(before);
+            ASSERT_EQ(PONDER_PLAN_OK, runner->try_run("lora_linear_vjp_gelu", all,
+                                                      {{half, x}, {half, u}}, {0.7}, ours, why))
+                << why;
+            const auto found = oracle->run("lora_linear_vjp", wide(back),
+                                           {{DType::f64, x}, {DType::f64, u}}, {0.7});
+            EXPECT_LE(
+                relative_error(ours[0], oracle->run("gelu_vjp", {found[0], before.to(DType::f64)},
+                                                    {{DType::f64, x}})[0]),
+                limit(half, true));
+            EXPECT_LE(relative_error(ours[1], found[1]), limit(half, true));
+            ASSERT_EQ(PONDER_PLAN_OK, runner->try_run("lora_linear_vjp_narrow", {back[0], bb},
+                                                      {{half, u}}, {0.7}, ours, why))
+                << why;
+            EXPECT_LE(relative_error(ours[0], found[1]), limit(half, true)) << "alone";
+        }
 }
 
 // The same ops with int8 weights: few rows and many, scales of columns and of rows.
@@ -429,6 +583,25 @@ TEST_P(CpuOps, SliceRows) {
     for (DType act : {f32, half}) {
         check({"slice_rows", {random(act, {3, 70, 19})}, {{act, {3, 65, 19}}}, {4}}, 1e-6, "");
         check({"slice_rows_vjp", {random(act, {3, 65, 19})}, {{f32, {3, 70, 19}}}, {4}}, 1e-6, "");
+    }
+}
+
+// Tiles of keys that several groups of warps of a device share, fewer than groups and many.
+TEST_P(CpuOps, AttentionOfFewRows) {
+    if (on_host())
+        GTEST_SKIP() << "there are no such groups";
+    for (int64_t t : {64, 192, 704, 832}) {
+        const int64_t heads = 2, c = heads * 64;
+        const Tensor qkv = random(half, {1, t, 3 * c}, 2);
+        const Case forward = {
+            "attention", {qkv}, {{half, {1, t, c}}, {f32, {1, heads, t}}}, {double(heads)}};
+        check(forward, limit(half), std::to_string(t));
+        const auto out = runner->run("attention", forward.in, forward.out, forward.attr);
+        check({"attention_vjp",
+               {qkv, out[0], out[1], random(half, {1, t, c})},
+               {{half, {1, t, 3 * c}}},
+               {double(heads)}},
+              limit(half, true), std::to_string(t));
     }
 }
 
@@ -648,6 +821,47 @@ TEST_P(CpuOps, CrossEntropyInParts) {
     }
 }
 
+// No op of the reference either.
+TEST_P(CpuOps, ConvolutionsThatTurn) {
+    if (on_host())
+        GTEST_SKIP() << "only programs on other devices ask for it";
+    for (const Length &n : lengths)
+        for (DType out : {f32, half})
+            for (bool before : {false, true})
+                for (size_t count : {1, 2}) {
+                    SCOPED_TRACE(shape_name(out, n.s, n.t));
+                    const int64_t c = 24, heads = 3, period = 16;
+                    const Shape shape = {n.s, n.t, c};
+                    const Tensor x = random(f32, shape),
+                                 first = before ? random(f32, {n.s, 4, c}) : none();
+                    std::vector<Tensor> in = {x, first}, ours;
+                    std::vector<Out> outs;
+                    for (size_t i = 0; i < count; ++i) {
+                        in.push_back(random(f32, {4, c}));
+                        in.push_back(random(f32, {c}));
+                        outs.push_back({out, shape});
+                    }
+                    std::string why;
+                    const int32_t answer =
+                        runner->try_run("conv1d_rope", in, outs,
+                                        {1, double(heads), double(period), 1e4}, ours, why);
+                    if (answer == PONDER_PLAN_NONE)
+                        GTEST_SKIP() << "no such op";
+                    ASSERT_EQ(PONDER_PLAN_OK, answer) << why;
+                    for (size_t i = 0; i < count; ++i) {
+                        std::vector<Tensor> wide = {x.to(DType::f64), in[2 + 2 * i].to(DType::f64),
+                                                    in[3 + 2 * i].to(DType::f64)};
+                        if (before)
+                            wide.push_back(first.to(DType::f64));
+                        const Out f64{DType::f64, shape};
+                        const Tensor y =
+                            oracle->run("rope", {oracle->run("conv1d", wide, {f64}, {1})[0]}, {f64},
+                                        {double(heads), double(period), 1e4, 0})[0];
+                        EXPECT_LE(relative_error(ours[i], y), limit(out));
+                    }
+                }
+}
+
 TEST_P(CpuOps, ConvolutionAndRope) {
     for (const Length &n : lengths)
         for (DType act : {f32, half}) {
@@ -745,7 +959,7 @@ TEST_P(CpuOps, MatmulTnGroup) {
         std::vector<Tensor> in, ours;
         std::vector<Out> out;
         for (int i = 0; i < 50; ++i) {
-            const int64_t rank = 2 * (1 + i % 24), width = 4 * (13 + 4 * (i % 20));
+            const int64_t rank = 2 * (1 + i % 24), width = 8 * (7 + 2 * (i % 20));
             const bool first = i % 2;
             in.push_back(random(i % 3 ? half : f32, {n.s, n.t, first ? width : rank}));
             in.push_back(random(i % 5 ? half : f32, {n.s, n.t, first ? rank : width}));

@@ -156,6 +156,133 @@ inline int32_t plan_linear_gelu(Device &d, const ponder_op_call &call, ponder_pl
         out);
 }
 
+inline int32_t plan_linear_group(Device &d, const ponder_op_call &call, ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    Joined joined(d, call);
+    const size_t count = call.n_out;
+    size_t most = 0;
+    std::vector<bool> behind(count); // something follows the product
+    for (size_t i = 0; i < count; ++i) {
+        const ponder_tensor &y = t[call.n_in + i];
+        joined.step("linear", {t[0], t[1 + 2 * i], t[2 + 2 * i], {}, y}, 4, {0});
+        behind[i] = call.attr[i] != 0;
+        if (behind[i])
+            joined.step(call.attr[i] == 1 ? "gelu" : "sigmoid", {y, y}, 1);
+        most = std::max(most, bytes_of(y));
+    }
+    return joined.is(
+        most,
+        [behind, n_in = call.n_in](const auto &run, void *const *host, std::byte *workspace) {
+            for (size_t i = 0, step = 0; i < behind.size(); ++i) {
+                void *const y = host[n_in + i], *const sum = behind[i] ? workspace : y;
+                run(step++, {host[0], host[1 + 2 * i], host[2 + 2 * i], nullptr, sum});
+                if (behind[i])
+                    run(step++, {sum, y});
+            }
+        },
+        out);
+}
+
+inline int32_t plan_conv1d_rope(Device &d, const ponder_op_call &call, ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    Joined joined(d, call);
+    const std::vector<double> turn = {call.attr[1], call.attr[2], call.attr[3], 0};
+    const bool before = t[1].dtype != PONDER_DTYPE_NONE;
+    for (size_t i = 0; i < call.n_out; ++i) {
+        std::vector<ponder_tensor> conv = {t[0], t[2 + 2 * i], t[3 + 2 * i]};
+        if (before)
+            conv.push_back(t[1]);
+        conv.push_back(t[0]);
+        joined.step("conv1d", conv, uint32_t(conv.size()) - 1, {call.attr[0]});
+        joined.step("rope", {t[0], t[0]}, 1, turn);
+        joined.step("affine", {t[0], t[call.n_in + i]}, 1, {1, 0});
+    }
+    const size_t bytes = (bytes_of(t[0]) + 63) / 64 * 64;
+    return joined.is(
+        2 * bytes,
+        [before, bytes, n_in = call.n_in, n_out = call.n_out](const auto &run, void *const *host,
+                                                              std::byte *workspace) {
+            for (size_t i = 0; i < n_out; ++i) {
+                std::vector<void *> conv = {host[0], host[2 + 2 * i], host[3 + 2 * i]};
+                if (before)
+                    conv.push_back(host[1]);
+                conv.push_back(workspace);
+                run(3 * i, conv);
+                run(3 * i + 1, {workspace, workspace + bytes});
+                run(3 * i + 2, {workspace + bytes, host[n_in + i]});
+            }
+        },
+        out);
+}
+
+inline int32_t plan_lora_linear_gelu(Device &d, const ponder_op_call &call, ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    Joined joined(d, call);
+    joined.step("lora_linear", {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]}, 6, {call.attr[0]});
+    joined.step("gelu", {t[6], t[6]}, 1);
+    return joined.is(
+        bytes_of(t[6]),
+        [](const auto &run, void *const *host, std::byte *workspace) {
+            void *const z = host[8] ? host[8] : workspace;
+            run(0, {host[0], host[1], host[2], host[3], host[4], host[5], z, host[7]});
+            run(1, {z, host[6]});
+        },
+        out);
+}
+
+inline int32_t plan_lora_linear_vjp_gelu(Device &d, const ponder_op_call &call, ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    Joined joined(d, call);
+    joined.step("lora_linear_vjp", {t[0], t[1], t[2], t[3], t[5], t[6]}, 4, {call.attr[0]});
+    joined.step("gelu_vjp", {t[5], t[4], t[5]}, 2);
+    return joined.is(
+        bytes_of(t[5]),
+        [](const auto &run, void *const *host, std::byte *workspace) {
+            run(0, {host[0], host[1], host[2], host[3], workspace, host[6]});
+            run(1, {workspace, host[4], host[5]});
+        },
+        out);
+}
+
+inline int32_t plan_lora_linear_vjp_narrow(Device &d, const ponder_op_call &call,
+                                           ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    ponder_tensor dx = t[2], w = t[0], a = t[1]; // any of one column before: dx is not looked at
+    dx.dim[2] = 1;
+    w.rank = 2;
+    w.dim[0] = 1;
+    w.dim[1] = t[0].dim[2];
+    a.dim[1] = 1;
+    a.dim[2] = t[2].dim[2];
+    Joined joined(d, call);
+    joined.step("lora_linear_vjp", {t[0], w, a, t[1], dx, t[2]}, 4, {call.attr[0]});
+    const size_t bytes = (bytes_of(w) + bytes_of(a) + bytes_of(dx) + 191) / 64 * 64;
+    return joined.is(
+        bytes,
+        [bytes, at_a = (bytes_of(w) + 63) / 64 * 64, at_dx = bytes - (bytes_of(dx) + 63) / 64 * 64](
+            const auto &run, void *const *host, std::byte *workspace) {
+            std::memset(workspace, 0, bytes);
+            run(0, {host[0], workspace, workspace + at_a, host[1], workspace + at_dx, host[2]});
+        },
+        out);
+}
+
+inline int32_t plan_layer_norm_gated(Device &d, const ponder_op_call &call, ponder_plan &out) {
+    const ponder_tensor *t = call.tensor;
+    ponder_tensor wide = t[4];
+    wide.dtype = t[5].dtype;
+    Joined joined(d, call);
+    joined.step("layer_norm", {t[0], t[1], t[2], wide, t[5]}, 3, {call.attr[0]});
+    joined.step("mul", {t[3], wide, t[4]}, 2);
+    return joined.is(
+        bytes_of(wide),
+        [](const auto &run, void *const *host, std::byte *workspace) {
+            run(0, {host[0], host[1], host[2], workspace, host[5]});
+            run(1, {host[3], workspace, host[4]});
+        },
+        out);
+}
+
 inline int32_t plan_matmul_tn_group(Device &d, const ponder_op_call &call, ponder_plan &out) {
     Joined joined(d, call);
     const size_t count = call.n_out;
@@ -304,6 +431,12 @@ inline const ponder_backend *backend() {
             Device &d = device_of(device);
             const std::pair<const char *, decltype(&plan_linear_gelu)> more[] = {
                 {"linear_gelu", plan_linear_gelu},
+                {"linear_group", plan_linear_group},
+                {"conv1d_rope", plan_conv1d_rope},
+                {"layer_norm_gated", plan_layer_norm_gated},
+                {"lora_linear_vjp_narrow", plan_lora_linear_vjp_narrow},
+                {"lora_linear_gelu", plan_lora_linear_gelu},
+                {"lora_linear_vjp_gelu", plan_lora_linear_vjp_gelu},
                 {"matmul_tn_group", plan_matmul_tn_group},
                 {"cross_entropy_parts", plan_cross_entropy_parts},
                 {"cross_entropy_parts_vjp", plan_cross_entropy_parts_vjp}};

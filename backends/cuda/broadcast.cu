@@ -1,4 +1,5 @@
 // add, sub, mul, broadcast of tensors that are broadcast to the result; sum_to, the way back.
+#include "launch.cuh"
 #include "ops.hpp"
 
 namespace ponder::cuda {
@@ -60,6 +61,7 @@ template <class A, class B, class Y, class F>
 __global__ void combine_kernel(const A *a, const B *b, Y *y, Index at_a, Index at_b, int64_t n,
                                F f) {
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
+    wait_for_earlier();
     if (i < n)
         y[i] = from_float<Y>(f(to_float(a[at_a(i)]), to_float(b[at_b(i)])));
 }
@@ -69,6 +71,7 @@ __global__ void combine_packs(const A *a, const B *b, Y *y, int64_t packs, F f) 
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
     if (i >= packs)
         return;
+    wait_for_earlier();
     const Pack<A, N> x = load<N>(a + i * N);
     const Pack<B, N> z = load<N>(b + i * N);
     Pack<Y, N> out;
@@ -88,11 +91,11 @@ template <class F> int32_t plan_combine(const Call &call, F f) {
                 const B *b = run.at<const B>(1);
                 Y *y = run.at<Y>(2);
                 if (plain && aligned(a, 16) && aligned(b, 16) && aligned(y, 16))
-                    combine_packs<8><<<blocks_for(n / 8, threads), threads, 0, run.stream>>>(
-                        a, b, y, n / 8, f);
+                    launch(run, combine_packs<8, A, B, Y, F>, blocks_for(n / 8, threads), threads,
+                           0, a, b, y, n / 8, f);
                 else
-                    combine_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(
-                        a, b, y, at_a, at_b, n, f);
+                    launch(run, combine_kernel<A, B, Y, F>, blocks_for(n, threads), threads, 0, a,
+                           b, y, at_a, at_b, n, f);
             });
         });
     });

@@ -1,6 +1,7 @@
 // Ops on one element at a time: sigmoid, affine, power, exp, relu, step, reshape, gelu, gelu_vjp,
 // gelu_derivative, dropout, fill, mean_vjp; and conversions between types.
 #include "gelu.cuh"
+#include "launch.cuh"
 #include "ops.hpp"
 #include "product.hpp"
 
@@ -15,6 +16,7 @@ __global__ void each_kernel(const X *x, Y *y, int64_t packs, F f) {
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
     if (i >= packs)
         return;
+    wait_for_earlier();
     const Pack<X, N> in = load<N>(x + i * N);
     Pack<Y, N> out;
     for (int j = 0; j < N; ++j)
@@ -23,12 +25,12 @@ __global__ void each_kernel(const X *x, Y *y, int64_t packs, F f) {
 }
 
 // y_i = f(x_i, i)
-template <class X, class Y, class F>
-void each(const X *x, Y *y, int64_t n, cudaStream_t stream, F f) {
+template <class X, class Y, class F> void each(const Run &run, const X *x, Y *y, int64_t n, F f) {
     if (n % 8 == 0 && aligned(x, 16) && aligned(y, 16))
-        each_kernel<8><<<blocks_for(n / 8, threads), threads, 0, stream>>>(x, y, n / 8, f);
+        launch(run, each_kernel<8, X, Y, F>, blocks_for(n / 8, threads), threads, 0, x, y, n / 8,
+               f);
     else
-        each_kernel<1><<<blocks_for(n, threads), threads, 0, stream>>>(x, y, n, f);
+        launch(run, each_kernel<1, X, Y, F>, blocks_for(n, threads), threads, 0, x, y, n, f);
 }
 
 template <int N, class X, class Y, class Z, class F>
@@ -36,6 +38,7 @@ __global__ void both_kernel(const X *x, const Y *y, Z *z, int64_t packs, F f) {
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
     if (i >= packs)
         return;
+    wait_for_earlier();
     const Pack<X, N> a = load<N>(x + i * N);
     const Pack<Y, N> b = load<N>(y + i * N);
     Pack<Z, N> out;
@@ -44,13 +47,22 @@ __global__ void both_kernel(const X *x, const Y *y, Z *z, int64_t packs, F f) {
     store<N>(z + i * N, out);
 }
 
+// z_i = f(x_i, y_i)
+template <class X, class Y, class Z, class F>
+void both(const Run &run, const X *x, const Y *y, Z *z, int64_t n, F f) {
+    if (n % 8 == 0 && aligned(x, 16) && aligned(y, 16) && aligned(z, 16))
+        launch(run, both_kernel<8, X, Y, Z, F>, blocks_for(n / 8, threads), threads, 0, x, y, z,
+               n / 8, f);
+    else
+        launch(run, both_kernel<1, X, Y, Z, F>, blocks_for(n, threads), threads, 0, x, y, z, n, f);
+}
+
 template <class F> int32_t plan_each(const Call &call, F f) {
     const int64_t n = call.count(0);
     return by_types(call.type(0), call.type(call.out(0)), [&]<class X, class Y>(X, Y) {
         const size_t out = call.out(0);
-        return call.is(0, [=](const Run &run) {
-            each(run.at<const X>(0), run.at<Y>(out), n, run.stream, f);
-        });
+        return call.is(
+            0, [=](const Run &run) { each(run, run.at<const X>(0), run.at<Y>(out), n, f); });
     });
 }
 
@@ -150,14 +162,22 @@ __global__ void split_kernel(const float *x, bf16 *y, int64_t packs, int64_t wid
 
 template <class Y> __global__ void fill_kernel(Y *y, int64_t n, const float *value, float by) {
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
+    wait_for_earlier();
     if (i < n)
         y[i] = from_float<Y>(value ? float(double(*value) / double(by)) : by);
 }
 
 } // namespace
 
-void convert(const float *x, bf16 *y, int64_t count, cudaStream_t stream) {
-    each(x, y, count, stream, ToSame{});
+void convert(const Run &run, const float *x, bf16 *y, int64_t count) {
+    each(run, x, y, count, ToSame{});
+}
+
+void gelu(const Run &run, const bf16 *x, bf16 *y, int64_t count) {
+    each(run, x, y, count, ToGelu{});
+}
+void gelu_vjp(const Run &run, const bf16 *dy, const bf16 *x, bf16 *dx, int64_t count) {
+    both(run, dy, x, dx, count, ToGeluVjp{});
 }
 
 void split(const float *x, bf16 *y, int64_t rows, int64_t width, bool stacked, bool second,
@@ -167,8 +187,8 @@ void split(const float *x, bf16 *y, int64_t rows, int64_t width, bool stacked, b
                                                                      stacked, second, aligned(x, 16));
 }
 
-void refresh_narrow(const Narrow &copy, cudaStream_t stream) {
-    convert(copy.from, static_cast<bf16 *>(copy.to), int64_t(copy.count), stream);
+void refresh_narrow(const Run &run, const Narrow &copy) {
+    convert(run, copy.from, static_cast<bf16 *>(copy.to), int64_t(copy.count));
 }
 
 const bf16 *narrow(const Run &run, const void *constant, const float *from, int64_t count) {
@@ -180,7 +200,7 @@ const bf16 *narrow(const Run &run, const void *constant, const float *from, int6
             return nullptr;
         copy.from = from;
         copy.count = size_t(count);
-        refresh_narrow(copy, run.stream);
+        refresh_narrow(run, copy);
     }
     return static_cast<const bf16 *>(copy.to);
 }
@@ -212,15 +232,7 @@ int32_t plan_gelu_vjp(const Call &call) {
     return by_types(call.type(0), call.type(1), [&]<class DY, class X>(DY, X) {
         return by_type(call.type(2), [&]<class DX>(DX) {
             return call.is(0, [=](const Run &run) {
-                const DY *dy = run.at<const DY>(0);
-                const X *x = run.at<const X>(1);
-                DX *dx = run.at<DX>(2);
-                if (n % 8 == 0 && aligned(dy, 16) && aligned(x, 16) && aligned(dx, 16))
-                    both_kernel<8><<<blocks_for(n / 8, threads), threads, 0, run.stream>>>(
-                        dy, x, dx, n / 8, ToGeluVjp{});
-                else
-                    both_kernel<1><<<blocks_for(n, threads), threads, 0, run.stream>>>(
-                        dy, x, dx, n, ToGeluVjp{});
+                both(run, run.at<const DY>(0), run.at<const X>(1), run.at<DX>(2), n, ToGeluVjp{});
             });
         });
     });
@@ -238,7 +250,7 @@ int32_t plan_dropout(const Call &call) {
         return call.is(0, [=](const Run &run) {
             ToDropout f = prototype;
             f.seed = run.at<const int32_t>(1);
-            each(run.at<const X>(0), run.at<Y>(2), n, run.stream, f);
+            each(run, run.at<const X>(0), run.at<Y>(2), n, f);
         });
     });
 }
@@ -248,8 +260,8 @@ int32_t plan_fill(const Call &call) {
     const float value = float(call.attr(0));
     return by_type(call.type(0), [&]<class Y>(Y) {
         return call.is(0, [=](const Run &run) {
-            fill_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(run.at<Y>(0), n,
-                                                                           nullptr, value);
+            launch(run, fill_kernel<Y>, blocks_for(n, threads), threads, 0, run.at<Y>(0), n,
+                   nullptr, value);
         });
     });
 }
@@ -259,8 +271,8 @@ int32_t plan_mean_vjp(const Call &call) {
     const int64_t n = call.count(1);
     const float count = float(call.attr(0));
     return call.is(0, [=](const Run &run) {
-        fill_kernel<<<blocks_for(n, threads), threads, 0, run.stream>>>(
-            run.at<float>(1), n, run.at<const float>(0), count);
+        launch(run, fill_kernel<float>, blocks_for(n, threads), threads, 0, run.at<float>(1), n,
+               run.at<const float>(0), count);
     });
 }
 

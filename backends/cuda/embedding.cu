@@ -1,6 +1,7 @@
 // embedding: y = table[id] + position[first + t]; embedding_at: table[id] + position[at]
 // vjp: dtable[v] = the sum of dy over v's tokens, in their order (a stable sort by id), so that the
 // sum is the same every time; dposition[p] = the sum over streams.
+#include "launch.cuh"
 #include "ops.hpp"
 
 #include <cub/device/device_radix_sort.cuh>
@@ -18,6 +19,7 @@ __global__ void embedding_kernel(const int32_t *ids, const int32_t *places, cons
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
     if (i >= packs)
         return;
+    wait_for_earlier();
     const int64_t at = i * N, row = at / width, c = at % width;
     const Pack<T, N> word = load<N>(table + int64_t(ids[row]) * width + c);
     const int64_t position_of_row = places ? places[row] : first + row % tokens;
@@ -92,11 +94,11 @@ int32_t plan_lookup(const Call &call, size_t table_at) {
             const P *position = run.at<const P>(table_at + 1);
             float *y = run.at<float>(table_at + 2);
             if (width % 4 == 0 && aligned(table, 16) && aligned(position, 16))
-                embedding_kernel<4><<<blocks_for(n / 4, threads), threads, 0, run.stream>>>(
-                    ids, places, table, position, y, n / 4, tokens, width, first);
+                launch(run, embedding_kernel<4, T, P>, blocks_for(n / 4, threads), threads, 0, ids,
+                       places, table, position, y, n / 4, tokens, width, first);
             else
-                embedding_kernel<1><<<blocks_for(n, threads), threads, 0, run.stream>>>(
-                    ids, places, table, position, y, n, tokens, width, first);
+                launch(run, embedding_kernel<1, T, P>, blocks_for(n, threads), threads, 0, ids,
+                       places, table, position, y, n, tokens, width, first);
         });
     });
 }

@@ -53,15 +53,16 @@ template <int J, class X> struct Row {
     }
 };
 
-template <int J, class X, class G, class Y>
-__global__ void layer_norm_kernel(const X *x, const G *g, const G *b, Y *y, float *stats,
-                                  int64_t rows, int64_t width, float eps) {
+template <int J, bool gated, class X, class G, class Y>
+__global__ void layer_norm_kernel(const X *x, const G *g, const G *b, const bf16 *gate, Y *y,
+                                  float *stats, int64_t rows, int64_t width, float eps) {
     const int64_t r = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
     if (r >= rows)
         return;
     Row<J, G> scale(g, width), shift(b, width); // weights: on their way before the row is there
     wait_for_earlier();
     Row<J, X> row(x + r * width, width);
+    Row<gated ? J : 0, bf16> gates(gate + r * width, gated ? width : 0);
     float sum = 0;
     row.each([&](int64_t, const float *v) { sum += (v[0] + v[1]) + (v[2] + v[3]); });
     const float mean = warp_sum(sum) / float(width);
@@ -71,24 +72,29 @@ __global__ void layer_norm_kernel(const X *x, const G *g, const G *b, Y *y, floa
             square += (v[i] - mean) * (v[i] - mean);
     });
     const float inverse = 1 / sqrtf(warp_sum(square) / float(width) + eps);
-    const auto put = [&](int64_t at, const float *v, const float *scale, const float *shift) {
+    const auto put = [&](int64_t at, const float *v, const float *scale, const float *shift,
+                         const float *gates) {
         Pack<Y, 4> out;
-        for (int i = 0; i < 4; ++i)
-            out.set(i, scale[i] * ((v[i] - mean) * inverse) + shift[i]);
+        for (int i = 0; i < 4; ++i) {
+            const float n = scale[i] * ((v[i] - mean) * inverse) + shift[i];
+            out.set(i, gated ? gates[i] * n : n);
+        }
         store<4>(y + r * width + at, out);
     };
     if constexpr (J > 0) {
 #pragma unroll
         for (int j = 0; j < J; ++j)
             if (row.at(j) < width)
-                put(row.at(j), row.kept[j], scale.kept[j], shift.kept[j]);
+                put(row.at(j), row.kept[j], scale.kept[j], shift.kept[j],
+                    gates.kept[gated ? j : 0]);
     } else {
         for (int64_t j = 0; row.at(j) < width; ++j) {
-            float v[4], g4[4], b4[4];
+            float v[4], g4[4], b4[4], more[4];
             row.read(j, v);
+            gates.read(j, more);
             scale.read(j, g4);
             shift.read(j, b4);
-            put(row.at(j), v, g4, b4);
+            put(row.at(j), v, g4, b4, more);
         }
     }
     if (threadIdx.x % 32 == 0) {
@@ -99,7 +105,8 @@ __global__ void layer_norm_kernel(const X *x, const G *g, const G *b, Y *y, floa
 
 template <int J, class DY, class X, class G>
 __global__ void layer_norm_vjp_kernel(const DY *dy, const X *x, const G *g, const float *stats,
-                                      const float *carry, float *dx, int64_t rows, int64_t width) {
+                                      const float *carry, float *dx, bf16 *copy, int64_t rows,
+                                      int64_t width) {
     const int64_t r = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
     if (r >= rows)
         return;
@@ -143,6 +150,12 @@ __global__ void layer_norm_vjp_kernel(const DY *dy, const X *x, const G *g, cons
             out.v[i] = more[i] + (u - mean_u - h * mean_uh) * inverse;
         }
         store<4>(dx + r * width + at, out);
+        if (copy) {
+            Pack<bf16, 4> narrow;
+            for (int i = 0; i < 4; ++i)
+                narrow.set(i, out.v[i]);
+            store<4>(copy + r * width + at, narrow);
+        }
     });
 }
 
@@ -171,7 +184,7 @@ __global__ void layer_norm_odd(const X *x, const G *g, const G *b, Y *y, float *
 
 template <class DY, class X, class G>
 __global__ void layer_norm_vjp_odd(const DY *dy, const X *x, const G *g, const float *stats,
-                                   const float *carry, float *dx, int64_t width) {
+                                   const float *carry, float *dx, bf16 *copy, int64_t width) {
     __shared__ float cell[33];
     const int64_t r = blockIdx.x;
     const float mean = stats[2 * r], inverse = stats[2 * r + 1];
@@ -187,6 +200,8 @@ __global__ void layer_norm_vjp_odd(const DY *dy, const X *x, const G *g, const f
         const int64_t at = r * width + j;
         const float u = to_float(g[j]) * to_float(dy[at]), h = (to_float(x[at]) - mean) * inverse;
         dx[at] = (carry ? carry[at] : 0.0f) + (u - mean_u - h * mean_uh) * inverse;
+        if (copy)
+            copy[at] = __float2bfloat16(dx[at]);
     }
 }
 
@@ -239,35 +254,53 @@ template <class F> void by_registers(int64_t width, F f) {
 
 } // namespace
 
-int32_t plan_layer_norm(const Call &call) {
+namespace {
+
+int32_t plan_forward(const Call &call, bool gated) {
     const int64_t width = call.last(0), rows = call.count(0) / width;
     const float eps = float(call.attr(0));
     const size_t y_at = call.out(0), stats_at = call.out(1);
-    if (call.type(1) != call.type(2))
+    if (call.type(1) != call.type(2) ||
+        (gated && (call.type(3) != PONDER_DTYPE_BF16 || width % 4 != 0)))
         return PONDER_PLAN_NONE;
     return by_types(call.type(0), call.type(1), [&]<class X, class G>(X, G) {
         return by_type(call.type(y_at), [&]<class Y>(Y) {
             return call.is(0, [=](const Run &run) {
                 const X *x = run.at<const X>(0);
                 const G *g = run.at<const G>(1), *b = run.at<const G>(2);
+                const bf16 *gate = gated ? run.at<const bf16>(3) : nullptr;
                 Y *y = run.at<Y>(y_at);
                 float *stats = run.at<float>(stats_at);
-                if (width % 4 != 0 || !aligned(x, 16) || !aligned(g, 16) || !aligned(b, 16) ||
-                    !aligned(y, 16))
+                const bool whole = width % 4 == 0 && aligned(x, 16) && aligned(g, 16) &&
+                                   aligned(b, 16) && aligned(y, 16) && aligned(gate, 8);
+                if (!whole && gated)
+                    return run.device->fail(
+                        "layer_norm_gated: addresses have to be multiples of 16");
+                if (!whole)
                     return layer_norm_odd<<<unsigned(rows), 128, 0, run.stream>>>(x, g, b, y, stats,
                                                                                  width, eps);
                 by_registers(width, [&](auto j) {
-                    launch(run, layer_norm_kernel<decltype(j)::value, X, G, Y>,
-                           blocks_for(rows, warps), warps * 32, 0, x, g, b, y, stats, rows, width,
-                           eps);
+                    launch(run,
+                           gated ? layer_norm_kernel<decltype(j)::value, true, X, G, Y>
+                                 : layer_norm_kernel<decltype(j)::value, false, X, G, Y>,
+                           blocks_for(rows, warps), warps * 32, 0, x, g, b, gate, y, stats, rows,
+                           width, eps);
                 });
             });
         });
     });
 }
 
+} // namespace
+
+int32_t plan_layer_norm(const Call &call) { return plan_forward(call, false); }
+int32_t plan_layer_norm_gated(const Call &call) { return plan_forward(call, true); }
+
 int32_t plan_layer_norm_vjp(const Call &call) {
     const int64_t width = call.last(0), rows = call.count(0) / width;
+    const bool copies = call.has_out(1);
+    if (copies && call.type(6) != PONDER_DTYPE_BF16)
+        return PONDER_PLAN_NONE;
     return by_types(call.type(0), call.type(1), [&]<class DY, class X>(DY, X) {
         return by_type(call.type(2), [&]<class G>(G) {
             return call.is(0, [=](const Run &run) {
@@ -276,14 +309,15 @@ int32_t plan_layer_norm_vjp(const Call &call) {
                 const G *g = run.at<const G>(2);
                 const float *stats = run.at<const float>(3), *carry = run.at<const float>(4);
                 float *dx = run.at<float>(5);
+                bf16 *copy = copies ? run.at<bf16>(6) : nullptr;
                 if (width % 4 != 0 || !aligned(dy, 16) || !aligned(x, 16) || !aligned(g, 16) ||
-                    !aligned(dx, 16) || !aligned(carry, 16))
+                    !aligned(dx, 16) || !aligned(carry, 16) || !aligned(copy, 16))
                     return layer_norm_vjp_odd<<<unsigned(rows), 128, 0, run.stream>>>(
-                        dy, x, g, stats, carry, dx, width);
+                        dy, x, g, stats, carry, dx, copy, width);
                 by_registers(width, [&](auto j) {
                     launch(run, layer_norm_vjp_kernel<decltype(j)::value, DY, X, G>,
-                           blocks_for(rows, warps), warps * 32, 0, dy, x, g, stats, carry, dx, rows,
-                           width);
+                           blocks_for(rows, warps), warps * 32, 0, dy, x, g, stats, carry, dx, copy,
+                           rows, width);
                 });
             });
         });

@@ -1,6 +1,9 @@
 // Products: linear (y = add + x w + b), matmul, matmul_tn and matmul_tn_sum (c = a^T b).
 #include "ops.hpp"
 #include "product.hpp"
+#include "product_tiles.hpp"
+
+#include <vector>
 
 namespace ponder::cuda {
 
@@ -51,7 +54,7 @@ int32_t plan_linear(const Call &call) {
             if (narrow_bias && constant) {
                 bias = narrow(run, constant, b, width);
             } else if (narrow_bias) {
-                convert(b, reinterpret_cast<bf16 *>(run.workspace), width, run.stream);
+                convert(run, b, reinterpret_cast<bf16 *>(run.workspace), width);
                 bias = run.workspace;
             }
             const void *w = run.at(1);
@@ -88,6 +91,77 @@ int32_t plan_linear_gelu(const Call &call) {
             has_bias ? narrow(run, constant, run.at<const float>(2), width) : nullptr;
         product->run(run, run.at(0), run.at(1), run.at(3), bias, nullptr, run.workspace,
                      keeps ? run.at(4) : nullptr);
+    });
+}
+
+// x, w_i, b_i? -> y_i, by attribute i: 0 as it is, 1 its gelu, 2 its sigmoid. One of them may be
+// narrow.
+int32_t plan_linear_group(const Call &call) {
+    const size_t count = call.op->n_out;
+    const int64_t depth = call.last(0), rows = call.count(0) / depth;
+    if (call.type(0) != PONDER_DTYPE_BF16)
+        return PONDER_PLAN_NONE;
+    struct Member {
+        size_t w, b, y;
+        const void *constant; // of a weight that has to be narrowed
+        int64_t width;
+        int form;
+        bool has_bias;
+    };
+    std::vector<Member> wide;
+    Member narrow_one{};
+    int64_t all = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const size_t w = 1 + 2 * i, b = w + 1, y = call.out(i);
+        const bool f32 = call.type(w) == PONDER_DTYPE_F32;
+        const Member m{
+            w,          b, y, f32 ? call.op->constant[w] : nullptr, call.last(y), int(call.attr(i)),
+            call.has(b)};
+        if (m.has_bias && call.type(b) != PONDER_DTYPE_F32)
+            return PONDER_PLAN_NONE;
+        if (m.width <= 16) {
+            if (narrow_one.width || m.form == 1 || !f32 || call.type(y) != PONDER_DTYPE_F32)
+                return PONDER_PLAN_NONE;
+            narrow_one = m;
+        } else {
+            if (m.form == 2 || (f32 && !m.constant) || wide.size() == most_members)
+                return PONDER_PLAN_NONE;
+            if (!product_group_fit(*call.device, rows, depth, m.width, 0))
+                return PONDER_PLAN_NONE;
+            wide.push_back(m);
+            all += m.width;
+        }
+    }
+    if (wide.empty() || !product_group_fit(*call.device, rows, depth, all, narrow_one.width))
+        return PONDER_PLAN_NONE;
+    std::vector<bool> results(count);
+    for (size_t i = 0; i < wide.size(); ++i)
+        results[i] = call.type(wide[i].y) == PONDER_DTYPE_F32;
+    return call.is(0, [=](const Run &run) {
+        ProductGroup g{run.at<const bf16>(0), int(rows), int(depth), int(wide.size())};
+        bool whole = aligned(g.x, 16);
+        for (size_t i = 0; i < wide.size(); ++i) {
+            const Member &m = wide[i];
+            const bf16 *w = run.at<const bf16>(m.w);
+            if (m.constant)
+                w = narrow(run, m.constant, run.at<const float>(m.w), depth * m.width);
+            g.member[i] = {w,           m.has_bias ? run.at<const float>(m.b) : nullptr,
+                           run.at(m.y), int(m.width),
+                           results[i],  m.form == 1};
+            whole = whole && aligned(w, 16) && aligned(run.at(m.y), 16);
+        }
+        if (narrow_one.width) {
+            const Member &m = narrow_one;
+            g.left = run.at<const float>(m.w);
+            g.left_bias = m.has_bias ? run.at<const float>(m.b) : nullptr;
+            g.narrow = run.at<float>(m.y);
+            g.rank = int(m.width);
+            g.sigmoid = m.form == 2;
+            whole = whole && aligned(g.left, 16);
+        }
+        if (!whole)
+            return run.device->fail("linear_group: addresses have to be multiples of 16");
+        product_group(run, g);
     });
 }
 

@@ -24,6 +24,19 @@ inline bool prepare_fits(int64_t tokens, int64_t depth, int64_t width, int64_t r
            tokens < (1 << 24) && depth < (1 << 24) && width < (1 << 24);
 }
 
+// product_tiles_sm90.cu: the product with it. x, w and u are bf16, w as the op has it; forward
+// [depth, width], backward [width,depth]. Few tokens of whole tiles, rank 16, compute capability 9.
+bool lora_tiles_fit(const ponder_device &device, int64_t streams, int64_t tokens, int64_t depth,
+                    int64_t width, int64_t rank);
+struct LoraGelu {
+    bool forward = false;
+    bf16 *kept = nullptr;           // the sum before it
+    const bf16 *slope_at = nullptr; // backward: what is found is multiplied with the slope there
+};
+template <bool back, class Y>
+void lora_tiles(const Run &run, const Prepare<bf16, Y> &p, const bf16 *w, int64_t streams,
+                bool constant, const LoraGelu &gelu);
+
 // Clusters of blocks share 16 tokens; compute capability 9.
 template <bool back, class X, class Y>
 void prepare_clusters(const Run &run, const Prepare<X, Y> &p, int64_t streams);

@@ -1,6 +1,7 @@
-// matmul_tn_group: c = a^T b for many pairs in one launch, where one of a and b is narrow: gradients
-// of low-rank factors. A block has 32 columns of the broad one and 16 of the narrow one; its warps
-// share the tokens, and their sums meet in shared memory in a fixed order.
+// matmul_tn_group: c = a^T b for many pairs in one launch, where one of a and b is narrow:
+// gradients of low-rank factors. A block has 64 columns of the broad one, whole lines of memory in
+// bf16, and 16 of the narrow one; its warps share the tokens, and their sums meet in shared memory
+// in a fixed order.
 #include "fragments.cuh"
 #include "launch.cuh"
 #include "ops.hpp"
@@ -12,7 +13,8 @@ namespace ponder::cuda {
 
 namespace {
 
-constexpr int warps = 8, threads = 32 * warps, columns = 32, ranks = 16;
+constexpr int warps = 8, threads = 32 * warps, columns = 64, ranks = 16;
+constexpr int each = columns / 8; // of a lane
 constexpr int most_pairs = 40; // of a launch: what fits into its parameters
 
 struct Pair {
@@ -57,7 +59,7 @@ __device__ inline uint32_t high_halves(uint32_t a, uint32_t b) {
     return a >> 16 | (b & 0xffff0000);
 }
 
-__global__ __launch_bounds__(threads, 3) void group_kernel(const Pairs pairs) {
+__global__ __launch_bounds__(threads, 2) void group_kernel(const Pairs pairs) {
     __shared__ float cell[warps][columns][ranks + 1];
     int which = 0; // the last pair that begins at this block or before
     for (int step = 32; step > 0; step /= 2)
@@ -72,21 +74,21 @@ __global__ __launch_bounds__(threads, 3) void group_kernel(const Pairs pairs) {
     if (rank0 >= p.rank)
         return;
     wait_for_earlier();
-    // Rows g and g + 8 of operand i are columns 4g + 2i and + 1; column g of operand j is 2g + j.
-    float c[2][2][4] = {};
+    // Rows g and g + 8 of operand i are columns 8g + 2i and + 1; column g of operand j is 2g + j.
+    float c[each / 2][2][4] = {};
 #pragma unroll 4
     for (int t = warp * 16; t < tokens; t += warps * 16) {
-        uint32_t z[4][2], s[4][1];
+        uint32_t z[4][each / 2], s[4][1];
 #pragma unroll
         for (int k = 0; k < 4; ++k) { // tokens 4q .. 4q+3 stand at this lane's four places
             const int token = t + 4 * q + k;
-            read<4>(z[k], p.broad, row0 + token, column + 4 * g, p.width, p.broad_f32,
-                    token < tokens);
+            read<each>(z[k], p.broad, row0 + token, column + each * g, p.width, p.broad_f32,
+                       token < tokens);
             read<2>(s[k], p.narrow, row0 + token, rank0 + 2 * g, p.rank, p.narrow_f32,
                     token < tokens);
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < each / 2; ++i) {
             const uint32_t a[4] = {
                 low_halves(z[0][i], z[1][i]), high_halves(z[0][i], z[1][i]),
                 low_halves(z[2][i], z[3][i]), high_halves(z[2][i], z[3][i])};
@@ -95,12 +97,12 @@ __global__ __launch_bounds__(threads, 3) void group_kernel(const Pairs pairs) {
         }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < each / 2; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                cell[warp][4 * g + 2 * i + e / 2][2 * (2 * q + e % 2) + j] = c[i][j][e];
+                cell[warp][each * g + 2 * i + e / 2][2 * (2 * q + e % 2) + j] = c[i][j][e];
     __syncthreads();
     float *const to = p.to + int64_t(blockIdx.z) * p.width * p.rank;
     for (int i = threadIdx.x; i < columns * ranks; i += threads) {
@@ -135,7 +137,7 @@ int32_t plan_matmul_tn_group(const Call &call) {
         const bool first = call.dim(a, 2) >= call.dim(b, 2); // a is the broad one
         const size_t broad = first ? a : b, narrow = first ? b : a;
         const int64_t width = call.dim(broad, 2), rank = call.dim(narrow, 2);
-        if (width % 4 || rank % 2 || rank > 64 || width > (1 << 24))
+        if (width % each || rank % 2 || rank > 64 || width > (1 << 24))
             return PONDER_PLAN_NONE;
         if (parts.empty() || parts.back().pairs.count == most_pairs)
             parts.emplace_back();

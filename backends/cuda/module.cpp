@@ -34,7 +34,7 @@ ponder_device::~ponder_device() {
 
 namespace ponder::cuda {
 
-void refresh_narrow(const Narrow &copy, cudaStream_t stream); // elementwise.cu
+void refresh_narrow(const Run &run, const Narrow &copy); // elementwise.cu
 
 namespace {
 
@@ -48,10 +48,16 @@ constexpr Named ops[] = {
     {"embedding_at", plan_embedding_at},
     {"layer_norm", plan_layer_norm},
     {"layer_norm_vjp", plan_layer_norm_vjp},
+    {"layer_norm_gated", plan_layer_norm_gated},
+    {"layer_norm_vjp_copy", plan_layer_norm_vjp},
     {"linear", plan_linear},
     {"linear_gelu", plan_linear_gelu},
+    {"linear_group", plan_linear_group},
     {"lora_linear", plan_lora_linear},
     {"lora_linear_vjp", plan_lora_linear_vjp},
+    {"lora_linear_gelu", plan_lora_linear_gelu},
+    {"lora_linear_vjp_gelu", plan_lora_linear_vjp_gelu},
+    {"lora_linear_vjp_narrow", plan_lora_linear_vjp_narrow},
     {"gelu", plan_gelu},
     {"gelu_vjp", plan_gelu_vjp},
     {"sigmoid", plan_sigmoid},
@@ -66,6 +72,7 @@ constexpr Named ops[] = {
     {"attention_cached", plan_attention_cached},
     {"keep_rows", plan_keep_rows},
     {"conv1d", plan_conv1d},
+    {"conv1d_rope", plan_conv1d_rope},
     {"rope", plan_rope},
     {"ttt_linear", plan_ttt_linear},
     {"ttt_mlp", plan_ttt_mlp},
@@ -312,7 +319,7 @@ size_t packed_bytes(ponder_device *device) {
 
 void refresh(ponder_device *device, const void *constant) {
     if (const auto at = device->narrow.find(constant); at != device->narrow.end())
-        refresh_narrow(at->second, device->stream);
+        refresh_narrow({nullptr, nullptr, device->stream, device}, at->second);
 }
 
 constexpr ponder_backend descriptor = {

@@ -244,18 +244,18 @@ void TypedProduct::run(const Run &run, const void *a, const void *b, void *c, co
     }
     if (narrow_a_) {
         bf16 *to = reinterpret_cast<bf16 *>(run.workspace);
-        convert(static_cast<const float *>(a), to, count_a_, run.stream);
+        convert(run, static_cast<const float *>(a), to, count_a_);
         a = to;
     }
     if (narrow_b_) {
         bf16 *to = reinterpret_cast<bf16 *>(run.workspace + at_b_);
-        convert(static_cast<const float *>(b), to, count_b_, run.stream);
+        convert(run, static_cast<const float *>(b), to, count_b_);
         b = to;
     }
     void *to = narrow_c_ ? run.workspace + at_c_ : c;
     product_->run(run, a, b, to, bias, add, run.workspace + at_product_);
     if (narrow_c_)
-        convert(static_cast<const float *>(to), static_cast<bf16 *>(c), count_c_, run.stream);
+        convert(run, static_cast<const float *>(to), static_cast<bf16 *>(c), count_c_);
 }
 
 } // namespace ponder::cuda

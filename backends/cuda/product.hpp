@@ -96,7 +96,9 @@ bool few_fit(const ProductShape &shape);
 void few_product(const Run &run, const ProductShape &shape, const void *a, const void *b, void *c,
                  const void *bias, const void *add, void *kept);
 // elementwise.cu: y = x as another type.
-void convert(const float *x, bf16 *y, int64_t count, cudaStream_t stream);
+void convert(const Run &run, const float *x, bf16 *y, int64_t count);
+void gelu(const Run &run, const bf16 *x, bf16 *y, int64_t count);
+void gelu_vjp(const Run &run, const bf16 *dy, const bf16 *x, bf16 *dx, int64_t count);
 // x [rows,width] as bf16 next to what it leaves: (x, x, rest) for a first operand of a product, (x,
 // rest, x) for a second, in each row or, stacked, each for all rows. width % 8 == 0, y aligned.
 void split(const float *x, bf16 *y, int64_t rows, int64_t width, bool stacked, bool second,

@@ -1,4 +1,5 @@
 // Ops that move elements: slice_rows, split_heads, merge_heads, pick and their vjps; keep_rows; rope.
+#include "launch.cuh"
 #include "ops.hpp"
 
 namespace ponder::cuda {
@@ -107,6 +108,7 @@ __global__ void rope_kernel(const X *x, Y *y, int64_t pairs, int64_t tokens, int
     const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
     if (i >= pairs)
         return;
+    wait_for_earlier();
     const int64_t at = 2 * i, row = at / width, c = at - row * width, t = row % tokens;
     // Angles are a mini-batch at most: f32 is off by some 1e-6 at the far end.
     const float angle = float(t % period) * expf(-float(log_theta) * float(c % d) / float(d));
@@ -206,9 +208,9 @@ int32_t plan_rope(const Call &call) {
     const float turn = call.attr(3) != 0 ? -1.0f : 1.0f;
     return by_types(call.type(0), call.type(1), [&]<class X, class Y>(X, Y) {
         return call.is(0, [=](const Run &run) {
-            rope_kernel<<<blocks_for(pairs, threads), threads, 0, run.stream>>>(
-                run.at<const X>(0), run.at<Y>(1), pairs, tokens, width, d, period, log_theta,
-                turn);
+            launch(run, rope_kernel<X, Y>, blocks_for(pairs, threads), threads, 0,
+                   run.at<const X>(0), run.at<Y>(1), pairs, tokens, width, d, period, log_theta,
+                   turn);
         });
     });
 }

@@ -18,16 +18,26 @@
 //   layer_norm        x[S,T,C], g[C], b[C] -> y[S,T,C], stats wide[S,T,2] (mean, 1/std) [eps]
 //   layer_norm_vjp    dy[S,T,C], x, g, stats, carry? wide[S,T,C] -> dx wide[S,T,C]
 //                     dx = carry + d layer_norm / dx ^T dy
-//   linear            x[S,T,K], w const8[K,N] or const8[N,K], b?[N], add? wide[S,T,N] -> y[S,T,N]
+//   layer_norm_gated  x, g, b, gate act[S,T,C] -> y act, stats  [eps]   y = gate layer_norm(x); as
+//   next layer_norm_vjp_copy  the same -> dx, copy act[S,T,C]    where programs put it linear
+//   x[S,T,K], w const8[K,N] or const8[N,K], b?[N], add? wide[S,T,N] -> y[S,T,N]
 //                     [transposed: 1 = w is [N,K] and y = x w^T]      y = add + x w + b
 //   linear_gelu       x[S,T,K], w const[K,N], b?[N] -> y act[S,T,N], z? act[S,T,N]  [transposed]
 //                     z = x w + b, y = gelu(z). Never recorded: programs put it in the place of
 //                     linear and gelu on devices that have it
+//   linear_group      x[S,T,K], w1[K,N1], b1?, w2, b2?, ... -> y1[S,T,N1], y2, ...  [f1, f2, ...]
+//                     y_i = x w_i + b_i, where f_i is 1 its gelu, 2 its sigmoid; also only where
+//                     programs put it
 //   lora_linear       x[S,T,K], w const8[K,N], b?[N], a wide[S,K,R], bb wide[S,R,N],
 //                     add? wide[S,T,N] -> y[S,T,N], u act[S,T,R]
 //                     [scale]             u = x a,  y = add + x w + b + scale u bb
 //   lora_linear_vjp   dy[S,T,N], w const8[K,N], a, bb -> dx[S,T,K], du act[S,T,R]
 //                     [scale]             du = scale dy bb^T,  dx = dy w^T + du a^T
+//   lora_linear_gelu  x, w const, b?, a, bb, none -> y act[S,T,N], u, z? act[S,T,N]  [scale]
+//                     z is the y of lora_linear, y = gelu(z)
+//   lora_linear_vjp_narrow  dy, bb -> du  [scale, K]    where nobody wants dx
+//   lora_linear_vjp_gelu  dy, w const, a, bb, z[S,T,K] -> dz[S,T,K], du  [scale]
+//                     dz = gelu_vjp(dx, z); both only where programs put them, as linear_gelu
 //   gelu              x -> y              tanh form, Hendrycks & Gimpel 2016
 //   gelu_vjp          dy, x -> dx
 //   sigmoid           x -> y
@@ -59,6 +69,9 @@
 //   conv1d            x[S,T,C], w[4,C], b[C], before?[S,3+shift,C] -> y  [shift]  depthwise,
 //                     causal: y_t = b + sum_j w_j x_{t-3-shift+j}; before the start come the rows
 //                     of `before`, zeros where it is absent
+//   conv1d_rope       x[S,T,C], before?[S,3+shift,C], w[4,C], b[C], w2?, b2? -> y act[S,T,C], y2?
+//                     [shift, heads, period, theta]  y = rope(conv1d(x, w, b, before)), y2 that of
+//                     w2 and b2; where programs put it in the place of these
 //   rope              x[S,T,C] -> y  [heads, period, theta, inverse]  interleaved pairs, at t mod
 //                     period; inverse: turned back, which is the vjp
 //   ttt_linear        q,k,v [S,T,C], lr [S,T,H] (after the sigmoid), index [M], g[H,D], b[H,D],
@@ -150,7 +163,9 @@ struct OpRule {
 };
 
 // Of calls that are made outside of the functions below: by fuse.hpp, by a benchmark.
-extern const OpRule attention_vjp_rule, linear_gelu_rule, cross_entropy_parts_rule,
+extern const OpRule attention_vjp_rule, conv1d_rope_rule, layer_norm_gated_rule,
+    layer_norm_vjp_copy_rule, linear_gelu_rule, linear_group_rule, lora_linear_gelu_rule,
+    lora_linear_vjp_gelu_rule, lora_linear_vjp_narrow_rule, cross_entropy_parts_rule,
     cross_entropy_parts_vjp_rule, matmul_tn_group_rule;
 
 // The inputs of a call that takes the weight w, with the scales of an int8 w at their end.

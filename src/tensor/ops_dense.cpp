@@ -154,7 +154,30 @@ const OpRule dropout_rule{"dropout", true, no_flops, dropout_backward};
 
 } // namespace
 
+const OpRule layer_norm_gated_rule{"layer_norm_gated", true, no_flops, nullptr};
+const OpRule layer_norm_vjp_copy_rule{"layer_norm_vjp_copy", true, no_flops, nullptr};
 const OpRule linear_gelu_rule{"linear_gelu", true, linear_flops, nullptr};
+
+uint64_t linear_group_flops(const Graph &g, const Call &call) {
+    uint64_t columns = 0;
+    for (Id y : call.out)
+        columns += uint64_t(g.shape(y)[2]);
+    const Shape &x = g.shape(call.in[0]);
+    return 2 * rows_of(x) * uint64_t(x[2]) * columns;
+}
+const OpRule linear_group_rule{"linear_group", true, linear_group_flops, nullptr};
+const OpRule lora_linear_gelu_rule{"lora_linear_gelu", true, lora_linear_flops, nullptr};
+// As if dx were made: records count what was recorded, the same on every device.
+uint64_t lora_linear_vjp_narrow_flops(const Graph &g, const Call &call) {
+    const Shape &dy = g.shape(call.in[0]);
+    const uint64_t k = uint64_t(call.attr[1]), n = uint64_t(dy[2]),
+                   r = uint64_t(g.shape(call.out[0])[2]);
+    return 2 * rows_of(dy) * (k * n + r * (k + n));
+}
+const OpRule lora_linear_vjp_narrow_rule{"lora_linear_vjp_narrow", true,
+                                         lora_linear_vjp_narrow_flops, nullptr};
+const OpRule lora_linear_vjp_gelu_rule{"lora_linear_vjp_gelu", true, lora_linear_vjp_flops,
+                                       nullptr};
 
 std::vector<Id> with_scales(const Graph &g, Id w, std::vector<Id> in) {
     if (g.value(w).scales != none)

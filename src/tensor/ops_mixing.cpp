@@ -212,6 +212,8 @@ bool any_needs(const Graph &g, const std::vector<Id> &ids) {
 
 } // namespace
 
+const OpRule conv1d_rope_rule{"conv1d_rope", false, no_flops, nullptr};
+
 const OpRule cross_entropy_parts_rule{"cross_entropy_parts", true, cross_entropy_flops, nullptr};
 
 namespace {

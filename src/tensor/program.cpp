@@ -355,7 +355,7 @@ Program::Recorded &Program::recorded(const Device::Queue &queue, size_t segment,
 }
 
 void Program::queue(size_t segment, std::vector<void *> addresses, std::byte *workspace) const {
-    constexpr size_t worth_recording = 8; // calls
+    constexpr size_t worth_recording = 4; // calls
     const auto run_all = [&] {
         for (const Batch &batch : batches_)
             if (batch.segment == segment)

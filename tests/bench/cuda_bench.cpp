@@ -1,5 +1,5 @@
 // Times of whole passes on a device, GPT-2 124M with random weights unless told otherwise:
-//     cuda_bench [--json FILE] [--only PART] [--backend NAME]
+//     cuda_bench [--json FILE] [--only PART,PART] [--backend NAME]
 // `alone`: a run and the wait for it, median of many. `queued`: many runs and one wait, for each.
 // Weights alone exceed the caches; tokens are new ones in every training step.
 #include "adapt/lora.hpp"
@@ -333,7 +333,9 @@ int main(int argc, char **argv) {
          : !std::strcmp(argv[i], "--only") ? only
                                            : backend) = argv[i + 1];
     }
-    const auto wanted = [&](const char *part) { return only.empty() || only == part; };
+    const auto wanted = [&](const std::string &part) {
+        return only.empty() || ("," + only + ",").find("," + part + ",") != std::string::npos;
+    };
     try {
         const std::string folder = "/tmp/ponder-bench-gpt2", small = "/tmp/ponder-bench-10m";
         const Gpt2Config gpt2{12, 768, 12, 3072, 1024, 50257, 1e-5, true},

@@ -5,6 +5,7 @@
 #include "blas.hpp"
 #include "cross_entropy.hpp"
 #include "lora_linear.hpp"
+#include "product_tiles.hpp"
 
 #include <cstdlib>
 
@@ -49,6 +50,24 @@ void attention_gradients(const Run &, const bf16 *, const float *, const float *
                          bf16 *, int64_t, int64_t, int64_t) {
     std::abort();
 }
+
+bool lora_tiles_fit(const ponder_device &, int64_t, int64_t, int64_t, int64_t, int64_t) {
+    return false;
+}
+template <bool back, class Y>
+void lora_tiles(const Run &, const Prepare<bf16, Y> &, const bf16 *, int64_t, bool,
+                const LoraGelu &) {
+    std::abort();
+}
+template void lora_tiles<false>(const Run &, const Prepare<bf16, bf16> &, const bf16 *, int64_t,
+                                bool, const LoraGelu &);
+template void lora_tiles<false>(const Run &, const Prepare<bf16, float> &, const bf16 *, int64_t,
+                                bool, const LoraGelu &);
+template void lora_tiles<true>(const Run &, const Prepare<bf16, bf16> &, const bf16 *, int64_t,
+                               bool, const LoraGelu &);
+
+bool product_group_fit(const ponder_device &, int64_t, int64_t, int64_t, int64_t) { return false; }
+void product_group(const Run &, const ProductGroup &) { std::abort(); }
 
 // Of compute capability 9.
 template <bool back, class X, class Y>
