@@ -298,7 +298,8 @@ inline int32_t plan_matmul_tn_group(Device &d, const ponder_op_call &call, ponde
         out);
 }
 
-// Probabilities in parts: here e is the probabilities themselves, in longer rows, and a share is 1.
+// Probabilities in parts: here e is the probabilities themselves, in longer rows; the share is not
+// used.
 struct Rows {
     size_t rows, width, stride; // bytes of the last two
     explicit Rows(const ponder_tensor &e, const ponder_tensor &table) {

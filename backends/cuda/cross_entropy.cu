@@ -1,9 +1,10 @@
 // cross_entropy: logits = h table^T for some rows at a time, in f32; then one pass over each row
 //   for max, sum and entropy, and one more where the probabilities are kept.
 // vjps: (p - onehot) dnll for some rows at a time, then a product with the table, or with h.
-// cross_entropy_parts: no logits at all (cross_entropy_sm90.cu); its vjp turns what was kept into
-//   the logits' gradient where it lies, and both products read it there.
+// cross_entropy_parts: no logits at all (cross_entropy_sm90.cu). It leaves their gradient but for a
+//   factor of each row, so its vjp multiplies rows of what products give, or take.
 #include "cross_entropy.hpp"
+#include "launch.cuh"
 #include "ops.hpp"
 #include "product.hpp"
 
@@ -123,20 +124,30 @@ __global__ void logit_gradient(const P *p, const int32_t *target, const float *d
     dl[r * stride + j] = from_float<L>(d);
 }
 
-// e[rows, stride] becomes (p - onehot) dnll, eight words a thread.
-template <class L>
-__global__ void parts_gradient(L *e, const float *share, const int32_t *target, const float *dnll,
-                               int64_t parts, int64_t stride) {
-    const int64_t r = blockIdx.x, j = 8 * (int64_t(blockIdx.y) * 256 + threadIdx.x);
-    if (j >= stride)
-        return;
-    const int32_t hit = target[r];
-    const float up = hit < 0 ? 0.0f : dnll[r], factor = share[r * parts + j / head_part];
-    Pack<L, 8> p = load<8>(e + r * stride + j);
+// y[r,:] = share dnll x[r,:] for the sum x of `parts` matrices [rows,width], 0 where there is no
+// target. A block for each row, four columns a thread. y may be x.
+template <class X, class Y>
+__global__ void scale_rows(const X *x, const float *share, const int32_t *target, const float *dnll,
+                           Y *y, int parts, int64_t width) {
+    wait_for_earlier();
+    const int64_t r = blockIdx.x;
+    const bool none = target[r] < 0;
+    const float factor = share[r] * dnll[r];
+    for (int64_t j = 4 * threadIdx.x; j < width; j += 4 * blockDim.x) {
+        float sum[4] = {};
+#pragma unroll 8
+        for (int64_t i = 0; i < parts; ++i) {
+            const Pack<X, 4> part = load<4>(x + (i * gridDim.x + r) * width + j);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-        p.set(i, (p[i] * factor - (j + i == hit ? 1.0f : 0.0f)) * up);
-    store<8>(e + r * stride + j, p);
+            for (int k = 0; k < 4; ++k)
+                sum[k] += part[k];
+        }
+        Pack<Y, 4> product;
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            product.set(k, none ? 0.0f : sum[k] * factor);
+        store<4>(y + r * width + j, product);
+    }
 }
 
 // dtable[j,:] (+)= sum over rows of dl[row,j] h[row,:] for the words that are no multiple of eight
@@ -322,22 +333,36 @@ int32_t plan_cross_entropy_parts(const Call &call) {
 }
 
 int32_t plan_cross_entropy_parts_vjp(const Call &call) {
-    const int64_t stride = call.dim(0, 2), rows = call.count(0) / stride, parts = call.dim(1, 2);
+    const int64_t stride = call.dim(0, 2), rows = call.count(0) / stride;
     const int64_t vocabulary = call.dim(2, 0), width = call.dim(2, 1);
     const bool for_table = call.has_out(1);
     for (size_t i : {0, 2})
         if (call.type(i) != PONDER_DTYPE_BF16)
             return PONDER_PLAN_NONE;
-    if (stride != head_stride(vocabulary) || parts != (vocabulary + head_part - 1) / head_part ||
+    if (stride != head_stride(vocabulary) || width % 4 ||
         (for_table && (vocabulary < 64 || call.type(5) != PONDER_DTYPE_BF16)))
         return PONDER_PLAN_NONE;
-    Tile tile(rows, vocabulary, sizeof(bf16));
-    ProductShape shape{rows, width, rounded(call, 2, tile, vocabulary)};
+    const int64_t columns = rounded(call, 2, Tile(rows, vocabulary, sizeof(bf16)), vocabulary);
+    // A deep product with few tiles is cut into parts, which the kernel behind it adds up. (The
+    // library would do so too, with a kernel of its own for the sum.)
+    constexpr int64_t tile = 192 * 128;
+    int64_t parts = 8;
+    while (parts > 1 &&
+           (rows * width * parts > call.device->processors * tile || columns % (8 * parts)))
+        parts /= 2;
+    ProductShape shape{rows, width, columns / parts};
     shape.operands = PONDER_DTYPE_BF16;
     shape.result = call.type(call.out(0));
     shape.lda = stride;
+    if (parts > 1) {
+        shape.result = PONDER_DTYPE_F32;
+        shape.batch = parts;
+        shape.stride_a = shape.k;
+        shape.stride_b = shape.k * width;
+        shape.stride_c = rows * width;
+    }
     const auto product = call.device->products->get(shape);
-    size_t workspace = product->workspace();
+    size_t scratch = product->workspace();
     std::shared_ptr<const Product> table_product;
     const int64_t whole = vocabulary / 8 * 8;
     if (for_table) {
@@ -345,22 +370,41 @@ int32_t plan_cross_entropy_parts_vjp(const Call &call) {
         shape.operands = PONDER_DTYPE_BF16;
         shape.lda = stride;
         table_product = call.device->products->get(shape);
-        workspace = std::max(workspace, table_product->workspace());
+        scratch = std::max(scratch, table_product->workspace());
     }
-    return call.is(workspace, [=](const Run &run) {
-        bf16 *const e = run.at<bf16>(0);
-        parts_gradient<<<dim3(unsigned(rows), blocks_for(stride / 8, 256)), 256, 0, run.stream>>>(
-            e, run.at<const float>(1), run.at<const int32_t>(3), run.at<const float>(4), parts,
-            stride);
-        product->run(run, e, run.at(2), run.at(6));
-        if (!for_table)
-            return;
-        float *const dtable = run.at<float>(7);
-        table_product->run(run, e, run.at(5), dtable);
-        if (whole < vocabulary)
-            last_words<<<dim3(unsigned(vocabulary - whole), blocks_for(width, 32)), dim3(32, 32), 0,
-                         run.stream>>>(e + whole, run.at<const bf16>(5), dtable + whole * width,
-                                       rows, width, stride, false);
+    // Behind it first the product's parts, then h as the other one takes it.
+    scratch = (scratch + 255) / 256 * 256;
+    const size_t rest = std::max(parts > 1 ? size_t(parts * rows * width) * sizeof(float) : 0,
+                                 for_table ? size_t(rows * width) * sizeof(bf16) : 0);
+    return by_type(call.type(call.out(0)), [&]<class H>(H) {
+        return call.is(scratch + rest, [=](const Run &run) {
+            const bf16 *const e = run.at<const bf16>(0);
+            H *const dh = run.at<H>(6);
+            const auto scale = [&](const auto *x, auto *y, int n) {
+                using X = std::remove_cvref_t<decltype(*x)>;
+                using Y = std::remove_cvref_t<decltype(*y)>;
+                launch(run, scale_rows<X, Y>, unsigned(rows), 192, 0, x, run.at<const float>(1),
+                       run.at<const int32_t>(3), run.at<const float>(4), y, n, width);
+            };
+            if (parts > 1) {
+                float *const x = reinterpret_cast<float *>(run.workspace + scratch);
+                product->run(run, e, run.at(2), x);
+                scale(x, dh, parts);
+            } else {
+                product->run(run, e, run.at(2), dh);
+                scale(dh, dh, 1);
+            }
+            if (!for_table)
+                return;
+            bf16 *const h = reinterpret_cast<bf16 *>(run.workspace + scratch);
+            float *const dtable = run.at<float>(7);
+            scale(run.at<const bf16>(5), h, 1);
+            table_product->run(run, e, h, dtable);
+            if (whole < vocabulary)
+                last_words<<<dim3(unsigned(vocabulary - whole), blocks_for(width, 32)),
+                             dim3(32, 32), 0, run.stream>>>(e + whole, h, dtable + whole * width,
+                                                            rows, width, stride, false);
+        });
     });
 }
 

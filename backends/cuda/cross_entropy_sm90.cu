@@ -1,6 +1,9 @@
 // The losses of a head without its logits: a product h table^T whose tiles are summed up where they
-// are computed, for Hopper. Each tile leaves max, sum of e^(l - max) and sum of (l - max) e^(l - max)
-// for every row; a second kernel puts the tiles of a row together.
+// are computed, for Hopper. Sums of a row start from one of its logits c, the target's, which a
+// kernel before computes: each tile leaves the sum of e^(l - c) and that of (l - c) e^(l - c) for
+// every row, and a kernel behind adds up the tiles of a row. The sum of all, S, is at least 1, and
+// -log of the target's probability is log S. Nothing overflows before l - c is 88; rows that come
+// near it are computed anew by the last kernel, from their largest logit.
 //
 // A cluster of two blocks computes 256 rows by 256 words: the blocks have the rows in common with
 // nobody and the words with each other, so each loads its rows and half of the words, and the half
@@ -8,20 +11,21 @@
 // (wgmma, 64 rows each), through a ring of stages. Blocks stay and take tile after tile, so that
 // the loads of the next tile run while the sums of the last are made.
 //
-// Where the probabilities are wanted, each tile leaves e^(l - max) in bf16, and the second kernel
-// what a tile's share is to be multiplied with.
-#include "cross_entropy.hpp"
-#include "launch.cuh"
+// Where the logits' gradient is wanted, each tile leaves e^(l - c) in bf16, which has the exponents
+// of f32, and the last kernel 1 / S, and for the target 1 - S: times 1 / S, these are p - onehot.
+#include "cross_entropy_rows.cuh"
 #include "wgmma.cuh"
 
 namespace ponder::cuda {
 
 namespace {
 
-constexpr int rows = 128, words = int(head_part), depth = 64; // of a block's tile; depth of a stage
+constexpr int rows = 128, words = 256, depth = 64; // of a block's tile; depth of a stage
 constexpr int stages = 4, threads = 384, consumers = 8; // warps
 constexpr int bytes_h = rows * depth * 2, bytes_table = words * depth * 2;
-constexpr size_t memory_bytes = size_t(stages) * (bytes_h + bytes_table) + 1024 + 256;
+constexpr int bytes_staged = 16 * 64 * 2; // of a warp's 16 rows, 64 words; there are two
+constexpr size_t memory_bytes =
+    size_t(stages) * (bytes_h + bytes_table) + consumers * 2 * bytes_staged + 1024 + 256;
 
 // At the same barrier of block `to` of the cluster. What it says is that a stage has been read, by
 // products that were waited for: nothing written is to become visible, and a release at the
@@ -46,6 +50,21 @@ __device__ inline uint32_t cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
+}
+
+// Four 8 x 8 matrices as a product leaves them; lane l gives the address of row l % 8 of one of
+// them, l / 8.
+__device__ inline void store_matrices(uint32_t to, const uint32_t (&w)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
+}
+// By one thread; what is outside of the matrix is left out.
+__device__ inline void store_tile(const CUtensorMap *map, uint32_t from, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
+                 "cp.async.bulk.commit_group;" ::"l"(map),
+                 "r"(from), "r"(x), "r"(y)
+                 : "memory");
 }
 
 // c[64,256] (+)= a[64,16] b[256,16]^T
@@ -83,38 +102,25 @@ __device__ inline void multiply(float (&c)[128], uint64_t a, uint64_t b, int add
 }
 
 constexpr float log2_e = 1.4426950408889634f, log_2 = 0.6931471805599453f;
-// In place of a logit behind the vocabulary: finite, since it is multiplied with its share, 0.
-constexpr float nothing = -1e30f;
 
 struct Shape {
     int tokens, width, vocabulary;
     int row_tiles, word_tiles; // of a cluster: 256 rows; of a block: 256 words
 };
 
-// Four lanes hold word i of four pieces each; lane l gets the whole piece l.
-__device__ inline void transpose(uint32_t (&w)[4], int lane) {
-    const bool odd = lane & 1, high = lane & 2;
-    const uint32_t a = __shfl_xor_sync(~0u, odd ? w[0] : w[1], 1),
-                   b = __shfl_xor_sync(~0u, odd ? w[2] : w[3], 1);
-    (odd ? w[0] : w[1]) = a;
-    (odd ? w[2] : w[3]) = b;
-    const uint32_t c = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2),
-                   d = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
-    (high ? w[0] : w[2]) = c;
-    (high ? w[1] : w[3]) = d;
-}
-
-// e: [tokens, stride] or nothing
+// kept: [tokens, head_stride] or nothing
 template <bool keep>
 __global__ __cluster_dims__(2, 1, 1) __launch_bounds__(threads, 1)
 void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ CUtensorMap table,
-                 Shape s, const int32_t *target, float4 *part, float *hit, bf16 *e, int stride) {
+                 const __grid_constant__ CUtensorMap kept, Shape s, const float *reference,
+                 float2 *part) {
     extern __shared__ std::byte raw[];
     std::byte *const memory =
         raw + (1024 - (address(raw) & 1023)) % 1024; // the same in both blocks
     std::byte *const at_h = memory, *const at_table = memory + stages * bytes_h;
-    uint64_t *const full = reinterpret_cast<uint64_t *>(at_table + stages * bytes_table),
-                   *const empty = full + stages;
+    std::byte *const at_staged = at_table + stages * bytes_table,
+                    *const behind_all = at_staged + consumers * 2 * bytes_staged;
+    uint64_t *const full = reinterpret_cast<uint64_t *>(behind_all), *const empty = full + stages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int rank = int(cluster_rank()), cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
     if (threadIdx.x == 0) {
@@ -126,11 +132,12 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
     }
     __syncthreads();
     cluster_sync();
-    wait_for_earlier();
 
     const int tiles = s.row_tiles * s.word_tiles, steps = (s.width + depth - 1) / depth;
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        // Only the kernel before may still run, the references': it let this one start when h was
+        // there.
         if (warp == 0 && lane == 0) {
             int stage = 0, phase = 0;
             for (int tile = cluster; tile < tiles; tile += clusters) {
@@ -150,21 +157,26 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
             }
         }
         __syncwarp(); // the cluster's barrier wants whole warps
+        if (warp == 0)
+            let_next_start();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const int group = warp / 4 - 1;
         int stage = 0, phase = 0;
+        const uint32_t staged = address(at_staged) + (warp - 4) * 2 * bytes_staged;
         float c[128];
         for (int tile = cluster; tile < tiles; tile += clusters) {
             const int word = tile / s.row_tiles * words, column = word + lane % 4 * 2;
             const int first = tile % s.row_tiles * 2 * rows + rank * rows + group * 64 +
                               warp % 4 * 16 + lane / 4;
-            int wanted[2]; // columns of the targets, from this lane's first
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                wanted[half] =
-                    first + 8 * half < s.tokens ? target[first + 8 * half] - column : -1;
+            float from[2];
             for (int k = 0; k < steps; ++k) {
+                if (k + 1 == steps) { // while products run
+                    wait_for_earlier();
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        from[half] = first + 8 * half < s.tokens ? reference[first + 8 * half] : 0;
+                }
                 barrier_wait(full + stage, phase);
                 const uint64_t a = operand(at_h + stage * bytes_h + group * (bytes_h / 2)),
                                b = operand(at_table + stage * bytes_table);
@@ -193,99 +205,72 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
                 barrier_arrive(empty + (stage + stages - 1) % stages, lane);
 
             const int behind = s.vocabulary - column; // columns from here on are none
+            if (word + words > s.vocabulary)
+#pragma unroll
+                for (int j = 0; j < 32; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (8 * j + i % 2 >= behind)
+                            c[4 * j + i] = nothing;
+            // In units of log 2. Two sums each, so that fewer wait in a row.
+            float sums[2][2] = {}, weighteds[2][2] = {};
+            const float offset[2] = {from[0] * log2_e, from[1] * log2_e};
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                const uint32_t to = staged + q % 2 * bytes_staged; // 64 words, 128-byte swizzle
+                if (keep) {
+                    if (lane == 0) // the store before the last one has been read
+                        asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+                    __syncwarp();
+                }
+#pragma unroll
+                for (int j = 8 * q; j < 8 * q + 8; j += 2) {
+                    uint32_t w[4];
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        const int half = n % 2;
+                        float x[2];
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            const float d = fmaf(c[4 * (j + n / 2) + 2 * half + i], log2_e,
+                                                 -offset[half]);
+                            x[i] = power_of_two(d);
+                            sums[half][i] += x[i];
+                            weighteds[half][i] = fmaf(d, x[i], weighteds[half][i]);
+                        }
+                        w[n] = pack(x[0], x[1]);
+                    }
+                    if (keep)
+                        store_matrices(to + lane % 16 * 128 +
+                                           ((j % 8 + lane / 16) ^ lane % 8) * 16,
+                                       w);
+                }
+                if (keep) {
+                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                    __syncwarp();
+                    if (lane == 0)
+                        store_tile(&kept, to, word + 64 * q, first);
+                }
+            }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = first + 8 * half;
-                if (word + words > s.vocabulary)
-#pragma unroll
-                    for (int j = 0; j < 32; ++j)
-#pragma unroll
-                        for (int i = 0; i < 2; ++i)
-                            if (8 * j + i >= behind)
-                                c[4 * j + 2 * half + i] = nothing;
-                if (unsigned(wanted[half]) < unsigned(words) && wanted[half] % 8 < 2)
-#pragma unroll
-                    for (int j = 0; j < 32; ++j)
-#pragma unroll
-                        for (int i = 0; i < 2; ++i)
-                            if (8 * j + i == wanted[half])
-                                hit[row] = c[4 * j + 2 * half + i];
-                float top = c[2 * half];
-#pragma unroll
-                for (int j = 0; j < 32; ++j)
-                    top = fmaxf(top, fmaxf(c[4 * j + 2 * half], c[4 * j + 2 * half + 1]));
-                top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-                top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-                // In units of log 2. Two sums each, so that fewer wait in a row.
-                float sums[2] = {}, weighteds[2] = {};
-                const float offset = top * log2_e;
-#pragma unroll
-                for (int j = 0; j < 32; ++j)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        float &x = c[4 * j + 2 * half + i];
-                        const float d = fmaf(x, log2_e, -offset);
-                        x = power_of_two(d);
-                        sums[i] += x;
-                        weighteds[i] = fmaf(d, x, weighteds[i]);
-                    }
-                float sum = sums[0] + sums[1], weighted = weighteds[0] + weighteds[1];
-                if constexpr (keep) {
-                    bf16 *const to = e + int64_t(row) * stride + word + lane % 4 * 8;
-#pragma unroll
-                    for (int j = 0; j < 32; j += 4) {
-                        uint32_t w[4];
-#pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            w[i] = pack(c[4 * (j + i) + 2 * half], c[4 * (j + i) + 2 * half + 1]);
-                        transpose(w, lane);
-                        if (row < s.tokens && word + 8 * j + lane % 4 * 8 < stride)
-                            *reinterpret_cast<uint4 *>(to + 8 * j) =
-                                make_uint4(w[0], w[1], w[2], w[3]);
-                    }
-                }
+                float sum = sums[half][0] + sums[half][1],
+                      weighted = weighteds[half][0] + weighteds[half][1];
                 sum += __shfl_xor_sync(~0u, sum, 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
                 weighted += __shfl_xor_sync(~0u, weighted, 1);
                 weighted += __shfl_xor_sync(~0u, weighted, 2);
+                const int row = first + 8 * half;
                 if (lane % 4 == 0 && row < s.tokens)
                     part[int64_t(row) * s.word_tiles + tile / s.row_tiles] =
-                        make_float4(top, sum, weighted * log_2, 0);
+                        make_float2(sum, weighted * log_2);
             }
         }
+        if (keep && lane == 0) // memory stays until it has been read
+            asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        __syncwarp();
     }
     cluster_sync(); // nobody leaves while the other block still writes here
-}
-
-// A warp for each row. share: [tokens, tiles] or nothing
-__global__ void finish_kernel(const float4 *part, const float *hit, const int32_t *target,
-                              float *nll, float *entropy, float *share, int64_t tokens,
-                              int64_t tiles) {
-    const int64_t r = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (r >= tokens)
-        return;
-    wait_for_earlier();
-    part += r * tiles;
-    float top = -INFINITY, sum = 0, weighted = 0;
-    for (int64_t i = threadIdx.x % 32; i < tiles; i += 32)
-        top = fmaxf(top, part[i].x);
-    top = warp_max(top);
-    for (int64_t i = threadIdx.x % 32; i < tiles; i += 32) {
-        const float4 p = part[i];
-        const float d = p.x - top, e = expf(d);
-        sum += p.y * e;
-        weighted += (p.z + d * p.y) * e;
-    }
-    sum = warp_sum(sum);
-    weighted = warp_sum(weighted);
-    if (share)
-        for (int64_t i = threadIdx.x % 32; i < tiles; i += 32)
-            share[r * tiles + i] = expf(part[i].x - top) / sum;
-    if (threadIdx.x % 32 == 0) {
-        const float log_sum = logf(sum);
-        entropy[r] = log_sum - weighted / sum;
-        nll[r] = target[r] < 0 ? 0.0f : log_sum - (hit[r] - top);
-    }
 }
 
 } // namespace
@@ -320,31 +305,37 @@ bool head_losses_fit(const ponder_device &device, int64_t tokens, int64_t width,
 
 size_t head_losses_workspace(int64_t tokens, int64_t vocabulary) {
     const int64_t tiles = (vocabulary + words - 1) / words;
-    return size_t(tokens * tiles) * sizeof(float4) + size_t(tokens) * sizeof(float);
+    return size_t(tokens * tiles) * sizeof(float2) + size_t(tokens) * sizeof(float);
 }
 
 void head_losses(const Run &run, const bf16 *h, const bf16 *table, const int32_t *target,
                  float *nll, float *entropy, bf16 *e, float *share, int64_t tokens, int64_t width,
                  int64_t vocabulary) {
-    CUtensorMap map_h, map_table;
+    const int stride = int(head_stride(vocabulary));
+    CUtensorMap map_h, map_table, map_e{};
     if (!describe(map_h, h, width, tokens, rows) ||
-        !describe(map_table, table, width, vocabulary, words / 2))
+        !describe(map_table, table, width, vocabulary, words / 2) ||
+        (e && !describe(map_e, e, stride, tokens, 16)))
         return run.device->fail("cross_entropy: cuTensorMapEncodeTiled failed");
     const Shape shape{int(tokens), int(width), int(vocabulary),
                       int((tokens + 2 * rows - 1) / (2 * rows)),
                       int((vocabulary + words - 1) / words)};
-    float4 *const part = reinterpret_cast<float4 *>(run.workspace);
-    float *const hit = reinterpret_cast<float *>(part + tokens * shape.word_tiles);
+    float2 *const part = reinterpret_cast<float2 *>(run.workspace);
+    float *const reference = reinterpret_cast<float *>(part + tokens * shape.word_tiles);
     const auto kernel = e ? head_kernel<true> : head_kernel<false>;
     run.device->check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            int(memory_bytes)),
                       "cross_entropy");
     const int clusters =
         std::min(run.device->processors / 2, shape.row_tiles * shape.word_tiles);
-    launch(run, kernel, 2 * clusters, threads, memory_bytes, map_h, map_table, shape, target, part,
-           hit, e, int(head_stride(vocabulary)));
-    launch(run, finish_kernel, blocks_for(tokens, 8), 256, 0, part, hit, target, nll, entropy, share,
-           tokens, shape.word_tiles);
+    launch(run, reference_kernel, blocks_for(tokens, 8), 256, 0, h, table, target, reference,
+           int(tokens), int(width));
+    launch(run, kernel, 2 * clusters, threads, memory_bytes, map_h, map_table, map_e, shape,
+           reference, part);
+    const Head head{h, table, target, nll, entropy, share, e, int(tokens), int(width),
+                    int(vocabulary), stride};
+    launch(run, finish_kernel, blocks_for(tokens, 8), 256, 0, part, reference, head,
+           shape.word_tiles);
 }
 
 } // namespace ponder::cuda

@@ -218,10 +218,9 @@ public:
         }
     }
 
-    // Probabilities that only the backward pass reads stay in parts, and are made into the logits'
-    // gradient once for both of its products.
+    // Probabilities that only the backward pass reads are kept as what its products want of them.
     void losses() {
-        constexpr int64_t part = 256, round = 64; // words
+        constexpr int64_t round = 64; // words
         for (size_t i = 0; i < calls().size(); ++i) {
             const Call first = calls()[i];
             if (!is(first, "cross_entropy") || first.in.size() > 3 || first.out[2] == none ||
@@ -242,8 +241,7 @@ public:
             const int64_t words = graph_.shape(first.in[1])[0];
             const Id e = graph_.temporary(graph_.value(first.out[2]).type,
                                           {rows[0], rows[1], (words + round - 1) / round * round});
-            const Id share =
-                graph_.temporary(graph_.wide, {rows[0], rows[1], (words + part - 1) / part});
+            const Id share = graph_.temporary(graph_.wide, rows);
             const Call back = calls()[vjp];
             const Call parts{
                 &cross_entropy_parts_rule, first.in, {first.out[0], first.out[1], e, share}, {}};

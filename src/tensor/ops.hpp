@@ -49,12 +49,12 @@
 //                     still that of the row)
 //   cross_entropy_vjp p[S,T,V], table const8[V,C], target, dnll wide[S,T] -> dh[S,T,C]
 //                     dh = ((p - onehot) * dnll) table; rows with target -1 give 0
-//   cross_entropy_parts  h, table const, target -> nll, entropy, e act[S,T,W], share wide[S,T,P]
-//                     where programs put it in the place of cross_entropy: W is V rounded up to
-//                     64, P the number of parts of 256 words; p_j = e_j share of j's part, and
-//                     e is 0 behind the vocabulary
+//   cross_entropy_parts  h, table const, target -> nll, entropy, e act[S,T,W], share wide[S,T]
+//                     where programs put it in the place of cross_entropy: p - onehot = e share
+//                     (p where the target is -1), or what else a device's vjp takes; W is V
+//                     rounded up to 64, and e is 0 behind the vocabulary
 //   cross_entropy_parts_vjp  e, share, table const, target, dnll, h? -> dh, dtable? wide[V,C]
-//                     both gradients; e is overwritten
+//                     both gradients; e may be overwritten
 // head ops (PONDER_TILE_ANY):
 //   attention         qkv[S,T,3C] -> o[S,T,C], lse wide[S,H,T]  [heads]
 //                     causal softmax(q k^T / sqrt(D)) v; lse = log sum exp of scaled scores
