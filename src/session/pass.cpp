@@ -45,7 +45,9 @@ Recording record_pass(const Gpt2 &model, const Adapter &adapter, const PassShape
         std::vector<Id> fast;
         for (size_t i = 0; i < adapter.fast_tensors().size(); ++i)
             fast.push_back(Adapter::fast_id(i));
-        r.gradient = gradients(g, mean(g, r.nll, shape.scored - 1), fast);
+        // Of the losses' mean, without the mean.
+        const Id each = fill(g, g.shape(r.nll), 1.0 / double(shape.scored - 1));
+        r.gradient = gradients(g, {{r.nll, each}}, fast);
         for (size_t i = 0; i < r.gradient.size(); ++i)
             g.expose(r.gradient[i], "gradient of " + adapter.fast_tensors()[i].name);
         r.segment_ends.push_back(g.calls().size());
