@@ -254,7 +254,7 @@ TEST_P(CpuOps, LinearGroup) {
     for (int64_t k : {64, 448, 768})
         for (bool with_narrow : {false, true}) {
             SCOPED_TRACE(k);
-            const int64_t t = 256;
+            const int64_t t = with_narrow ? 256 : 128; // an even and an odd number of tiles
             const Tensor x = random(half, {1, t, k});
             struct {
                 int64_t n;
@@ -364,12 +364,13 @@ TEST_P(CpuOps, LoraLinear) {
 }
 
 // Whole tiles of tokens, which a device may compute in one go: depths and widths that cut the depth
-// into different numbers of parts, and one that does not.
+// into different numbers of parts or not at all, with even and odd numbers of tiles.
 TEST_P(CpuOps, LoraLinearTiles) {
     struct {
         int64_t s, t, k, n;
     } sizes[] = {{1, 128, 64, 128},  {1, 256, 256, 128},  {2, 128, 512, 384}, {1, 128, 1664, 256},
-                 {1, 384, 128, 768}, {1, 256, 128, 2304}, {1, 256, 64, 4352}};
+                 {1, 384, 128, 768}, {1, 256, 128, 2304}, {1, 256, 448, 4352},
+                 {1, 128, 64, 8576}, {1, 256, 4352, 64}};
     for (const auto &z : sizes)
         for (bool full : {false, true}) {
             const Shape x = {z.s, z.t, z.k}, y = {z.s, z.t, z.n}, u = {z.s, z.t, 16};
@@ -396,7 +397,8 @@ TEST_P(CpuOps, LoraLinearGelu) {
         GTEST_SKIP() << "only programs on other devices ask for it";
     struct {
         int64_t t, k, n, r;
-    } sizes[] = {{128, 64, 128, 16}, {256, 256, 384, 16}, {130, 64, 192, 16}, {65, 33, 21, 3}};
+    } sizes[] = {{128, 64, 128, 16}, {256, 256, 384, 16},  {130, 64, 192, 16},
+                 {65, 33, 21, 3},    {256, 448, 4352, 16}, {256, 4352, 448, 16}};
     const auto wide = [](std::vector<Tensor> in) {
         for (Tensor &t : in)
             t = t.to(DType::f64);

@@ -8,6 +8,7 @@ namespace ponder::cuda {
 
 #define PONDER_CUBLASLT(each)                                                                      \
     each(Create) each(Destroy) each(GetStatusName) each(Matmul) each(MatmulAlgoGetHeuristic)       \
+    each(MatmulAlgoConfigGetAttribute)                                                             \
     each(MatmulDescCreate) each(MatmulDescDestroy) each(MatmulDescSetAttribute)                    \
     each(MatrixLayoutCreate) each(MatrixLayoutDestroy) each(MatrixLayoutSetAttribute)              \
     each(MatmulPreferenceCreate) each(MatmulPreferenceDestroy) each(MatmulPreferenceSetAttribute)

@@ -7,6 +7,8 @@
 #include "blas.hpp"
 #include <cuda_runtime.h>
 
+#include <array>
+#include <cstddef>
 #include <map>
 #include <memory>
 #include <string>
@@ -48,6 +50,23 @@ struct ponder_device {
     // Every block that the core allocates ends in zeros that nobody writes: a product may take some
     // rows more of a weight than it has, where the library wants round numbers.
     static constexpr size_t slack = size_t(256) << 10;
+
+    // Whether none of the last few calls wrote there, so that a kernel which overlaps the end of
+    // the one before it (launch.cuh) may read it at once.
+    bool settled(const void *from, size_t bytes) const {
+        const std::byte *const begin = static_cast<const std::byte *>(from), *const end =
+                                                                                 begin + bytes;
+        for (const auto &call : recent)
+            for (const Range &written : call)
+                if (written.begin < end && begin < written.end)
+                    return false;
+        return true;
+    }
+    struct Range {
+        const std::byte *begin, *end;
+    };
+    std::array<std::vector<Range>, 4> recent; // a ring; see run() in module.cpp
+    size_t next_recent = 0;
 
     // Keeps the first failure; true when all is well.
     bool check(cudaError_t status, const char *what) {

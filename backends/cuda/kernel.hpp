@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace ponder::cuda {
 
@@ -35,6 +36,10 @@ public:
     virtual ~Kernel() = default;
     virtual void run(const Run &run) = 0;
     ponder_device *const device;
+    struct Output {
+        size_t buffer, bytes;
+    };
+    std::vector<Output> outputs;
 };
 
 template <class F> class KernelOf final : public Kernel {
@@ -78,7 +83,12 @@ struct Call {
         plan->tasks = 1;
         plan->tiling = PONDER_TILE_WHOLE;
         plan->workspace = (workspace + 255) / 256 * 256;
-        plan->kernel = static_cast<Kernel *>(new KernelOf<F>(device, std::move(f)));
+        Kernel *const kernel = new KernelOf<F>(device, std::move(f));
+        plan->kernel = kernel;
+        for (size_t i = out(0); i < op->n_in + op->n_out; ++i)
+            if (has(i))
+                kernel->outputs.push_back(
+                    {i, size_t(count(i)) * (type(i) == PONDER_DTYPE_BF16 ? 2 : 4)});
         return PONDER_PLAN_OK;
     }
 };

@@ -304,8 +304,15 @@ int32_t plan(ponder_device *device, const ponder_op_call *op, ponder_plan *out, 
 
 void run(void *kernel, void *const *buffers, void *workspace, uint32_t) {
     Kernel *k = static_cast<Kernel *>(kernel);
-    k->run({buffers, static_cast<std::byte *>(workspace), k->device->stream, k->device});
-    k->device->check(cudaGetLastError(), "kernel");
+    ponder_device *const device = k->device;
+    k->run({buffers, static_cast<std::byte *>(workspace), device->stream, device});
+    device->check(cudaGetLastError(), "kernel");
+    auto &written = device->recent[device->next_recent++ % device->recent.size()];
+    written.clear();
+    for (const Kernel::Output &output : k->outputs) {
+        const std::byte *const begin = static_cast<const std::byte *>(buffers[output.buffer]);
+        written.push_back({begin, begin + output.bytes});
+    }
 }
 
 void drop(void *kernel) { delete static_cast<Kernel *>(kernel); }

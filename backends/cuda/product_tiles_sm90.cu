@@ -118,82 +118,105 @@ template <int COUNT> __device__ inline void put(std::byte *to, int r, int i, con
         *reinterpret_cast<uint2 *>(at + ranks * 128) = make_uint2(rest[0], rest[1]);
     }
 }
-// From [16, stride], `count` places.
-template <int MOST>
-__device__ inline void take_rows(std::byte *to, const float *from, int64_t stride, int count,
-                                 float scale) {
-    constexpr int turns = (ranks * MOST / 8 + threads - 1) / threads;
-    const int items = ranks * count / 8, each = count / 8;
+// A thread's share of a factor on its way: all loads first, so that those of two factors run
+// together. From [16, stride], `count` places.
+template <int MOST> struct Rows {
+    static constexpr int turns = (ranks * MOST / 8 + threads - 1) / threads;
     float4 x[turns][2];
+    __device__ void load(const float *from, int64_t stride, int count, int) {
+        const int each = count / 8;
 #pragma unroll
-    for (int t = 0; t < turns; ++t)
-        if (const int item = t * threads + int(threadIdx.x); item < items) {
-            const float4 *const at =
-                reinterpret_cast<const float4 *>(from + item / each * stride + item % each * 8);
-            x[t][0] = at[0];
-            x[t][1] = at[1];
-        }
+        for (int t = 0; t < turns; ++t)
+            if (const int item = t * threads + int(threadIdx.x); item < ranks * each) {
+                const float4 *const at =
+                    reinterpret_cast<const float4 *>(from + item / each * stride + item % each * 8);
+                x[t][0] = at[0];
+                x[t][1] = at[1];
+            }
+    }
+    __device__ void put_to(std::byte *to, int count, float scale) const {
+        const int each = count / 8;
 #pragma unroll
-    for (int t = 0; t < turns; ++t)
-        if (const int item = t * threads + int(threadIdx.x); item < items) {
-            const float all[8] = {scale * x[t][0].x, scale * x[t][0].y, scale * x[t][0].z,
-                                  scale * x[t][0].w, scale * x[t][1].x, scale * x[t][1].y,
-                                  scale * x[t][1].z, scale * x[t][1].w};
-            put<8>(to, item / each, item % each * 8, all);
-        }
-}
+        for (int t = 0; t < turns; ++t)
+            if (const int item = t * threads + int(threadIdx.x); item < ranks * each) {
+                const float all[8] = {scale * x[t][0].x, scale * x[t][0].y, scale * x[t][0].z,
+                                      scale * x[t][0].w, scale * x[t][1].x, scale * x[t][1].y,
+                                      scale * x[t][1].z, scale * x[t][1].w};
+                put<8>(to, item / each, item % each * 8, all);
+            }
+    }
+};
 // From [count, rank]; zeros behind the rank, which is a multiple of 4.
-template <int MOST>
-__device__ inline void take_columns(std::byte *to, const float *from, int count, float scale,
-                                    int rank = ranks) {
-    constexpr int turns = (MOST + threads - 1) / threads;
+template <int MOST> struct Columns {
+    static constexpr int turns = (MOST + threads - 1) / threads;
     float4 x[turns][4];
+    __device__ void load(const float *from, int64_t, int count, int rank) {
 #pragma unroll
-    for (int t = 0; t < turns; ++t)
-        if (const int item = t * threads + int(threadIdx.x); item < count)
+        for (int t = 0; t < turns; ++t)
+            if (const int item = t * threads + int(threadIdx.x); item < count)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                x[t][i] = item % 4 * 4 < rank ? *reinterpret_cast<const float4 *>(
-                                                    from + (item / 4 * 4 + i) * rank + item % 4 * 4)
-                                              : make_float4(0, 0, 0, 0);
+                for (int i = 0; i < 4; ++i)
+                    x[t][i] = item % 4 * 4 < rank
+                                  ? *reinterpret_cast<const float4 *>(
+                                        from + (item / 4 * 4 + i) * rank + item % 4 * 4)
+                                  : make_float4(0, 0, 0, 0);
+    }
+    __device__ void put_to(std::byte *to, int count, float scale) const {
 #pragma unroll
-    for (int t = 0; t < turns; ++t)
-        if (const int item = t * threads + int(threadIdx.x); item < count) {
-            const int r = item % 4 * 4, i = item / 4 * 4;
-            const float all[4][4] = {
-                {scale * x[t][0].x, scale * x[t][1].x, scale * x[t][2].x, scale * x[t][3].x},
-                {scale * x[t][0].y, scale * x[t][1].y, scale * x[t][2].y, scale * x[t][3].y},
-                {scale * x[t][0].z, scale * x[t][1].z, scale * x[t][2].z, scale * x[t][3].z},
-                {scale * x[t][0].w, scale * x[t][1].w, scale * x[t][2].w, scale * x[t][3].w}};
+        for (int t = 0; t < turns; ++t)
+            if (const int item = t * threads + int(threadIdx.x); item < count) {
+                const int r = item % 4 * 4, i = item / 4 * 4;
+                const float all[4][4] = {
+                    {scale * x[t][0].x, scale * x[t][1].x, scale * x[t][2].x, scale * x[t][3].x},
+                    {scale * x[t][0].y, scale * x[t][1].y, scale * x[t][2].y, scale * x[t][3].y},
+                    {scale * x[t][0].z, scale * x[t][1].z, scale * x[t][2].z, scale * x[t][3].z},
+                    {scale * x[t][0].w, scale * x[t][1].w, scale * x[t][2].w, scale * x[t][3].w}};
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                put<4>(to, r + j, i, all[j]);
-        }
-}
+                for (int j = 0; j < 4; ++j)
+                    put<4>(to, r + j, i, all[j]);
+            }
+    }
+};
 
 __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-// The sum over a cluster of four neighbours that lie at the same place in each block's memory.
-template <int SPLIT> __device__ inline float4 cluster_sum(const float *mine) {
-    float4 x[SPLIT];
-#pragma unroll
-    for (int block = 0; block < SPLIT; ++block)
-        asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %4, %5;\n"
-                     "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n}"
-                     : "=f"(x[block].x), "=f"(x[block].y), "=f"(x[block].z), "=f"(x[block].w)
-                     : "r"(address(mine)), "r"(block)
-                     : "memory");
-    float4 sum = x[0];
-#pragma unroll
-    for (int block = 1; block < SPLIT; ++block) {
-        sum.x += x[block].x;
-        sum.y += x[block].y;
-        sum.z += x[block].z;
-        sum.w += x[block].w;
-    }
-    return sum;
+// Without what was written becoming visible.
+__device__ inline void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+__device__ inline void cluster_wait() {
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+// Four neighbours that lie at the same place in each block's memory, on their way.
+template <int SPLIT> struct ClusterSum {
+    float4 x[SPLIT];
+    __device__ void load(const float *mine) {
+#pragma unroll
+        for (int block = 0; block < SPLIT; ++block)
+            if constexpr (SPLIT == 1)
+                x[block] = *reinterpret_cast<const float4 *>(mine);
+            else
+                asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %4, %5;\n"
+                         "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n}"
+                         : "=f"(x[block].x), "=f"(x[block].y), "=f"(x[block].z), "=f"(x[block].w)
+                         : "r"(address(mine)), "r"(block)
+                         : "memory");
+    }
+    __device__ float4 sum() const {
+        float4 sum = x[0];
+#pragma unroll
+        for (int block = 1; block < SPLIT; ++block) {
+            sum.x += x[block].x;
+            sum.y += x[block].y;
+            sum.z += x[block].z;
+            sum.w += x[block].w;
+        }
+        // Here and not later: the loads have come.
+        asm volatile("" : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)::"memory");
+        return sum;
+    }
+};
 
 // What becomes of results: a copy of them is kept, and their gelu is written instead; or they are
 // multiplied with the slope of gelu.
@@ -201,6 +224,7 @@ struct Finish {
     bf16 *kept;
     bool gelu;
     bool early; // w is a constant, which no kernel just before this one writes
+    bool early_factors; // nor the factors
     const bf16 *slope_at;
     template <int N> __device__ void apply(float (&x)[N], int64_t at) const {
         if (kept)
@@ -213,19 +237,6 @@ struct Finish {
                 x[i] = gelu_of(x[i]);
     }
 };
-
-// Four lanes hold word i of four pieces each; lane l gets the whole piece l.
-__device__ inline void exchange(uint32_t (&w)[4], int lane) {
-    const bool odd = lane & 1, high = lane & 2;
-    const uint32_t a = __shfl_xor_sync(~0u, odd ? w[0] : w[1], 1),
-                   b = __shfl_xor_sync(~0u, odd ? w[2] : w[3], 1);
-    (odd ? w[0] : w[1]) = a;
-    (odd ? w[2] : w[3]) = b;
-    const uint32_t c = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2),
-                   d = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
-    (high ? w[0] : w[2]) = c;
-    (high ? w[1] : w[3]) = d;
-}
 
 // A product with [depth,rank] of which nothing but the result is wanted.
 struct Aside {
@@ -280,32 +291,74 @@ __device__ inline void tile_of(const CUtensorMap *x, const CUtensorMap *w,
         for (int i = 0; i < min(stages, steps); ++i)
             fetch_w(i);
     __syncwarp();
-    wait_for_earlier();
-    if (threadIdx.x == consumers)
-        for (int i = 0; i < min(stages, steps); ++i) {
-            if (!finish.early)
-                fetch_w(i);
-            fetch_x(i);
+    const auto take_factors = [&] {
+        if constexpr (kind != nothing) {
+            using Left = std::conditional_t<back, Rows<most_depth>, Columns<most_depth>>;
+            using Right = std::conditional_t<back, Columns<columns>, Rows<columns>>;
+            const int count = steps * depth;
+            Left l;
+            l.load(p.left + s * p.depth * p.rank + int64_t(depth0) * (back ? 1 : p.rank), p.depth,
+                   count, p.rank);
+            if constexpr (lora) {
+                Right r;
+                r.load(p.right + s * p.width * ranks + int64_t(tile) * (back ? ranks : 1), p.width,
+                       columns, ranks);
+                l.put_to(left, count, 1);
+                r.put_to(right, columns, p.scale_base);
+            } else {
+                l.put_to(left, count, 1);
+            }
         }
-    __syncwarp();
-    if constexpr (kind == alone) {
-        take_columns<most_depth>(left, p.left, steps * depth, 1, p.rank);
-    } else if constexpr (!lora) {
-    } else if constexpr (back) {
-        take_rows<most_depth>(left, p.left + s * p.depth * ranks + depth0, p.depth, steps * depth,
-                              1);
-        take_columns<columns>(right, p.right + (s * p.width + tile) * ranks, columns, p.scale_base);
-    } else {
-        take_columns<most_depth>(left, p.left + (s * p.depth + depth0) * ranks, steps * depth, 1);
-        take_rows<columns>(right, p.right + s * p.width * ranks + tile, p.width, columns,
-                           p.scale_base);
-    }
+    };
+    const auto begin = [&] {
+        wait_for_earlier();
+        if (threadIdx.x == consumers)
+            for (int i = 0; i < min(stages, steps); ++i) {
+                if (!finish.early)
+                    fetch_w(i);
+                fetch_x(i);
+            }
+        __syncwarp();
+    };
+    if (!finish.early_factors)
+        begin();
+    take_factors();
+    if (finish.early_factors)
+        begin();
     if (kind != alone && threadIdx.x < columns)
         bias[threadIdx.x] = p.b ? p.b[tile + threadIdx.x] : 0.0f;
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // products read what was put
     __syncthreads();
 
     const int group = warp / 4, row = group * 64 + warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
+    // In the end each block adds up some of the rows, `step` at a time, a few times in a row; what
+    // it needs of memory for the first few is on its way from here on.
+    constexpr int own = rows / SPLIT, step = consumers / (columns / 4), few = 4;
+    constexpr int turns = own / step;
+    const int own_row = int(threadIdx.x) / (columns / 4),
+              own_column = int(threadIdx.x) % (columns / 4) * 4;
+    const int64_t first_own = row0 + part * own,
+                  own_place = (first_own + own_row) * p.width + tile + own_column;
+    struct Few {
+        float4 added[few];
+        Pack<bf16, 4> before[few];
+    };
+    const auto fetch_few = [&](int turn) {
+        Few f{};
+#pragma unroll
+        for (int t = 0; t < few; ++t) {
+            const int64_t from = own_place + int64_t(turn + t) * step * p.width;
+            if (p.add)
+                f.added[t] = *reinterpret_cast<const float4 *>(p.add + from);
+            if (finish.slope_at)
+                f.before[t] = load<4>(finish.slope_at + from);
+        }
+        return f;
+    };
+    Few next;
+    if constexpr (kind != alone)
+        if (threadIdx.x < consumers)
+            next = fetch_few(0);
     if (threadIdx.x >= consumers) {
         if (threadIdx.x == consumers)
             for (int i = stages; i < steps; ++i) {
@@ -374,36 +427,13 @@ __device__ inline void tile_of(const CUtensorMap *x, const CUtensorMap *w,
             pin(c);
         }
 
-        if constexpr (kind == alone) {
-        } else if constexpr (SPLIT == 1) {
+        if constexpr (lora && SPLIT == 1)
+            if (tile == 0)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int64_t r = row0 + row + 8 * half, at = r * p.width + tile + column;
-#pragma unroll
-                for (int j = 0; j < columns / 8; j += 4) {
-                    uint32_t y[4]; // bf16: of 8 (j + i) + column
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int at_j = 8 * (j + i) + column;
-                        float x[2] = {c[4 * (j + i) + 2 * half] + bias[at_j],
-                                      c[4 * (j + i) + 2 * half + 1] + bias[at_j + 1]};
-                        if (finish.gelu)
-                            x[0] = gelu_of(x[0]), x[1] = gelu_of(x[1]);
-                        if constexpr (sizeof(Y) == 4)
-                            *reinterpret_cast<float2 *>(p.base + at + 8 * (j + i)) =
-                                make_float2(x[0], x[1]);
-                        else
-                            y[i] = pack(x[0], x[1]);
-                    }
-                    if constexpr (sizeof(Y) == 2) { // whole sectors
-                        const int64_t to = at - column + 8 * (j + lane % 4);
-                        exchange(y, lane);
-                        *reinterpret_cast<uint4 *>(p.base + to) =
-                            make_uint4(y[0], y[1], y[2], y[3]);
-                    }
-                }
-            }
-        } else {
+                for (int j = 0; j < 4; ++j) // of row + 8 (j % 2), ranks 8 (j / 2) + column
+                    *reinterpret_cast<uint32_t *>(p.u + int64_t(row0 + row + j % 2 * 8) * ranks +
+                                                  j / 2 * 8 + column) = packed[j];
+        if constexpr (kind != alone) {
             float *const sums = reinterpret_cast<float *>(memory);
             asm volatile("bar.sync 1, %0;" ::"n"(consumers) : "memory"); // stages are free
 #pragma unroll
@@ -413,7 +443,7 @@ __device__ inline void tile_of(const CUtensorMap *x, const CUtensorMap *w,
                 for (int j = 0; j < columns / 8; ++j)
                     *reinterpret_cast<float2 *>(to + 8 * j) =
                         make_float2(c[4 * j + 2 * half], c[4 * j + 2 * half + 1]);
-                if constexpr (lora)
+                if constexpr (lora && SPLIT > 1)
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
                         *reinterpret_cast<float2 *>(to + columns + 8 * j) =
@@ -421,52 +451,57 @@ __device__ inline void tile_of(const CUtensorMap *x, const CUtensorMap *w,
             }
         }
     }
-    if constexpr (SPLIT > 1) {
-        // Each block adds up some of the rows.
-        constexpr int own = rows / SPLIT, turns = own * columns / 4 / consumers;
-        const float *const sums = reinterpret_cast<const float *>(memory) + part * own * pitch;
-        const int64_t first = row0 + part * own;
-        const int i = int(threadIdx.x) / (columns / 4), at = int(threadIdx.x) % (columns / 4) * 4;
-        constexpr int step = consumers / (columns / 4); // rows
-        float4 added[turns] = {};
-        Pack<bf16, 4> before[turns] = {}; // all on their way now
-        if (threadIdx.x < consumers)
-#pragma unroll
-            for (int t = 0; t < turns; ++t) {
-                const int64_t from = (first + i + t * step) * p.width + tile + at;
-                if (p.add)
-                    added[t] = *reinterpret_cast<const float4 *>(p.add + from);
-                if (finish.slope_at)
-                    before[t] = load<4>(finish.slope_at + from);
-            }
+    if constexpr (kind == alone)
+        return;
+    if constexpr (SPLIT > 1)
         cluster_sync();
-        if (threadIdx.x < consumers) {
-            const float4 shift = *reinterpret_cast<const float4 *>(bias + at);
+    if (threadIdx.x < consumers) {
+        if constexpr (SPLIT == 1)
+            asm volatile("bar.sync 1, %0;" ::"n"(consumers) : "memory");
+        const float *const mine = reinterpret_cast<const float *>(memory) + part * own * pitch;
+        const float4 shift = *reinterpret_cast<const float4 *>(bias + own_column);
+        const int r_of_u = int(threadIdx.x) / 4, rank_of_u = int(threadIdx.x) % 4 * 4;
+        const bool has_u = lora && SPLIT > 1 && tile == 0 && r_of_u < own;
+        ClusterSum<SPLIT> of_u;
+        if (has_u)
+            of_u.load(mine + r_of_u * pitch + columns + rank_of_u);
+#pragma unroll 1
+        for (int turn = 0; turn < turns; turn += few) {
+            const Few now = next;
+            ClusterSum<SPLIT> all[few];
 #pragma unroll
-            for (int t = 0; t < turns; ++t) {
-                const float4 x = cluster_sum<SPLIT>(sums + (i + t * step) * pitch + at);
-                float y[4] = {x.x + (added[t].x + shift.x), x.y + (added[t].y + shift.y),
-                              x.z + (added[t].z + shift.z), x.w + (added[t].w + shift.w)};
-                const int64_t to = (first + i + t * step) * p.width + tile + at;
+            for (int t = 0; t < few; ++t)
+                all[t].load(mine + (own_row + (turn + t) * step) * pitch + own_column);
+            if (turn + few < turns)
+                next = fetch_few(turn + few);
+#pragma unroll
+            for (int t = 0; t < few; ++t) {
+                const float4 x = all[t].sum();
+                float y[4] = {x.x + (now.added[t].x + shift.x), x.y + (now.added[t].y + shift.y),
+                              x.z + (now.added[t].z + shift.z), x.w + (now.added[t].w + shift.w)};
+                const int64_t to = own_place + int64_t(turn + t) * step * p.width;
                 finish.apply(y, to);
                 if (finish.slope_at)
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
-                        y[j] *= gelu_slope(before[t][j]);
+                        y[j] *= gelu_slope(now.before[t][j]);
                 Pack<Y, 4> out;
 #pragma unroll
                 for (int j = 0; j < 4; ++j)
                     out.set(j, y[j]);
                 store<4>(p.base + to, out);
             }
-            if (lora && tile == 0 && threadIdx.x < own * 4) {
-                const int r = int(threadIdx.x) / 4, rank = int(threadIdx.x) % 4 * 4;
-                const float4 x = cluster_sum<SPLIT>(sums + r * pitch + columns + rank);
-                *reinterpret_cast<uint2 *>(p.u + (first + r) * ranks + rank) =
-                    make_uint2(pack(x.x, x.y), pack(x.z, x.w));
-            }
         }
-        cluster_sync(); // nobody leaves while another block still reads its sums
+        if (has_u) {
+            const float4 x = of_u.sum();
+            *reinterpret_cast<uint2 *>(p.u + (first_own + r_of_u) * ranks + rank_of_u) =
+                make_uint2(pack(x.x, x.y), pack(x.z, x.w));
+        }
+    }
+    if constexpr (SPLIT > 1) {
+        __syncwarp();
+        cluster_arrive_relaxed();
+        cluster_wait(); // nobody leaves while another block still reads its sums
     }
 }
 
@@ -496,7 +531,7 @@ __global__ __launch_bounds__(threads, 1) void group_kernel(const __grid_constant
                                         Aside{g.left_bias, g.narrow, g.sigmoid});
     }
     const GroupMember &m = g.member[which];
-    const Finish finish{nullptr, m.gelu, false, nullptr};
+    const Finish finish{nullptr, m.gelu, false, false, nullptr};
     const auto run = [&]<class Y>(Y *y) {
         const Prepare<bf16, Y> p{nullptr, g.left,  nullptr, nullptr, nullptr, m.bias, y,
                                  g.rows,  g.depth, m.width, g.rank,  1,       1};
@@ -508,14 +543,14 @@ __global__ __launch_bounds__(threads, 1) void group_kernel(const __grid_constant
         run(static_cast<bf16 *>(m.y));
 }
 
-// Parts of the depth; 0 where the library is faster, since blocks have enough to do without, or
-// there is no way.
+// Parts of the depth; 0 where the library is faster, since blocks have enough to do, or there is no
+// way.
 int parts(const ponder_device &device, int64_t rows_, int64_t depth_, int64_t width) {
     if (device.major != 9 || rows_ % rows != 0 || width % columns != 0 || depth_ % depth != 0 ||
         rows_ >= (1 << 24) || !encode_function())
         return 0;
     const int64_t tiles = rows_ / rows * (width / columns);
-    for (int split : {4, 2})
+    for (int split : {4, 2, 1})
         if (tiles * split <= device.processors && depth_ % (split * depth) == 0 &&
             depth_ / split <= most_depth)
             return split;
@@ -532,7 +567,9 @@ void queue(const Run &run, const Prepare<bf16, Y> &p, const bf16 *w, int64_t str
                : describe(map_w, w, p.width, p.depth, depth)))
         return run.device->fail("product: cuTensorMapEncodeTiled failed");
     const int split = parts(*run.device, all, p.depth, p.width);
-    const auto kernel = split == 4 ? tiles_kernel<4, back, Y> : tiles_kernel<2, back, Y>;
+    const auto kernel = split == 4   ? tiles_kernel<4, back, Y>
+                        : split == 2 ? tiles_kernel<2, back, Y>
+                                     : tiles_kernel<1, back, Y>;
     run.device->check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            int(memory_bytes)),
                       "product");
@@ -544,13 +581,18 @@ void queue(const Run &run, const Prepare<bf16, Y> &p, const bf16 *w, int64_t str
 
 bool lora_tiles_fit(const ponder_device &device, int64_t streams, int64_t tokens, int64_t depth,
                     int64_t width, int64_t rank) {
-    return rank == ranks && tokens % rows == 0 && parts(device, streams * tokens, depth, width) > 0;
+    return rank == ranks && tokens % rows == 0 &&
+           parts(device, streams * tokens, depth, width) > 0;
 }
 
 template <bool back, class Y>
 void lora_tiles(const Run &run, const Prepare<bf16, Y> &p, const bf16 *w, int64_t streams,
                 bool constant, const LoraGelu &gelu) {
-    queue<back>(run, p, w, streams, {gelu.kept, gelu.forward, constant, gelu.slope_at});
+    const auto settled = [&](const float *factor, int64_t length) {
+        return run.device->settled(factor, size_t(streams * length * ranks) * sizeof(float));
+    };
+    queue<back>(run, p, w, streams,
+                {gelu.kept, gelu.forward, constant, settled(p.left, p.depth) && settled(p.right, p.width), gelu.slope_at});
 }
 
 template void lora_tiles<false>(const Run &, const Prepare<bf16, bf16> &, const bf16 *, int64_t,

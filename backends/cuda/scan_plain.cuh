@@ -43,7 +43,7 @@ __device__ inline void gather(int64_t n, int64_t d, const T *from, int64_t strid
 }
 
 // z[n,out] = x W + b
-__device__ inline void affine(int64_t n, int64_t in, int64_t out, const float *x, const float *w,
+__device__ __noinline__ static void affine(int64_t n, int64_t in, int64_t out, const float *x, const float *w,
                               const float *b, float *z) {
     each(n * out, [&](int64_t i) {
         const int64_t row = i / out, c = i % out;
@@ -55,7 +55,7 @@ __device__ inline void affine(int64_t n, int64_t in, int64_t out, const float *x
     });
 }
 // z[n,in] (+)= x[n,out] W[in,out]^T
-__device__ inline void times_transposed(int64_t n, int64_t in, int64_t out, const float *x,
+__device__ __noinline__ static void times_transposed(int64_t n, int64_t in, int64_t out, const float *x,
                                         const float *w, float *z, bool add) {
     each(n * in, [&](int64_t i) {
         const int64_t row = i / in, c = i % in;
@@ -67,7 +67,7 @@ __device__ inline void times_transposed(int64_t n, int64_t in, int64_t out, cons
     });
 }
 // w[in,out] += x[n,in]^T y[n,out], b += the sum of y
-__device__ inline void add_outer(int64_t n, int64_t in, int64_t out, const float *x,
+__device__ __noinline__ static void add_outer(int64_t n, int64_t in, int64_t out, const float *x,
                                  const float *y, float *w, float *b) {
     each(in * out, [&](int64_t i) {
         const int64_t row = i / out, c = i % out;
@@ -143,7 +143,7 @@ struct Rates {
 };
 
 // z_i = q_i W + b - sum_{j <= i + causal_k} eta[i,j] (q_i x_j + 1) g_j; attend: [n,n] scratch
-__device__ inline void dual_form(int64_t n, int64_t in, int64_t out, const float *q,
+__device__ __noinline__ static void dual_form(int64_t n, int64_t in, int64_t out, const float *q,
                                  const float *x, const float *g, const Rates &eta,
                                  int64_t causal_k, const float *w, const float *b, float *attend,
                                  float *z) {
@@ -164,7 +164,7 @@ __device__ inline void dual_form(int64_t n, int64_t in, int64_t out, const float
 }
 
 // W -= (eta x)^T g, b -= eta^T g for the last row of eta
-__device__ inline void take_step(int64_t n, int64_t in, int64_t out, const float *x,
+__device__ __noinline__ static void take_step(int64_t n, int64_t in, int64_t out, const float *x,
                                  const float *g, const Rates &eta, const float *w, const float *b,
                                  float *w2, float *b2) {
     each(in * out, [&](int64_t i) {

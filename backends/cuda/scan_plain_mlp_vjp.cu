@@ -43,7 +43,7 @@ __device__ inline float gelu_curve(float x) {
 }
 
 // take_step backwards. xw [n,out] and gw [n,in] are scratch.
-__device__ inline void step_vjp(int64_t n, int64_t in, int64_t out, const float *x, const float *g,
+__device__ __noinline__ static void step_vjp(int64_t n, int64_t in, int64_t out, const float *x, const float *g,
                                 const Rates &eta, const float *dw, const float *db, float *xw,
                                 float *gw, float *dx, float *dg, float *deta) {
     affine(n, in, out, x, dw, db, xw);
@@ -59,7 +59,7 @@ __device__ inline void step_vjp(int64_t n, int64_t in, int64_t out, const float 
 }
 
 // dual_form backwards. am and pm [n,n] are scratch.
-__device__ inline void dual_vjp(int64_t n, int64_t in, int64_t out, const float *q, const float *x,
+__device__ __noinline__ static void dual_vjp(int64_t n, int64_t in, int64_t out, const float *q, const float *x,
                                 const float *g, const Rates &eta, const float *w, const float *du,
                                 float *am, float *pm, float *dq, float *dx, float *dg, float *deta,
                                 float *dw, float *db) {
@@ -132,7 +132,7 @@ __global__ void mlp_vjp_kernel(Shape p, MlpTensors<T> x, const R *lr_all, R *dlr
     float *const kept = take(p.segments() * size), *const states = take((p.segment + 1) * size);
     const State first_gradient = state_at(p, take(size));
     const int64_t sizes[4] = {d * f, f, f * d, d};
-    State now, dw; // dw: the gradient of the state after the mini-batch, then that before it
+    State now{}, dw{}; // dw: the gradient of the state after the mini-batch, then that before it
     dw.w1 = x.gradient[0] + head * sizes[0];
     dw.b1 = x.gradient[1] + head * sizes[1];
     dw.w2 = x.gradient[2] + head * sizes[2];

@@ -18,6 +18,7 @@
 #undef __launch_bounds__
 #define __global__
 #define __device__
+#define __noinline__
 #define __host__
 #define __shared__ static // blocks run one after the other
 #define __launch_bounds__(...)
