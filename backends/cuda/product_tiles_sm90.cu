@@ -6,12 +6,15 @@
 // times the other factor is one more product onto the sums that are in registers already. Fast
 // weights are f32 and enter as two bf16 numbers, what fits and the rest of it (fragments.cuh); all
 // that a block needs of them is converted before the first product, while the first tiles are on
-// their way. The depth is cut into SPLIT parts, the blocks of a cluster: u of a part is as good as u
-// of all, since sums over the parts of x w + (x a) bb are what is wanted. They meet in shared memory.
-// Without parts the library and a launch before it are faster.
+// their way, and where nobody just wrote them while the kernel before still runs. Where there are
+// fewer tiles than multiprocessors the depth is cut into SPLIT parts, the blocks of a cluster: u of
+// a part is as good as u of all, since sums over the parts of x w + (x a) bb are what is wanted.
+// Sums meet in shared memory, also those of one part: what becomes of them is then a short loop
+// over whole rows, and not straight-line code of 64 sums, which takes longer to fetch than to run.
 //
 // linear_group: tiles of several products of the same rows; blocks of its own have a narrow f32
 // matrix, in the place of the narrow side.
+#include "cluster.cuh"
 #include "gelu.cuh"
 #include "launch.cuh"
 #include "lora_linear.hpp"
@@ -178,16 +181,6 @@ template <int MOST> struct Columns {
     }
 };
 
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-// Without what was written becoming visible.
-__device__ inline void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ inline void cluster_wait() {
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
 // Four neighbours that lie at the same place in each block's memory, on their way.
 template <int SPLIT> struct ClusterSum {
     float4 x[SPLIT];
@@ -198,10 +191,11 @@ template <int SPLIT> struct ClusterSum {
                 x[block] = *reinterpret_cast<const float4 *>(mine);
             else
                 asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %4, %5;\n"
-                         "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n}"
-                         : "=f"(x[block].x), "=f"(x[block].y), "=f"(x[block].z), "=f"(x[block].w)
-                         : "r"(address(mine)), "r"(block)
-                         : "memory");
+                             "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n}"
+                             : "=f"(x[block].x), "=f"(x[block].y), "=f"(x[block].z),
+                               "=f"(x[block].w)
+                             : "r"(address(mine)), "r"(block)
+                             : "memory");
     }
     __device__ float4 sum() const {
         float4 sum = x[0];
@@ -223,7 +217,7 @@ template <int SPLIT> struct ClusterSum {
 struct Finish {
     bf16 *kept;
     bool gelu;
-    bool early; // w is a constant, which no kernel just before this one writes
+    bool early;         // w is a constant, which no kernel just before this one writes
     bool early_factors; // nor the factors
     const bf16 *slope_at;
     template <int N> __device__ void apply(float (&x)[N], int64_t at) const {
@@ -451,10 +445,13 @@ __device__ inline void tile_of(const CUtensorMap *x, const CUtensorMap *w,
             }
         }
     }
+    let_next_start(); // most of the time is behind
     if constexpr (kind == alone)
         return;
-    if constexpr (SPLIT > 1)
-        cluster_sync();
+    if constexpr (SPLIT > 1) {
+        cluster_arrive();
+        cluster_wait();
+    }
     if (threadIdx.x < consumers) {
         if constexpr (SPLIT == 1)
             asm volatile("bar.sync 1, %0;" ::"n"(consumers) : "memory");
@@ -543,8 +540,8 @@ __global__ __launch_bounds__(threads, 1) void group_kernel(const __grid_constant
         run(static_cast<bf16 *>(m.y));
 }
 
-// Parts of the depth; 0 where the library is faster, since blocks have enough to do, or there is no
-// way.
+// Parts of the depth; 0 where the tiles are more than multiprocessors, so that the library and a
+// launch before it have enough to do, or there is no way.
 int parts(const ponder_device &device, int64_t rows_, int64_t depth_, int64_t width) {
     if (device.major != 9 || rows_ % rows != 0 || width % columns != 0 || depth_ % depth != 0 ||
         rows_ >= (1 << 24) || !encode_function())
@@ -581,8 +578,7 @@ void queue(const Run &run, const Prepare<bf16, Y> &p, const bf16 *w, int64_t str
 
 bool lora_tiles_fit(const ponder_device &device, int64_t streams, int64_t tokens, int64_t depth,
                     int64_t width, int64_t rank) {
-    return rank == ranks && tokens % rows == 0 &&
-           parts(device, streams * tokens, depth, width) > 0;
+    return rank == ranks && tokens % rows == 0 && parts(device, streams * tokens, depth, width) > 0;
 }
 
 template <bool back, class Y>
@@ -592,7 +588,8 @@ void lora_tiles(const Run &run, const Prepare<bf16, Y> &p, const bf16 *w, int64_
         return run.device->settled(factor, size_t(streams * length * ranks) * sizeof(float));
     };
     queue<back>(run, p, w, streams,
-                {gelu.kept, gelu.forward, constant, settled(p.left, p.depth) && settled(p.right, p.width), gelu.slope_at});
+                {gelu.kept, gelu.forward, constant,
+                 settled(p.left, p.depth) && settled(p.right, p.width), gelu.slope_at});
 }
 
 template void lora_tiles<false>(const Run &, const Prepare<bf16, bf16> &, const bf16 *, int64_t,

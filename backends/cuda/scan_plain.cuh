@@ -43,8 +43,8 @@ __device__ inline void gather(int64_t n, int64_t d, const T *from, int64_t strid
 }
 
 // z[n,out] = x W + b
-__device__ __noinline__ static void affine(int64_t n, int64_t in, int64_t out, const float *x, const float *w,
-                              const float *b, float *z) {
+__device__ __noinline__ static void affine(int64_t n, int64_t in, int64_t out, const float *x,
+                                           const float *w, const float *b, float *z) {
     each(n * out, [&](int64_t i) {
         const int64_t row = i / out, c = i % out;
         float sum = b[c];
@@ -55,8 +55,9 @@ __device__ __noinline__ static void affine(int64_t n, int64_t in, int64_t out, c
     });
 }
 // z[n,in] (+)= x[n,out] W[in,out]^T
-__device__ __noinline__ static void times_transposed(int64_t n, int64_t in, int64_t out, const float *x,
-                                        const float *w, float *z, bool add) {
+__device__ __noinline__ static void times_transposed(int64_t n, int64_t in, int64_t out,
+                                                     const float *x, const float *w, float *z,
+                                                     bool add) {
     each(n * in, [&](int64_t i) {
         const int64_t row = i / in, c = i % in;
         float sum = add ? z[i] : 0.0f;
@@ -68,7 +69,7 @@ __device__ __noinline__ static void times_transposed(int64_t n, int64_t in, int6
 }
 // w[in,out] += x[n,in]^T y[n,out], b += the sum of y
 __device__ __noinline__ static void add_outer(int64_t n, int64_t in, int64_t out, const float *x,
-                                 const float *y, float *w, float *b) {
+                                              const float *y, float *w, float *b) {
     each(in * out, [&](int64_t i) {
         const int64_t row = i / out, c = i % out;
         float sum = w[i];
@@ -92,18 +93,19 @@ struct Norm {
     __device__ void moments(const float *z, float &mean, float &inverse) const {
         mean = lane_sum(d, [&](int64_t j) { return z[j]; }) / float(d);
         const float m = mean;
-        inverse = 1 / sqrtf(lane_sum(d, [&](int64_t j) { return (z[j] - m) * (z[j] - m); }) /
-                                float(d) +
-                            eps);
+        inverse =
+            1 /
+            sqrtf(lane_sum(d, [&](int64_t j) { return (z[j] - m) * (z[j] - m); }) / float(d) + eps);
     }
     // mean (LN(z) - target)^2
     __device__ float error(const float *z, const float *target) const {
         float mean, inverse;
         moments(z, mean, inverse);
-        return lane_sum(d, [&](int64_t j) {
-                   const float r = g[j] * ((z[j] - mean) * inverse) + b[j] - target[j];
-                   return r * r;
-               }) /
+        return lane_sum(d,
+                        [&](int64_t j) {
+                            const float r = g[j] * ((z[j] - mean) * inverse) + b[j] - target[j];
+                            return r * r;
+                        }) /
                float(d);
     }
     // dz = (u - mean(u) - h mean(u h)) / std, u = g (LN(z) - target); dz may not be z
@@ -144,9 +146,9 @@ struct Rates {
 
 // z_i = q_i W + b - sum_{j <= i + causal_k} eta[i,j] (q_i x_j + 1) g_j; attend: [n,n] scratch
 __device__ __noinline__ static void dual_form(int64_t n, int64_t in, int64_t out, const float *q,
-                                 const float *x, const float *g, const Rates &eta,
-                                 int64_t causal_k, const float *w, const float *b, float *attend,
-                                 float *z) {
+                                              const float *x, const float *g, const Rates &eta,
+                                              int64_t causal_k, const float *w, const float *b,
+                                              float *attend, float *z) {
     rows(n * n, [&](int64_t i) {
         const int64_t row = i / n, j = i % n;
         const float dot = lane_sum(in, [&](int64_t c) { return q[row * in + c] * x[j * in + c]; });
@@ -165,8 +167,8 @@ __device__ __noinline__ static void dual_form(int64_t n, int64_t in, int64_t out
 
 // W -= (eta x)^T g, b -= eta^T g for the last row of eta
 __device__ __noinline__ static void take_step(int64_t n, int64_t in, int64_t out, const float *x,
-                                 const float *g, const Rates &eta, const float *w, const float *b,
-                                 float *w2, float *b2) {
+                                              const float *g, const Rates &eta, const float *w,
+                                              const float *b, float *w2, float *b2) {
     each(in * out, [&](int64_t i) {
         const int64_t row = i / out, c = i % out;
         float sum = w[i];
@@ -190,8 +192,7 @@ __device__ inline float gelu_of(float x) {
 }
 __device__ inline float gelu_slope(float x) {
     const float t = tanhf(gelu_scale * (x + gelu_cube * x * x * x));
-    return 0.5f * (1 + t) +
-           0.5f * x * (1 - t * t) * gelu_scale * (1 + 3 * gelu_cube * x * x);
+    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * gelu_scale * (1 + 3 * gelu_cube * x * x);
 }
 
 // Length of all n d values; the block's.

@@ -43,9 +43,10 @@ __device__ inline float gelu_curve(float x) {
 }
 
 // take_step backwards. xw [n,out] and gw [n,in] are scratch.
-__device__ __noinline__ static void step_vjp(int64_t n, int64_t in, int64_t out, const float *x, const float *g,
-                                const Rates &eta, const float *dw, const float *db, float *xw,
-                                float *gw, float *dx, float *dg, float *deta) {
+__device__ __noinline__ static void step_vjp(int64_t n, int64_t in, int64_t out, const float *x,
+                                             const float *g, const Rates &eta, const float *dw,
+                                             const float *db, float *xw, float *gw, float *dx,
+                                             float *dg, float *deta) {
     affine(n, in, out, x, dw, db, xw);
     times_transposed(n, in, out, g, dw, gw, false);
     rows(n, [&](int64_t j) {
@@ -59,10 +60,11 @@ __device__ __noinline__ static void step_vjp(int64_t n, int64_t in, int64_t out,
 }
 
 // dual_form backwards. am and pm [n,n] are scratch.
-__device__ __noinline__ static void dual_vjp(int64_t n, int64_t in, int64_t out, const float *q, const float *x,
-                                const float *g, const Rates &eta, const float *w, const float *du,
-                                float *am, float *pm, float *dq, float *dx, float *dg, float *deta,
-                                float *dw, float *db) {
+__device__ __noinline__ static void dual_vjp(int64_t n, int64_t in, int64_t out, const float *q,
+                                             const float *x, const float *g, const Rates &eta,
+                                             const float *w, const float *du, float *am, float *pm,
+                                             float *dq, float *dx, float *dg, float *deta,
+                                             float *dw, float *db) {
     rows(n * n, [&](int64_t i) {
         const int64_t row = i / n, j = i % n;
         const float a =
