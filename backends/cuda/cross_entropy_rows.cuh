@@ -13,12 +13,6 @@ constexpr float nothing = -1e30f;
 // Of sums, about e^58: what is multiplied with them, or with their inverse, stays in range.
 constexpr float limit = 1e25f;
 
-// From here on the next kernel's blocks may start, where there is room: when each block of this one
-// has come here, or is done.
-__device__ inline void let_next_start() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 // The logit that the sums of a row start from; for a row without a target that of the first word. A
 // warp for each row.
 __global__ void reference_kernel(const bf16 *h, const bf16 *table, const int32_t *target,

@@ -31,8 +31,9 @@ __device__ inline void wait_for_earlier() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Blocks of the next kernel may come as soon as all of this one's have said so, where there is room
-// for them. After wait_for_earlier(): so what overlaps are two kernels, never three.
+// Blocks of the next kernel may come as soon as all of this one's have said so or are done, where
+// there is room for them. After wait_for_earlier(): then what overlaps are two kernels and not three,
+// and the next one may read at once what was written before this one.
 __device__ inline void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
