@@ -92,12 +92,16 @@ template <int J, class X> __device__ inline Statistics statistics(Row<J, X> &row
 
 template <int J, bool gated, class X, class G, class Y>
 __global__ void layer_norm_kernel(const X *x, const G *g, const G *b, const bf16 *gate, Y *y,
-                                  float *stats, int64_t rows, int64_t width, float eps) {
+                                  float *stats, int64_t rows, int64_t width, float eps,
+                                  bool settled) {
     const int64_t r = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
     if (r >= rows)
         return;
-    Row<J, G> scale(g, width), shift(b, width); // weights: on their way before the row is there
+    if (!settled)
+        wait_for_earlier();
+    Row<J, G> scale(g, width), shift(b, width); // on their way before the row is there
     wait_for_earlier();
+    let_next_start();
     Row<J, X> row(x + r * width, width);
     Row<gated ? J : 0, bf16> gates(gate + r * width, gated ? width : 0);
     const auto [mean, inverse] = statistics(row, eps);
@@ -140,6 +144,7 @@ __global__ void layer_norm_vjp_kernel(const DY *dy, const X *x, const G *g, cons
     if (r >= rows)
         return;
     wait_for_earlier();
+    let_next_start();
     Row<J, DY> up(dy + r * width, width);
     Row<J, X> row(x + r * width, width);
     // On their way while the sums run.
@@ -308,12 +313,14 @@ int32_t plan_forward(const Call &call, bool gated) {
                 if (!whole)
                     return layer_norm_odd<<<unsigned(rows), 128, 0, run.stream>>>(x, g, b, y, stats,
                                                                                  width, eps);
+                const bool settled = run.device->settled(g, size_t(width) * sizeof(G)) &&
+                                     run.device->settled(b, size_t(width) * sizeof(G));
                 by_registers(width, [&](auto j) {
                     launch(run,
                            gated ? layer_norm_kernel<decltype(j)::value, true, X, G, Y>
                                  : layer_norm_kernel<decltype(j)::value, false, X, G, Y>,
                            blocks_for(rows, warps), warps * 32, 0, x, g, b, gate, y, stats, rows,
-                           width, eps);
+                           width, eps, settled);
                 });
             });
         });
