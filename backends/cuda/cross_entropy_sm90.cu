@@ -157,7 +157,7 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
             }
         }
         __syncwarp(); // the cluster's barrier wants whole warps
-        if (warp == 0)
+        if (warp == 0) // perhaps before the references are there: finish_kernel waits for this one
             let_next_start();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");

@@ -52,7 +52,8 @@ struct ponder_device {
     static constexpr size_t slack = size_t(256) << 10;
 
     // Whether none of the last few calls wrote there, so that a kernel which overlaps the end of
-    // the one before it (launch.cuh) may read it at once.
+    // the one before it (launch.cuh) may read it at once. Copies and replays need no entry: kernels
+    // do not overlap them.
     bool settled(const void *from, size_t bytes) const {
         const std::byte *const begin = static_cast<const std::byte *>(from), *const end =
                                                                                  begin + bytes;

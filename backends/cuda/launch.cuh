@@ -2,7 +2,7 @@
 // kernel's blocks are done with their work and not yet with leaving, which saves a microsecond
 // where passes consist of many small kernels. The kernel calls wait_for_earlier() before it reads
 // what an earlier one wrote, or writes what one may read: at its start, or after work on nothing but
-// its own.
+// its own, constants, and what ponder_device::settled() answers for.
 #pragma once
 
 #include "kernel.hpp"
@@ -32,7 +32,7 @@ __device__ inline void wait_for_earlier() {
 #endif
 }
 // Blocks of the next kernel may come as soon as all of this one's have said so or are done, where
-// there is room for them. After wait_for_earlier(): then what overlaps are two kernels and not three,
+// there is room for them. After wait_for_earlier(): then what overlaps are two kernels, not three,
 // and the next one may read at once what was written before this one.
 __device__ inline void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -77,7 +77,8 @@ template <int J, class X> __device__ inline Statistics statistics(Row<J, X> &row
         });
         const float d = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) * part;
         const float square = warp_sum((squares[0] + squares[1]) + (squares[2] + squares[3])) * part;
-        return {c + d, inverse_root(fmaxf(square - d * d, 0.0f) + eps)};
+        const float variance = square - d * d;
+        return {c + d, inverse_root((variance < 0 ? 0 : variance) + eps)}; // and what is NaN stays
     } else {
         float sum = 0, square = 0;
         row.each([&](int64_t, const float *v) { sum += (v[0] + v[1]) + (v[2] + v[3]); });

@@ -33,15 +33,15 @@ T of(const cublasLtMatmulAlgo_t &algorithm, cublasLtMatmulAlgoConfigAttributes_t
 
 // The library's kernels for clusters of 2 x 4 blocks (nvjet_sm90_*_2x4_*, cuBLAS 13.0) stop with
 // an illegal instruction, an arrival at the barrier of another block of the cluster, once in a
-// minute or two where processes take turns on a GPU; those of other clusters did not.
+// minute or two where processes take turns on a GPU; those of other clusters did not. They come
+// last, after everything else that the library offers.
 bool sound(const cublasLtMatmulAlgo_t &algorithm) {
     return of<uint16_t>(algorithm, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID) !=
            CUBLASLT_CLUSTER_SHAPE_2x4x1;
 }
 
 // Where there is much to do, tiles of 128 x 128 in clusters of two are faster on Hopper than the
-// larger ones that the library puts first: GPT-2 124M, 16 x 1024 tokens, 8.47 ms for 9.03 on an
-// H200.
+// larger ones that the library puts first: GPT-2 124M, 16 x 1024 tokens, 8.5 ms for 9.0 on an H200.
 bool preferred(const cublasLtMatmulHeuristicResult_t &result) {
     constexpr float waves = 4;
     return result.wavesCount >= waves &&

@@ -445,7 +445,7 @@ __device__ inline void tile_of(const CUtensorMap *x, const CUtensorMap *w,
             }
         }
     }
-    let_next_start(); // most of the time is behind
+    let_next_start(); // a block's first call counts: that of warps that neither load nor multiply
     if constexpr (kind == alone)
         return;
     if constexpr (SPLIT > 1) {
