@@ -13,6 +13,7 @@
 //
 // Where the logits' gradient is wanted, each tile leaves e^(l - c) in bf16, which has the exponents
 // of f32, and the last kernel 1 / S, and for the target 1 - S: times 1 / S, these are p - onehot.
+#include "cluster.cuh"
 #include "cross_entropy_rows.cuh"
 #include "wgmma.cuh"
 
@@ -42,9 +43,6 @@ __device__ inline void load_for_both(void *to, const CUtensorMap *map, uint64_t 
                  ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(address(to)),
                  "l"(map), "r"(address(b)), "r"(x), "r"(y), "h"(uint16_t(3))
                  : "memory");
-}
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 __device__ inline uint32_t cluster_rank() {
     uint32_t rank;
@@ -131,7 +129,8 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    cluster_sync();
+    cluster_arrive();
+    cluster_wait();
 
     const int tiles = s.row_tiles * s.word_tiles, steps = (s.width + depth - 1) / depth;
     if (warp < 4) {
@@ -180,16 +179,13 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
                 barrier_wait(full + stage, phase);
                 const uint64_t a = operand(at_h + stage * bytes_h + group * (bytes_h / 2)),
                                b = operand(at_table + stage * bytes_table);
-#pragma unroll
-                for (int i = 0; i < 128; ++i)
-                    asm volatile("" : "+f"(c[i])::"memory");
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                pin(c);
+                products_begin();
 #pragma unroll
                 for (int i = 0; i < depth / 16; ++i) // 32 bytes on
                     multiply(c, a + 2 * i, b + 2 * i, k + i > 0);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                // The stage before this one has been read.
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                products_commit();
+                products_wait<1>(); // the stage before this one has been read
                 if (k > 0 && lane < 2)
                     barrier_arrive(empty + (stage + stages - 1) % stages, lane);
                 if (++stage == stages) {
@@ -197,10 +193,8 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
                     phase ^= 1;
                 }
             }
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-            for (int i = 0; i < 128; ++i)
-                asm volatile("" : "+f"(c[i])::"memory");
+            products_wait<0>();
+            pin(c);
             if (lane < 2)
                 barrier_arrive(empty + (stage + stages - 1) % stages, lane);
 
@@ -270,7 +264,8 @@ void head_kernel(const __grid_constant__ CUtensorMap h, const __grid_constant__ 
             asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
         __syncwarp();
     }
-    cluster_sync(); // nobody leaves while the other block still writes here
+    cluster_arrive(); // nobody leaves while the other block still writes here
+    cluster_wait();
 }
 
 } // namespace
