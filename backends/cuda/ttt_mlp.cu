@@ -593,9 +593,10 @@ cudaError_t run(const MlpParams &p, unsigned blocks_a_head, cudaStream_t stream)
 // block a head is faster.
 bool on_clusters(const TttMlpShape &s) {
     const DeviceLimits device;
-    return s.split ? s.split > 1
-                   : device.major >= 9 &&
-                         s.streams * s.heads * mlp_most_split * 2 <= device.processors * 3;
+    return s.mini_batch == mlp_wide_batch ||
+           (s.split ? s.split > 1
+                    : device.major >= 9 &&
+                         s.streams * s.heads * mlp_most_split * 2 <= device.processors * 3);
 }
 
 } // namespace
@@ -603,8 +604,10 @@ bool on_clusters(const TttMlpShape &s) {
 const char *ttt_mlp_misses(const TttMlpShape &s) {
     if (s.head_dim != 64)
         return "the fused MLP scan has head dim 64";
-    if (s.mini_batch != 16)
-        return "the fused MLP scan has mini-batches of 16";
+    if (s.mini_batch == mlp_wide_batch && mlp_split(s) == 1)
+        return "the fused MLP scan needs clusters of blocks for mini-batches of 64";
+    if (s.mini_batch != mlp_batch && s.mini_batch != mlp_wide_batch)
+        return "the fused MLP scan has mini-batches of 16 and 64";
     if (s.tokens < 1 || s.streams < 1 || s.tokens > (1 << 24) || s.streams * s.heads > (1 << 24))
         return "too few or too many tokens, streams or heads for the fused scan";
     const size_t bytes = s.type == TttType::bf16 ? mlp_shared<Bf16>() : mlp_shared<float>();

@@ -10,7 +10,8 @@
 
 namespace ponder::cuda {
 
-constexpr int mlp_dim = 64, mlp_inner = 4 * mlp_dim, mlp_batch = 16;
+constexpr int mlp_dim = 64, mlp_inner = 4 * mlp_dim;
+constexpr int mlp_batch = 16, mlp_wide_batch = 64;
 constexpr int64_t mlp_state = 2 * int64_t(mlp_dim) * mlp_inner + mlp_inner + mlp_dim;
 
 struct MlpParams : LinearParams {
@@ -95,7 +96,7 @@ struct MlpTrace {
         const int64_t batches = (s.tokens + s.mini_batch - 1) / s.mini_batch;
         const auto aligned = [](size_t n) { return (n + 255) / 256 * 256; };
         p1 = aligned(heads * size_t(s.tokens) * mlp_dim * size);
-        states = p1 + aligned(heads * size_t(batches) * mlp_batch * mlp_inner * size);
+        states = p1 + aligned(heads * size_t(batches * s.mini_batch) * mlp_inner * size);
         total = states + heads * size_t(trace_states(batches) * mlp_state) * sizeof(float);
     }
     void set(MlpParams &p, void *trace) const {

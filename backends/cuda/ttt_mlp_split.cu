@@ -9,8 +9,12 @@ template <class X> static cudaError_t run(const MlpParams &p, cudaStream_t strea
 }
 
 cudaError_t ttt_mlp_split(const TttMlpShape &s, const MlpParams &p, cudaStream_t stream) {
-    return s.type == TttType::bf16 ? run<MlpSplit<Bf16, mlp_most_split>>(p, stream)
-                                   : run<MlpSplit<float, mlp_most_split>>(p, stream);
+    constexpr int split = mlp_most_split, tiles = mlp_wide_batch / mlp_batch;
+    if (s.mini_batch == mlp_wide_batch)
+        return s.type == TttType::bf16 ? run<MlpSplit<Bf16, split, tiles>>(p, stream)
+                                       : run<MlpSplit<float, split, tiles>>(p, stream);
+    return s.type == TttType::bf16 ? run<MlpSplit<Bf16, split>>(p, stream)
+                                   : run<MlpSplit<float, split>>(p, stream);
 }
 
 } // namespace ponder::cuda

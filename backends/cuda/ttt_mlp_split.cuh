@@ -8,6 +8,11 @@
 //
 // so two waits a mini-batch. The error after a step is that of one more row, the last key, under
 // the state of the next; the error under the initial state has clusters of its own.
+//
+// A mini-batch of 64 is four tiles of 16 under one state W, b. What the tiles before have added up,
+// S = sum K^T P and s = sum P of each layer, is kept beside it: queries see W + a S and b + a s, a
+// being the rate of their token, and their own tile's part of the sums as above; behind the last
+// tile W += S.
 #pragma once
 
 #include "ttt_linear_loss.cuh"
@@ -21,7 +26,7 @@ template <class X> struct MlpSplitShared {
     E *tiles, *p2;
     float *last; // parts of the last key's sums
     MlpExchange<X, 1> exchange;
-    Rates<X::M> rates;
+    Rates<X::batch> rates;
     int size;
     __host__ __device__ explicit MlpSplitShared(unsigned char *base)
         : MlpSplitShared(SharedLayout(base)) {}
@@ -29,11 +34,11 @@ template <class X> struct MlpSplitShared {
         tiles = s.take<E>(stages * 2 * X::M * X::ld);
         p2 = s.take<E>(X::M * X::ld);
         last = s.take<float>((X::warps + 2 * X::split) * X::D);
-        rates = {s.take<float>(3 * X::M + 4)};
+        rates = {s.take<float>(3 * X::batch + 4)};
         size = s.size();
     }
-    __device__ E *tile(int batch, int input) const { // k, q
-        return tiles + (batch % stages * 2 + input) * X::M * X::ld;
+    __device__ E *tile(int number, int input) const { // k, q
+        return tiles + (number % stages * 2 + input) * X::M * X::ld;
     }
 };
 
@@ -56,7 +61,7 @@ public:
 
     __device__ void run() {
         if (!is_probe)
-            fetch_batch(0), fetch_batch(1);
+            fetch_tile(0), fetch_tile(1);
         read(w1, bias1, w2, bias2, p.w1 + int64_t(head) * D * F, p.b1 + int64_t(head) * F,
              p.w2 + int64_t(head) * F * D, p.b2 + int64_t(head) * D);
         shared.rates.fill(p, at.thread, short_n);
@@ -85,14 +90,15 @@ public:
 private:
     __device__ MlpSplitScan(const MlpParams &p, const MlpSplitShared<X> &shared)
         : Units(p, shared.exchange, int(blockIdx.x) / split % (p.streams * p.heads)),
-          shared(shared), is_probe(int(blockIdx.x) / split >= p.streams * p.heads) {}
+          shared(shared), is_probe(int(blockIdx.x) / split >= p.streams * p.heads),
+          tiles((p.tokens + M - 1) / M), last_n(p.tokens - (tiles - 1) * M) {}
 
-    __device__ __forceinline__ void fetch_batch(int batch) {
-        if (batch < p.batches) {
-            fetch_rows(shared.tile(batch, 0), static_cast<const E *>(p.k) + offset, width, batch);
+    __device__ __forceinline__ void fetch_tile(int number) {
+        if (number < tiles) {
+            fetch_rows(shared.tile(number, 0), static_cast<const E *>(p.k) + offset, width, number);
             if (p.y)
-                fetch_rows(shared.tile(batch, 1), static_cast<const E *>(p.q) + offset, width,
-                           batch);
+                fetch_rows(shared.tile(number, 1), static_cast<const E *>(p.q) + offset, width,
+                           number);
         }
         commit_copies();
     }
@@ -187,7 +193,7 @@ private:
         if constexpr (split > 1)
             await(2);
         collect(1, outputs);
-        if (row < (pending == p.batches - 1 ? short_n : M)) {
+        if (row < (pending == tiles - 1 ? last_n : M)) {
             const Norm u({outputs[0].x + pending_b2.x, outputs[0].y + pending_b2.y}, p.eps);
             output(p.y, int64_t(pending) * M + row,
                    {pending_q.x + g.x * u.z.x + b.x, pending_q.y + g.y * u.z.y + b.y});
@@ -196,8 +202,10 @@ private:
     }
 
     __device__ __forceinline__ void scan() {
-        for (int batch = 0; batch < p.batches; ++batch)
-            step(batch);
+        if constexpr (parts)
+            clear_sums();
+        for (int number = 0; number < tiles; ++number)
+            step(number);
         if (traced)
             trace_state(trace_states(p.batches) - 1);
         if (p.w_out)
@@ -206,7 +214,7 @@ private:
         if (p.loss) {
             sync_block();
             FragA<E> x;
-            first_layer_of(x, shared.tile(p.batches - 1, 0) + (short_n - 1) * ld);
+            first_layer_of(x, shared.tile(tiles - 1, 0) + (last_n - 1) * ld);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 float c[4] = {};
@@ -236,29 +244,31 @@ private:
                     to[0] = before;
                     to[2] = after;
                 }
-            } else if (row == short_n - 1 && at.lane == 0)
+            } else if (row == last_n - 1 && at.lane == 0)
                 in_block(exchange.block, 0)[1] = before;
         }
     }
 
-    __device__ __forceinline__ void step(int batch) {
-        const bool is_short = batch == p.batches - 1;
-        const int n = is_short ? short_n : M;
-        const int64_t token = int64_t(batch) * M + row;
+    __device__ __forceinline__ void step(int number) {
+        const int batch = number / X::tiles, first = number % X::tiles * M; // of a mini-batch
+        const bool is_last = number == tiles - 1, is_short = batch == p.batches - 1,
+                   ends = is_last || first + M == X::batch;
+        const int n = is_last ? last_n : M;
+        const int64_t token = int64_t(number) * M + row;
         const bool queries = !traced || p.y;
         const bool learns = uniform(shared.rates.learns(is_short) != 0);
-        const bool with_last = p.loss && batch > 0;
+        const bool with_last = p.loss && batch > 0 && first == 0;
 
         wait_for_copies<1>();
         sync_block();
-        const E *const k_tile = shared.tile(batch, 0), *const q_tile = shared.tile(batch, 1);
+        const E *const k_tile = shared.tile(number, 0), *const q_tile = shared.tile(number, 1);
         float2 v = {0, 0};
         float lr = 0;
         if (row < n) {
             v = floats(pair_at(static_cast<const E *>(p.v) + offset + token * width + 2 * at.lane));
             lr = rate_at(p, (int64_t(stream) * p.tokens + token) * p.heads + h);
         }
-        if (traced && batch % trace_every == 0)
+        if (traced && first == 0 && batch % trace_every == 0)
             trace_state(batch / trace_every);
 
         Result z, slope;
@@ -267,7 +277,7 @@ private:
         over_dims(z, k_tile, w1);
         activate<true>(x, z, slope);
         if (with_last)
-            first_layer_of(x_last, shared.tile(batch - 1, 0) + (M - 1) * ld);
+            first_layer_of(x_last, shared.tile(number - 1, 0) + (M - 1) * ld);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             float c[4] = {};
@@ -286,7 +296,7 @@ private:
         if (with_last)
             reduce_last(batch);
         // What waits for no sums
-        fetch_batch(batch + 2); // in the place of the last key's tile
+        fetch_tile(number + 2); // in the place of the last key's tile
         FragA<E> x_t, a1;
         Result zq = {};
         transpose(x_t, x, at.lane);
@@ -313,7 +323,7 @@ private:
                            p2.x, p2.y);
             if (with_last && row == M - 1)
                 after += last_error(batch, goal_last);
-            if (row == n - 1)
+            if (ends && row == n - 1)
                 before += loss.residual.x * loss.residual.x + loss.residual.y * loss.residual.y;
             goal_last = goal;
         }
@@ -334,15 +344,19 @@ private:
                 for (int e = 0; e < 4; ++e)
                     y[nt][e] *= slope[nt][e];
             if (traced)
-                store_rows(static_cast<E *>(p.trace_p1) + trace_at(batch), y[0], y[1]);
+                store_rows(static_cast<E *>(p.trace_p1) + trace_at(number), y[0], y[1]);
             a_of(p1, y[0], y[1]);
             transpose(p1_t, p1, at.lane);
         }
         if (queries) {
-            const float rate[2] = {shared.rates.a(is_short, at.g),
-                                   shared.rates.a(is_short, at.g + 8)};
-            FragA<E> xq, a;
+            const float rate[2] = {shared.rates.a(is_short, first + at.g),
+                                   shared.rates.a(is_short, first + at.g + 8)};
+            FragA<E> xq, a, xq_of_sums;
             Result c = {}, a2 = {};
+            if constexpr (parts) {
+                start(c, sum1);
+                over_dims(c, q_tile, s1);
+            }
             small(c, a1, p1_t);
             scale_rows(c, rate);
 #pragma unroll
@@ -355,6 +369,10 @@ private:
             causal(a2, rank == 0 && at.warp == 0 ? 1.0f : 0.0f);
             scale_rows(a2, rate);
             a_of(a, a2[0], a2[1]);
+            if constexpr (parts) {
+                scale_rows(zq, rate); // gelu's values now
+                a_of(xq_of_sums, zq[0], zq[1]);
+            }
 #pragma unroll
             for (int k = 0; k < D / 16; ++k) {
                 Result to_u = {};
@@ -364,30 +382,77 @@ private:
                     FragB<E> y;
                     b_of(y, w2[2 * k + i], at.lane);
                     mma(to_u[i], xq, y);
+                    if constexpr (parts) {
+                        b_of(y, s2[2 * k + i], at.lane);
+                        mma(to_u[i], xq_of_sums, y);
+                    }
                     put(0, 2 * k + i, to_u[i]);
                 }
             }
-            pending = batch;
+            pending = number;
             pending_b2 = bias2;
+            if constexpr (parts) {
+                const float mine = shared.rates.a(is_short, first + row);
+                pending_b2.x += mine * sum2.x;
+                pending_b2.y += mine * sum2.y;
+            }
             pending_q = floats(pair_at(q_tile + row * ld + 2 * at.lane));
         }
-        if (learns) {
-            add(w1, p1_t, k_tile);
-            add_bias(bias1, p1_t, 1);
-            add(w2, x_t, shared.p2);
-            const float2 sum = sum_rows(shared.p2);
-            bias2.x += sum.x;
-            bias2.y += sum.y;
+        if constexpr (parts) {
+            learn(s1, sum1, s2, sum2, p1_t, x_t, k_tile);
+            if (ends) {
+                if (learns)
+                    take_sums();
+                clear_sums();
+            }
+        } else if (learns) {
+            learn(w1, bias1, w2, bias2, p1_t, x_t, k_tile);
         }
         if (queries)
             reduce(1, outputs);
+    }
+
+    __device__ __forceinline__ void learn(Weight &to_1, float (&to_b1)[2][2], Weight &to_2,
+                                          float2 &to_b2, const FragA<E> &p1_t, const FragA<E> &x_t,
+                                          const E *k_tile) {
+        add(to_1, p1_t, k_tile);
+        add_bias(to_b1, p1_t, 1);
+        add(to_2, x_t, shared.p2);
+        const float2 sum = sum_rows(shared.p2);
+        to_b2.x += sum.x;
+        to_b2.y += sum.y;
+    }
+    __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                s1[j][e] = s2[j][e] = 0;
+        sum1[0][0] = sum1[0][1] = sum1[1][0] = sum1[1][1] = 0;
+        sum2 = {0, 0};
+    }
+    __device__ __forceinline__ void take_sums() {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                w1[j][e] += s1[j][e];
+                w2[j][e] += s2[j][e];
+            }
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                bias1[nt][e] += sum1[nt][e];
+        bias2.x += sum2.x;
+        bias2.y += sum2.y;
     }
 
     // The last tokens of 16 mini-batches at a time.
     __device__ __forceinline__ void probe_initial() {
         const E *k = static_cast<const E *>(p.k) + offset,
                 *v = static_cast<const E *>(p.v) + offset;
-        const auto last = [&](int batch) { return int64_t(min((batch + 1) * M, p.tokens) - 1); };
+        const auto last = [&](int batch) { return int64_t(min((batch + 1) * X::batch, p.tokens) - 1); };
         E *keys = shared.tile(0, 0);
         float error = 0;
         for (int first = 0; first < p.batches; first += M) {
@@ -429,9 +494,13 @@ private:
             in_block(shared.last, 0)[row] = error;
     }
 
+    static constexpr bool parts = X::tiles > 1;
     const MlpSplitShared<X> shared;
     const bool is_probe;
-    Weight w1, w2;
+    const int tiles, last_n; // tokens of the last tile
+    Weight w1, w2, s1, s2;   // s1, s2, sum1, sum2: where mini-batches have several tiles
+    float sum1[2][2];
+    float2 sum2;
     float bias1[2][2]; // at this thread's units of a result
     float2 bias2;
     float before = 0, after = 0;
@@ -440,7 +509,7 @@ private:
 };
 
 template <class X, bool traced>
-__global__ void __launch_bounds__(X::threads, sizeof(typename X::E) == 2 ? 3 : 1)
+__global__ void __launch_bounds__(X::threads, sizeof(typename X::E) == 2 && X::tiles == 1 ? 3 : 1)
     mlp_split_scan(const __grid_constant__ MlpParams p) {
     if constexpr (has_clusters)
         MlpSplitScan<X, traced>(p).run();

@@ -11,12 +11,13 @@
 
 namespace ponder::cuda {
 
-// split_: blocks of a head
-template <class E_, int split_> struct MlpSplit {
+// split_: blocks of a head; tiles_: of 16 tokens, of a mini-batch
+template <class E_, int split_, int tiles_ = 1> struct MlpSplit {
     using E = E_;
     using L = Linear<E, mlp_dim, mlp_batch>;
     static constexpr int D = mlp_dim, M = mlp_batch, F = mlp_inner, ld = L::ld;
     static constexpr int split = split_, warps = 16 / split, threads = 32 * warps;
+    static constexpr int tiles = tiles_, batch = M * tiles; // tokens of a mini-batch
     static constexpr int row =
         split == 1 ? D + 4 : D + 8; // of parts; less memory, or no bank twice
 };
@@ -115,7 +116,7 @@ protected:
     __device__ MlpUnits(const MlpParams &p, const MlpExchange<X, most> &exchange, int head)
         : p(p), exchange(exchange), rank(int(blockIdx.x) % split), head(head),
           stream(head / p.heads), h(head % p.heads), width(p.heads * D),
-          short_n(p.tokens - (p.batches - 1) * M), row(rank * X::warps + uniform(at.warp)),
+          short_n(p.tokens - (p.batches - 1) * X::batch), row(rank * X::warps + uniform(at.warp)),
           unit(16 * row), offset(int64_t(stream) * p.tokens * width + h * D) {
         g = *reinterpret_cast<const float2 *>(p.g + h * D + 2 * at.lane);
         b = *reinterpret_cast<const float2 *>(p.b + h * D + 2 * at.lane);
@@ -160,8 +161,8 @@ protected:
         }
     }
     // P1 of this warp's units in the trace, this thread's part
-    __device__ __forceinline__ int64_t trace_at(int batch) const {
-        return (((int64_t(head) * p.batches + batch) * (F / 16) + unit / 16) * 32 + at.lane) * 8;
+    __device__ __forceinline__ int64_t trace_at(int tile) const {
+        return (((int64_t(head) * p.batches * X::tiles + tile) * (F / 16) + unit / 16) * 32 + at.lane) * 8;
     }
     __device__ __forceinline__ void output(const void *to, int64_t token, float2 x) const {
         store_pair(static_cast<E *>(const_cast<void *>(to)) + offset + token * width + 2 * at.lane,

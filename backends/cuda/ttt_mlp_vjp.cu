@@ -28,6 +28,8 @@ size_t ttt_mlp_vjp_workspace(const TttMlpShape &shape, bool has_trace) {
 const char *ttt_mlp_vjp_misses(const TttMlpShape &shape) {
     if (const char *what = ttt_mlp_misses(shape))
         return what;
+    if (shape.mini_batch != mlp_batch)
+        return "the fused gradient of the MLP scan has mini-batches of 16";
     return visit_type(shape, [&](auto kernels) { return kernels.misses(shape); });
 }
 
