@@ -596,7 +596,7 @@ bool on_clusters(const TttMlpShape &s) {
     return s.mini_batch == mlp_wide_batch ||
            (s.split ? s.split > 1
                     : device.major >= 9 &&
-                         s.streams * s.heads * mlp_most_split * 2 <= device.processors * 3);
+                          s.streams * s.heads * mlp_most_split * 2 <= device.processors * 3);
 }
 
 } // namespace

@@ -18,6 +18,17 @@
 // exchanged three times a mini-batch: for Z2 and U, for dP2, and for dq and dk, which are read in
 // the next mini-batch; dU and dZ2 are handed out. So four waits.
 //
+// A mini-batch of 64 is four tiles of 16 under one state, read backwards: S = sum K^T P and s = sum
+// P of each layer over the tiles before, which the queries of a tile see times their rates. S and s
+// of all tiles come from the trace when the mini-batch begins, a tile's part is taken off when its
+// turn comes. The gradient after a tile is then that of S, dS: dW' and what the queries behind add,
+//
+//   dU S2^T and dZQ1 S1^T beside dU W2^T and dZQ1 W1^T, times the rate,
+//   dS1 += (a / f Q)^T dZQ1, dS2 += (a / f XQ)^T dU, ds1, ds2 alike
+//
+// and that of the state, which nobody reads before the next mini-batch, is added up beside it. That
+// and S lie in shared memory, of each warp its own units, as registers are full.
+//
 // Counted, a mini-batch of a head: 21 products of 16 x 64 x 256 and small ones, 11 MFLOP, 240
 // matrix instructions a warp (7,100 in the whole code); measured on an H200, one warp on a
 // scheduler: 15,000 cycles, two: hardly more. Latency is what limits, not the multiprocessor.
@@ -29,22 +40,27 @@ namespace ponder::cuda {
 
 template <class X> struct MlpReverseShared {
     using E = typename X::E;
+    static constexpr int slots = X::tiles > 1 ? X::tiles : 2, kept_weights = X::tiles > 1 ? 4 : 0;
     E *tiles, *p1, *du, *dz;
+    float4 *kept;
+    float *da; // of each warp, as in linear_reverse
     MlpExchange<X, 2> exchange;
-    Rates<X::M> rates;
+    Rates<X::batch> rates;
     int size;
     __host__ __device__ explicit MlpReverseShared(unsigned char *base)
         : MlpReverseShared(SharedLayout(base)) {}
     __host__ __device__ explicit MlpReverseShared(SharedLayout s) : exchange(s) {
-        tiles = s.take<E>(2 * 3 * X::M * X::ld);
-        p1 = s.take<E>(2 * X::threads * 8);
+        tiles = s.take<E>(slots * 3 * X::M * X::ld);
+        p1 = s.take<E>(slots * X::threads * 8);
+        kept = s.take<float4>(kept_weights * 8 * X::threads);
+        da = s.take<float>(X::warps * X::batch);
         du = s.take<E>(X::M * X::ld);
         dz = s.take<E>(X::M * X::ld);
-        rates = {s.take<float>(3 * X::M + 4)};
+        rates = {s.take<float>(3 * X::batch + 4)};
         size = s.size();
     }
-    __device__ E *tile(int batch, int input) const { // k, q, P2
-        return tiles + ((batch & 1) * 3 + input) * X::M * X::ld;
+    __device__ E *tile(int number, int input) const { // k, q, P2
+        return tiles + (number % slots * 3 + input) * X::M * X::ld;
     }
 };
 
@@ -53,24 +69,30 @@ template <class X> class MlpReverseScan : MlpUnits<X, 2> {
     using typename Units::E, typename Units::L, typename Units::Result, typename Units::Weight,
         typename Units::Norm, typename Units::Loss;
     using Units::D, Units::M, Units::F, Units::ld, Units::split;
-    using Units::each, Units::read, Units::fetch_rows, Units::trace_at, Units::output;
-    using Units::mean, Units::goal_of;
+    using Units::each, Units::read, Units::fetch_rows, Units::gather_last_keys, Units::trace_at,
+        Units::output, Units::tokens_of, Units::ends_batch, Units::last_token;
+    using Units::mean, Units::goal_of, Units::goal_at;
     using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out;
-    using Units::over_dims, Units::over_rows, Units::small, Units::add, Units::add_bias,
-        Units::sum_rows, Units::scale_rows, Units::causal, Units::add_along, Units::start,
+    using Units::over_dims, Units::over_rows, Units::small, Units::put_product, Units::add,
+        Units::add_bias, Units::sum_rows, Units::scale_rows, Units::copy, Units::multiply,
+        Units::causal, Units::add_along, Units::activate, Units::start, Units::add_start,
         Units::rows_of;
     using Units::p, Units::exchange, Units::at, Units::rank, Units::head, Units::stream, Units::h,
-        Units::width, Units::short_n, Units::row, Units::unit, Units::offset, Units::g, Units::b;
+        Units::width, Units::short_n, Units::tiles, Units::row, Units::unit, Units::offset,
+        Units::g, Units::b;
 
 public:
     __device__ explicit MlpReverseScan(const MlpParams &p)
         : MlpReverseScan(p, MlpReverseShared<X>(kept_shared_memory())) {}
 
     __device__ void run() {
-        fetch_batch(p.batches - 1);
+        for (int number = tiles - 1; number > tiles - shared.slots; --number)
+            fetch_tile(number);
         load_state(trace_states(p.batches) - 1);
         load_gradient();
         shared.rates.fill(p, at.thread, short_n);
+        for (int i = at.lane; i < X::batch; i += 32)
+            da_of(i) = 0;
         if (p.dloss)
 #pragma unroll
             for (int i = 0; i < 3; ++i) {
@@ -80,8 +102,8 @@ public:
                     wanted |= 1 << i;
             }
         meet(); // the cluster's blocks are there
-        for (int batch = p.batches - 1; batch >= 0; --batch)
-            reverse(batch);
+        for (int number = tiles - 1; number >= 0; --number)
+            reverse(number);
         flush();
         if (wanted & 1)
             probe_initial();
@@ -96,22 +118,54 @@ private:
 
     // ---- memory
 
-    __device__ __forceinline__ void fetch_batch(int batch) {
-        if (batch >= 0) {
+    __device__ __forceinline__ void fetch_tile(int number) {
+        if (number >= 0) {
             constexpr int per = 16 / int(sizeof(E));
-            fetch_rows(shared.tile(batch, 0), static_cast<const E *>(p.k) + offset, width, batch);
-            fetch_rows(shared.tile(batch, 1), static_cast<const E *>(p.q) + offset, width, batch);
-            fetch_rows(shared.tile(batch, 2),
-                       static_cast<const E *>(p.trace_p) + int64_t(head) * p.tokens * D, D, batch);
-            const E *const p1 = static_cast<const E *>(p.trace_p1) + trace_at(batch);
+            fetch_rows(shared.tile(number, 0), static_cast<const E *>(p.k) + offset, width, number);
+            fetch_rows(shared.tile(number, 1), static_cast<const E *>(p.q) + offset, width, number);
+            fetch_rows(shared.tile(number, 2),
+                       static_cast<const E *>(p.trace_p) + int64_t(head) * p.tokens * D, D, number);
+            const E *const p1 = static_cast<const E *>(p.trace_p1) + trace_at(number);
 #pragma unroll
             for (int i = 0; i < 8 / per; ++i)
-                copy_async(p1_place(batch) + i * per, p1 + i * per, true);
+                copy_async(p1_place(number) + i * per, p1 + i * per, true);
         }
         commit_copies();
     }
-    __device__ __forceinline__ E *p1_place(int batch) {
-        return shared.p1 + ((batch & 1) * X::threads + at.thread) * 8;
+    __device__ __forceinline__ E *p1_place(int number) {
+        return shared.p1 + (number % shared.slots * X::threads + at.thread) * 8;
+    }
+    __device__ __forceinline__ float &da_of(int token) { // of a mini-batch
+        return shared.da[at.warp * X::batch + token];
+    }
+
+    // What this warp keeps of a weight in shared memory
+    enum Kept { sums_1, sums_2, gradient_1, gradient_2 };
+    __device__ __forceinline__ float4 &kept(Kept which, int j) {
+        return shared.kept[(which * 8 + j) * X::threads + at.thread];
+    }
+    __device__ __forceinline__ void keep(Kept which, const Weight &w) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+            kept(which, j) = {w[j][0], w[j][1], w[j][2], w[j][3]};
+    }
+    __device__ __forceinline__ void recall(Weight &w, Kept which) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float4 x = kept(which, j);
+            w[j][0] = x.x, w[j][1] = x.y, w[j][2] = x.z, w[j][3] = x.w;
+        }
+    }
+    // change(the gradient of the state before the mini-batch), which is dw where there is one tile
+    template <class Change>
+    __device__ __forceinline__ void to_gradient(Kept which, Weight &dw, Change change) {
+        if constexpr (parts) {
+            Weight w;
+            recall(w, which);
+            change(w);
+            keep(which, w);
+        } else
+            change(dw);
     }
 
     __device__ __forceinline__ void load_state(int64_t i) {
@@ -136,14 +190,14 @@ private:
         if constexpr (split > 1)
             await(2);
         collect(1, outputs);
-        const int n = pending == p.batches - 1 ? short_n : M;
+        const int n = tokens_of(pending);
         if (row < n) {
             const float2 dk = {outputs[0].x + pending_dk.x, outputs[0].y + pending_dk.y},
                          dq = {outputs[1].x + pending_dy.x, outputs[1].y + pending_dy.y};
             output(p.dq, int64_t(pending) * M + row, dq);
             output(p.dk, int64_t(pending) * M + row, dk);
-            if ((wanted & 1) && row == n - 1)
-                *reinterpret_cast<float2 *>(last_row(pending)) = dk;
+            if ((wanted & 1) && row == n - 1 && ends_batch(pending))
+                *reinterpret_cast<float2 *>(last_row(pending / X::tiles)) = dk;
         }
         pending = -1;
     }
@@ -157,24 +211,10 @@ private:
         FragA<E> x, x_t;
         start(z, bias1);
         over_dims(z, keys, w1);
-#pragma unroll
-        for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const Gelu y(z[nt][e]);
-                z[nt][e] = y.value;
-                slope[nt][e] = y.slope;
-            }
+        activate(z, &slope);
         a_of(x, z[0], z[1]);
         transpose(x_t, x, at.lane);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            float c[4] = {};
-            FragB<E> y;
-            b_of(y, w2[j], at.lane);
-            mma(c, x, y);
-            put(0, j, c);
-        }
+        put_product(0, x, w2);
         float2 sum[1];
         reduce(0, sum);
         await(0);
@@ -193,22 +233,11 @@ private:
         await(1);
 
         over_dims(dz1, shared.dz, w2);
-#pragma unroll
-        for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                dz1[nt][e] *= slope[nt][e];
+        multiply(dz1, slope);
         FragA<E> d, d_t;
         a_of(d, dz1[0], dz1[1]);
         transpose(d_t, d, at.lane);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            float sum_k[4] = {};
-            FragB<E> y;
-            b_of(y, w1[j], at.lane);
-            mma(sum_k, d, y);
-            put(0, j, sum_k);
-        }
+        put_product(0, d, w1);
         add(dw2, x_t, shared.dz);
         add(dw1, d_t, keys);
         add_bias(dbias1, d_t, 1);
@@ -223,54 +252,164 @@ private:
     }
     // The last tokens of 16 mini-batches at a time, under the initial state.
     __device__ __forceinline__ void probe_initial() {
-        const E *k = static_cast<const E *>(p.k) + offset,
-                *v = static_cast<const E *>(p.v) + offset;
-        const auto last = [&](int batch) { return int64_t(min((batch + 1) * M, p.tokens) - 1); };
         E *keys = shared.tile(0, 0);
         meet(); // what flush left in memory is seen by all
         for (int first = 0; first < p.batches; first += M) {
-            for (int i = at.warp; i < M; i += X::warps) {
-                float2 key = {0, 0};
-                if (first + i < p.batches)
-                    key = floats(pair_at(k + last(first + i) * width + 2 * at.lane));
-                store_pair(keys + i * ld + 2 * at.lane, key.x, key.y);
-            }
-            sync_block();
+            gather_last_keys(keys, first);
             const int batch = first + row;
             const bool valid = batch < p.batches;
             float2 goal = {0, 0}, dtarget, dkey;
-            if (valid) {
-                const int64_t from = last(batch) * width + 2 * at.lane;
-                goal = goal_of(floats(pair_at(k + from)), floats(pair_at(v + from)));
-            }
+            if (valid)
+                goal = goal_at(last_token(batch));
             probe(keys, goal, valid ? weight[0] : 0.0f, dtarget, dkey);
             if (valid) {
                 const float *rest = last_row(batch);
-                output(p.dk, last(batch),
+                output(p.dk, last_token(batch),
                        {rest[0] + dkey.x - dtarget.x, rest[1] + dkey.y - dtarget.y});
-                output(p.dv, last(batch), {rest[D] + dtarget.x, rest[D + 1] + dtarget.y});
+                output(p.dv, last_token(batch), {rest[D] + dtarget.x, rest[D + 1] + dtarget.y});
             }
         }
     }
 
-    // ---- one mini-batch
+    // ---- several tiles under one state
 
-    __device__ __forceinline__ void reverse(int batch) {
-        const bool is_short = batch == p.batches - 1;
-        const int n = is_short ? short_n : M;
-        const int64_t token = int64_t(batch) * M + row;
-        const E *const k_tile = shared.tile(batch, 0), *const q_tile = shared.tile(batch, 1),
-                       *const p2_tile = shared.tile(batch, 2);
-        const float by = shared.rates.f(is_short);
+    // Before the tile `last` of a mini-batch: from the state after it to that before it and to the
+    // sums over all its tiles; from the former's gradient to that of the sums.
+    __device__ __forceinline__ void unwind(int last) {
+        const int batch = last / X::tiles, first = batch * X::tiles;
+        const bool is_short = batch == p.batches - 1, whole = batch % trace_every == 0;
         const bool learns = uniform(shared.rates.learns(is_short) != 0);
+        Weight s;
+        float along = 0; // the step times its gradient, but for the biases'
+        clear(s, sum1);
+        sum2 = {0, 0};
+        for (int number = first; number <= last; ++number) {
+            FragA<E> p1_t;
+            load_rows(p1_t, p1_place(number));
+            transpose(p1_t, FragA<E>(p1_t), at.lane);
+            add(s, p1_t, shared.tile(number, 0));
+            add_bias(sum1, p1_t, 1);
+        }
+        if (whole)
+            load_state(batch / trace_every);
+        else if (learns) {
+            subtract(w1, s);
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    bias1[nt][e] -= sum1[nt][e];
+        }
+        along += product(s, dw1);
+        keep(sums_1, s);
+
+        clear(s);
+        for (int number = first; number <= last; ++number) {
+            Result z;
+            FragA<E> x_t;
+            start(z, bias1);
+            over_dims(z, shared.tile(number, 0), w1);
+            activate(z);
+            a_of(x_t, z[0], z[1]);
+            transpose(x_t, FragA<E>(x_t), at.lane);
+            add(s, x_t, shared.tile(number, 2));
+            const float2 sum = sum_rows(shared.tile(number, 2));
+            sum2.x += sum.x;
+            sum2.y += sum.y;
+        }
+        if (learns && !whole) {
+            subtract(w2, s);
+            bias2.x -= sum2.x;
+            bias2.y -= sum2.y;
+        }
+        along += product(s, dw2);
+        keep(sums_2, s);
+
+        if (at.g == 0)
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    along += sum1[nt][e] * dbias1[nt][e];
+        if (row == 0)
+            along += sum2.x * dbias2.x + sum2.y * dbias2.y;
+        (is_short && short_n < X::batch ? da_short : da_last) += along / shared.rates.f(is_short);
+
+        keep(gradient_1, dw1);
+        keep(gradient_2, dw2);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                gradient_b1[nt][e] = dbias1[nt][e];
+        gradient_b2 = dbias2;
+        if (!learns) {
+            clear(dw1, dbias1);
+            clear(dw2);
+            dbias2 = {0, 0};
+        }
+    }
+    static __device__ __forceinline__ void clear(Weight &w) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                w[j][e] = 0;
+    }
+    static __device__ __forceinline__ void clear(Weight &w, float (&bias)[2][2]) {
+        clear(w);
+        bias[0][0] = bias[0][1] = bias[1][0] = bias[1][1] = 0;
+    }
+    static __device__ __forceinline__ void subtract(Weight &w, const Weight &s) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                w[j][e] -= s[j][e];
+    }
+    static __device__ __forceinline__ float product(const Weight &w, const Weight &s) {
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                sum += w[j][e] * s[j][e];
+        return sum;
+    }
+    // Behind the first tile of a mini-batch
+    __device__ __forceinline__ void take_gradient() {
+        recall(dw1, gradient_1);
+        recall(dw2, gradient_2);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                dbias1[nt][e] = gradient_b1[nt][e];
+        dbias2 = gradient_b2;
+    }
+
+    // ---- one tile
+
+    __device__ __forceinline__ void reverse(int number) {
+        const int batch = number / X::tiles, first = number % X::tiles * M; // of a mini-batch
+        const bool is_short = batch == p.batches - 1, ends = ends_batch(number);
+        const bool sums = parts && first > 0; // S and s are not 0
+        const int n = tokens_of(number);
+        const int64_t token = int64_t(number) * M + row;
+        const E *const k_tile = shared.tile(number, 0), *const q_tile = shared.tile(number, 1),
+                       *const p2_tile = shared.tile(number, 2);
+        const float by = shared.rates.f(is_short);
+        const bool learns = parts || uniform(shared.rates.learns(is_short) != 0);
         float2 own[2];
 
         wait_for_copies<0>();
         sync_block();
-        fetch_batch(batch - 1);
-        const float rate[2] = {shared.rates.a(is_short, at.g), shared.rates.a(is_short, at.g + 8)};
+        fetch_tile(number + 1 - shared.slots);
+        const float rate[2] = {shared.rates.a(is_short, first + at.g),
+                               shared.rates.a(is_short, first + at.g + 8)},
+                    my_rate = shared.rates.a(is_short, first + row);
         float2 dy = {0, 0}, v = {0, 0};
-        float lr = 0;
+        float lr = 0, da[2] = {0, 0};
         if (row < n) {
             const int64_t from = offset + token * width + 2 * at.lane;
             if (p.dy)
@@ -280,22 +419,39 @@ private:
         }
         const float2 goal = goal_of(floats(pair_at(k_tile + row * ld + 2 * at.lane)), v);
         float2 dtarget = {0, 0}, dkey = {0, 0};
-        if (wanted & 4)
+        if ((wanted & 4) && ends)
             probe(k_tile, goal, row == n - 1 ? weight[2] : 0.0f, dtarget, dkey);
+        if constexpr (parts)
+            if (ends) {
+                wait_for_copies<0>();
+                sync_block();
+                unwind(number);
+            }
 
         // The first layer's state, Z1, ZQ1
         FragA<E> p1, p1_t, a1;
-        load_rows(p1, p1_place(batch));
+        load_rows(p1, p1_place(number));
         transpose(p1_t, p1, at.lane);
-        const bool whole = batch % trace_every == 0;
-        if (learns && !whole) {
+        const bool whole = !parts && batch % trace_every == 0;
+        Result z, zq = {}, slope, slope_q, curve, of_sums = {};
+        if (sums) {
+            Weight s;
+            FragA<E> step = p1_t;
+            negate(step);
+            recall(s, sums_1);
+            add(s, step, k_tile);
+            add_bias(sum1, p1_t, -1);
+            keep(sums_1, s);
+            start(zq, sum1);
+            over_dims(zq, q_tile, s);
+        } else if (whole) {
+            load_state(batch / trace_every);
+        } else if (learns && !parts) {
             FragA<E> step = p1_t;
             negate(step);
             add(w1, step, k_tile);
             add_bias(bias1, p1_t, -1);
-        } else if (whole)
-            load_state(batch / trace_every);
-        Result z, zq, slope, slope_q, curve;
+        }
         {
             Result c = {};
             row_products<L>(c, q_tile, k_tile, at.lane);
@@ -304,30 +460,14 @@ private:
         }
         start(z, bias1);
         over_dims(z, k_tile, w1);
-#pragma unroll
-        for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                zq[nt][e] = 0;
+        activate(z, &slope, &curve);
         small(zq, a1, p1_t);
+        if constexpr (parts)
+            copy(of_sums, zq);
         scale_rows(zq, rate);
-#pragma unroll
-        for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                zq[nt][e] += bias1[nt][e & 1];
+        add_start(zq, bias1);
         over_dims(zq, q_tile, w1);
-#pragma unroll
-        for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const Gelu x(z[nt][e]), xq(zq[nt][e]);
-                z[nt][e] = x.value;
-                slope[nt][e] = x.slope;
-                curve[nt][e] = x.curve;
-                zq[nt][e] = xq.value;
-                slope_q[nt][e] = xq.slope;
-            }
+        activate(zq, &slope_q);
         FragA<E> x, x_t, xq, xq_t;
         a_of(x, z[0], z[1]);
         a_of(xq, zq[0], zq[1]);
@@ -335,26 +475,36 @@ private:
         transpose(xq_t, xq, at.lane);
 
         // The second layer's, Z2 and U
-        if (learns && !whole) {
-            FragA<E> step = x_t;
-            negate(step);
-            add(w2, step, p2_tile);
-            const float2 sum = sum_rows(p2_tile);
-            bias2.x -= sum.x;
-            bias2.y -= sum.y;
-        }
         const float one = rank == 0 && at.warp == 0 ? 1.0f : 0.0f;
+        FragA<E> xq_rated, xq_rated_t;
         Result a2 = {}; // this warp's part of A2 without its rates
         small(a2, xq, x);
         causal(a2, one);
         {
+            Weight s;
+            if (sums) {
+                FragA<E> step = x_t;
+                negate(step);
+                recall(s, sums_2);
+                add(s, step, p2_tile);
+                keep(sums_2, s);
+                const float2 sum = sum_rows(p2_tile);
+                sum2.x -= sum.x;
+                sum2.y -= sum.y;
+                scale_rows(zq, rate);
+                a_of(xq_rated, zq[0], zq[1]);
+                transpose(xq_rated_t, xq_rated, at.lane);
+            } else if (learns && !parts && !whole) {
+                FragA<E> step = x_t;
+                negate(step);
+                add(w2, step, p2_tile);
+                const float2 sum = sum_rows(p2_tile);
+                bias2.x -= sum.x;
+                bias2.y -= sum.y;
+            }
             Result c;
             FragA<E> a;
-#pragma unroll
-            for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    c[nt][e] = a2[nt][e];
+            copy(c, a2);
             scale_rows(c, rate);
             a_of(a, c[0], c[1]);
 #pragma unroll
@@ -367,6 +517,10 @@ private:
                     b_of(y, w2[2 * k + i], at.lane);
                     mma(to_z[i], x, y);
                     mma(to_u[i], xq, y);
+                    if (sums) {
+                        b_of(y, s[2 * k + i], at.lane);
+                        mma(to_u[i], xq_rated, y);
+                    }
                     put(0, 2 * k + i, to_z[i]);
                     put(1, 2 * k + i, to_u[i]);
                 }
@@ -378,17 +532,13 @@ private:
         {
             Result y = {};
             over_dims(y, p2_tile, w2);
-#pragma unroll
-            for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    curve[nt][e] *= y[nt][e];
+            multiply(curve, y);
         }
-        float to_last[2] = {0, 0};
-        {
-            start(dp1, dbias1);
-            over_dims(dp1, k_tile, dw1);
-            over_dims(dx, p2_tile, dw2);
+        start(dp1, dbias1);
+        over_dims(dp1, k_tile, dw1);
+        over_dims(dx, p2_tile, dw2);
+        if constexpr (!parts) {
+            float to_last[2] = {0, 0};
             Result c;
             rows_of(c, p1);
             add_along(to_last, c, dp1, 1 / by);
@@ -413,20 +563,31 @@ private:
         // dU
         const Loss loss(Norm({own[0].x + bias2.x, own[0].y + bias2.y}, p.eps), g, goal);
         {
-            const Norm u({own[1].x + bias2.x, own[1].y + bias2.y}, p.eps);
+            float2 z = {own[1].x + bias2.x, own[1].y + bias2.y};
+            if (sums) {
+                z.x += my_rate * sum2.x;
+                z.y += my_rate * sum2.y;
+            }
+            const Norm u(z, p.eps);
             const float2 e = {g.x * dy.x, g.y * dy.y};
             const float mean_e = mean(e.x + e.y), mean_eh = mean(e.x * u.z.x + e.y * u.z.y);
             dg.x += dy.x * u.z.x;
             dg.y += dy.y * u.z.y;
             db.x += dy.x;
             db.y += dy.y;
-            hand_out(shared.du, {u.r * (e.x - mean_e - u.z.x * mean_eh),
-                                 u.r * (e.y - mean_e - u.z.y * mean_eh)});
+            const float2 du = {u.r * (e.x - mean_e - u.z.x * mean_eh),
+                               u.r * (e.y - mean_e - u.z.y * mean_eh)};
+            hand_out(shared.du, du);
+            if (sums) {
+                const float along = sum_of_lanes(du.x * sum2.x + du.y * sum2.y) / by;
+                da[0] += at.lane == 4 * row ? along : 0;
+                da[1] += at.lane == 4 * (row - 8) ? along : 0;
+            }
         }
         await(1);
 
         // dZQ1, dP1, dY
-        FragA<E> dzq, dzq_t, dy1, dy1_t, b2_t;
+        FragA<E> dzq, dzq_t, dzq_rated, dzq_rated_t, dy1, dy1_t, b2_t;
         Result dz1;
         {
             Result c = {}, d = {};
@@ -437,33 +598,32 @@ private:
             scale_rows(c, rate);
             a_of(b2, c[0], c[1]);
             transpose(b2_t, b2, at.lane);
+            if (sums) {
+                Weight s;
+                recall(s, sums_2);
+                over_dims(d, shared.du, s);
+                rows_of(c, xq);
+                add_along(da, c, d, 1 / by);
+                scale_rows(d, rate);
+            }
             over_dims(d, shared.du, w2);
             small(d, b2, x_t);
-#pragma unroll
-            for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    d[nt][e] *= slope_q[nt][e];
-                    c[nt][e] = 0;
-                }
+            multiply(d, slope_q);
             a_of(dzq, d[0], d[1]);
             transpose(dzq_t, dzq, at.lane);
-            small(c, a1, p1_t);
-            add_along(da, c, d, 1 / by);
+            if constexpr (!parts)
+                small(of_sums, a1, p1_t);
+            add_along(da, of_sums, d, 1 / by);
             scale_rows(d, rate);
-            FragA<E> scaled, a1_t;
-            a_of(scaled, d[0], d[1]);
+            a_of(dzq_rated, d[0], d[1]);
+            transpose(dzq_rated_t, dzq_rated, at.lane);
+            FragA<E> a1_t;
             transpose(a1_t, a1, at.lane);
-            transpose(scaled, FragA<E>(scaled), at.lane);
-            small(dp1, a1_t, scaled);
+            small(dp1, a1_t, dzq_rated_t);
         }
-#pragma unroll
-        for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                dz1[nt][e] = dp1[nt][e] * curve[nt][e];
-                dp1[nt][e] *= slope[nt][e];
-            }
+        copy(dz1, dp1);
+        multiply(dz1, curve);
+        multiply(dp1, slope);
         a_of(dy1, dp1[0], dp1[1]);
         {
             FragA<E> a, a_t;
@@ -494,6 +654,9 @@ private:
         {
             Result c = {};
             FragA<E> b1;
+            Weight s;
+            if (sums)
+                recall(s, sums_1);
             small(c, dzq, p1);
             causal(c, 0);
             scale_rows(c, rate);
@@ -508,14 +671,20 @@ private:
                     FragB<E> y;
                     b_of(y, w1[2 * k + i], at.lane);
                     mma(to_q[i], dzq, y);
+                    if (sums) {
+                        b_of(y, s[2 * k + i], at.lane);
+                        mma(to_q[i], dzq_rated, y);
+                    }
                     put(1, 2 * k + i, to_q[i]);
                 }
             }
         }
         small(dx, b2_t, xq_t);
-        add(dw2, xq_t, shared.du);
         transpose(dy1_t, dy1, at.lane);
-        add(dw2, dy1_t, p2_tile);
+        to_gradient(gradient_2, dw2, [&](Weight &w) {
+            add(w, xq_t, shared.du);
+            add(w, dy1_t, p2_tile);
+        });
         await(0);
         collect(0, dp);
 
@@ -536,7 +705,7 @@ private:
             const float mean_dh = mean(dh.x + dh.y),
                         mean_dhh = mean(dh.x * hat.x + dh.y * hat.y) +
                                    c * along * (1.0f / D); // dr r / D, dr = sum dG raw
-            const float before = row == n - 1 ? weight[1] : 0.0f;
+            const float before = ends && row == n - 1 ? weight[1] : 0.0f;
             hand_out(shared.dz, {loss.r * (dh.x - mean_dh - hat.x * mean_dhh + before * raw.x),
                                  loss.r * (dh.y - mean_dh - hat.y * mean_dhh + before * raw.y)});
             const float2 residual = {before * loss.residual.x, before * loss.residual.y};
@@ -548,7 +717,7 @@ private:
             dtarget.y -= g.y * du.y + residual.y;
             if (row < n) {
                 output(p.dv, token, dtarget);
-                if ((wanted & 1) && row == n - 1)
+                if ((wanted & 1) && ends && row == n - 1)
                     *reinterpret_cast<float2 *>(last_row(batch) + D) = dtarget;
                 if (at.lane == 0) {
                     const float dlr = -by * loss.r * along;
@@ -588,15 +757,38 @@ private:
                 put(0, 2 * k + i, c[i]);
             }
         }
-        add(dw2, x_t, shared.dz);
-        add(dw1, d_t, k_tile);
-        add(dw1, dzq_t, q_tile);
-        add_bias(dbias1, d_t, 1);
-        add_bias(dbias1, dzq_t, 1);
+        float(&to_b1)[2][2] = parts ? gradient_b1 : dbias1;
+        float2 &to_b2 = parts ? gradient_b2 : dbias2;
+        to_gradient(gradient_2, dw2, [&](Weight &w) { add(w, x_t, shared.dz); });
+        to_gradient(gradient_1, dw1, [&](Weight &w) {
+            add(w, d_t, k_tile);
+            add(w, dzq_t, q_tile);
+        });
+        add_bias(to_b1, d_t, 1);
+        add_bias(to_b1, dzq_t, 1);
         const float2 sum_dz = sum_rows(shared.dz), sum_du = sum_rows(shared.du);
-        dbias2.x += sum_dz.x + sum_du.x;
-        dbias2.y += sum_dz.y + sum_du.y;
-        pending = batch;
+        to_b2.x += sum_dz.x + sum_du.x;
+        to_b2.y += sum_dz.y + sum_du.y;
+        if (sums) {
+            add(dw1, dzq_rated_t, q_tile);
+            add(dw2, xq_rated_t, shared.du);
+            add_bias(dbias1, dzq_rated_t, 1);
+            for (int i = 0; i < M; ++i) {
+                const float2 du = floats(pair_at(shared.du + i * ld + 2 * at.lane));
+                const float a = shared.rates.a(is_short, first + i);
+                dbias2.x += a * du.x;
+                dbias2.y += a * du.y;
+            }
+        } else if constexpr (parts)
+            take_gradient();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            da[half] += from_lane_xor(da[half], 1);
+            da[half] += from_lane_xor(da[half], 2);
+            if (at.t == 0)
+                da_of(first + at.g + 8 * half) += da[half];
+        }
+        pending = number;
         pending_dy = dy;
         pending_dk = {dkey.x - dtarget.x, dkey.y - dtarget.y};
         reduce(1, outputs);
@@ -618,23 +810,15 @@ private:
             *reinterpret_cast<float2 *>(p.db2 + int64_t(head) * D + 2 * at.lane) = dbias2;
 
         // The block's sums of dg, db and the rates' gradients
-        float *norms = exchange.parts,
-              *rates = norms + X::warps * 2 * D; // [warps][2 D], [warps][M]
+        float *norms = exchange.parts; // [warps][2 D]
         sync_block();
         *reinterpret_cast<float2 *>(norms + at.warp * 2 * D + 2 * at.lane) = dg;
         *reinterpret_cast<float2 *>(norms + at.warp * 2 * D + D + 2 * at.lane) = db;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float x = da[half];
-            x += from_lane_xor(x, 1);
-            x += from_lane_xor(x, 2);
-            if (at.t == 0)
-                rates[at.warp * M + at.g + 8 * half] = x;
-        }
         const float last = block_sum<X::warps>(da_last, exchange.block, at);
         sync_block();
         const float of_short = block_sum<X::warps>(da_short, exchange.block, at);
-        float *part = p.part + ((int64_t(stream) * split + rank) * p.heads + h) * (2 * D + M);
+        float *part =
+            p.part + ((int64_t(stream) * split + rank) * p.heads + h) * (2 * D + X::batch);
         for (int i = at.thread; i < 2 * D; i += X::threads) {
             float sum = 0;
 #pragma unroll
@@ -642,25 +826,30 @@ private:
                 sum += norms[w * 2 * D + i];
             part[i] = sum;
         }
-        if (at.thread < M) {
-            float sum = at.thread == M - 1 ? last : 0.0f;
-            if (at.thread == short_n - 1 && short_n < M)
+        if (at.thread < X::batch) {
+            float sum = at.thread == X::batch - 1 ? last : 0.0f;
+            if (at.thread == short_n - 1 && short_n < X::batch)
                 sum += of_short;
 #pragma unroll
             for (int w = 0; w < X::warps; ++w)
-                sum += rates[w * M + at.thread];
+                sum += shared.da[w * X::batch + at.thread];
             part[2 * D + at.thread] = p.scale * sum;
         }
     }
 
+    static constexpr bool parts = X::tiles > 1;
     const MlpReverseShared<X> shared;
     Weight w1, w2, dw1, dw2;
     float bias1[2][2], dbias1[2][2]; // at this thread's units of a result
     float2 bias2, dbias2;            // at dims 2 lane and 2 lane + 1, as the rest
     float2 dg = {0, 0}, db = {0, 0};
-    float weight[3] = {0, 0, 0}; // of the losses, as factors of |LN(z) - target|^2 / 2
-    int wanted = 0;              // bits: those that are not 0
-    float da[2] = {0, 0}, da_last = 0, da_short = 0; // as in linear_reverse
+    float weight[3] = {0, 0, 0};     // of the losses, as factors of |LN(z) - target|^2 / 2
+    int wanted = 0;                  // bits: those that are not 0
+    float da_last = 0, da_short = 0; // as in linear_reverse
+    // Where mini-batches have several tiles: s, and the gradient of the state before, of which that
+    // of W is in shared memory, as S is.
+    float sum1[2][2], gradient_b1[2][2];
+    float2 sum2, gradient_b2;
     int pending = -1;
     float2 outputs[2] /* dk, dq */, pending_dy, pending_dk;
 };
@@ -674,6 +863,8 @@ __global__ void __launch_bounds__(X::threads, 1) mlp_reverse(const __grid_consta
 template <class X> size_t mlp_reverse_shared() { return size_t(MlpReverseShared<X>(nullptr).size); }
 // In f32 one block has too little shared memory where there are no clusters.
 template <class E, class Visit> auto visit_split(const TttMlpShape &shape, Visit visit) {
+    if (shape.mini_batch == mlp_wide_batch)
+        return visit(MlpSplit<E, mlp_most_split, mlp_wide_batch / mlp_batch>());
     if constexpr (sizeof(E) == 2)
         if (mlp_split(shape) == 1)
             return visit(MlpSplit<E, 1>());

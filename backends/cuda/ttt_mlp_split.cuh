@@ -47,13 +47,16 @@ template <class X, bool traced> class MlpSplitScan : MlpUnits<X, 1> {
     using typename Units::E, typename Units::L, typename Units::Result, typename Units::Weight,
         typename Units::Norm, typename Units::Loss;
     using Units::D, Units::M, Units::F, Units::ld, Units::split;
-    using Units::each, Units::read, Units::fetch_rows, Units::trace_at, Units::output;
-    using Units::goal_of;
+    using Units::each, Units::read, Units::fetch_rows, Units::gather_last_keys, Units::trace_at,
+        Units::output, Units::tokens_of, Units::ends_batch, Units::last_token;
+    using Units::goal_of, Units::goal_at;
     using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out;
-    using Units::over_dims, Units::over_rows, Units::small, Units::add, Units::add_bias,
-        Units::sum_rows, Units::scale_rows, Units::causal, Units::start;
+    using Units::over_dims, Units::over_rows, Units::small, Units::put_product, Units::add,
+        Units::add_bias, Units::sum_rows, Units::scale_rows, Units::multiply, Units::causal,
+        Units::activate, Units::start;
     using Units::p, Units::exchange, Units::at, Units::rank, Units::head, Units::stream, Units::h,
-        Units::width, Units::short_n, Units::row, Units::unit, Units::offset, Units::g, Units::b;
+        Units::width, Units::short_n, Units::tiles, Units::last_n, Units::row, Units::unit,
+        Units::offset, Units::g, Units::b;
 
 public:
     __device__ explicit MlpSplitScan(const MlpParams &p)
@@ -90,8 +93,7 @@ public:
 private:
     __device__ MlpSplitScan(const MlpParams &p, const MlpSplitShared<X> &shared)
         : Units(p, shared.exchange, int(blockIdx.x) / split % (p.streams * p.heads)),
-          shared(shared), is_probe(int(blockIdx.x) / split >= p.streams * p.heads),
-          tiles((p.tokens + M - 1) / M), last_n(p.tokens - (tiles - 1) * M) {}
+          shared(shared), is_probe(int(blockIdx.x) / split >= p.streams * p.heads) {}
 
     __device__ __forceinline__ void fetch_tile(int number) {
         if (number < tiles) {
@@ -117,25 +119,10 @@ private:
         write(to.w1, to.b1, to.w2, to.b2);
     }
 
-    // X, and where wanted the slope, of keys or queries before their gelu
-    template <bool sloped>
-    __device__ __forceinline__ void activate(FragA<E> &x, Result &z, Result &slope) {
-#pragma unroll
-        for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const Gelu y(z[nt][e]);
-                z[nt][e] = y.value;
-                if (sloped)
-                    slope[nt][e] = y.slope;
-            }
-        a_of(x, z[0], z[1]);
-    }
-
     // One key under the state that is in the registers now: this warp's part of its Z2, by way of
     // its hidden units as the first row of a factor, the others being 0.
     __device__ __forceinline__ void first_layer_of(FragA<E> &x, const E *key) {
-        Result z, unused;
+        Result z;
         start(z, bias1);
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
@@ -148,7 +135,8 @@ private:
                 mma(z[nt], a, y);
             }
         }
-        activate<false>(x, z, unused);
+        activate(z);
+        a_of(x, z[0], z[1]);
     }
     __device__ __forceinline__ void put_last(int j, const float (&c)[4]) {
         if (at.g == 0)
@@ -193,7 +181,7 @@ private:
         if constexpr (split > 1)
             await(2);
         collect(1, outputs);
-        if (row < (pending == tiles - 1 ? last_n : M)) {
+        if (row < tokens_of(pending)) {
             const Norm u({outputs[0].x + pending_b2.x, outputs[0].y + pending_b2.y}, p.eps);
             output(p.y, int64_t(pending) * M + row,
                    {pending_q.x + g.x * u.z.x + b.x, pending_q.y + g.y * u.z.y + b.y});
@@ -234,10 +222,7 @@ private:
         if (p.loss) {
             before = sum_of_lanes(before);
             if (row == M - 1) {
-                const int64_t from = offset + int64_t(p.tokens - 1) * width + 2 * at.lane;
-                after += last_error(p.batches,
-                                    goal_of(floats(pair_at(static_cast<const E *>(p.k) + from)),
-                                            floats(pair_at(static_cast<const E *>(p.v) + from))));
+                after += last_error(p.batches, goal_at(p.tokens - 1));
                 after = sum_of_lanes(after);
                 if (at.lane == 0) {
                     float *to = in_block(exchange.block, 0);
@@ -251,9 +236,8 @@ private:
 
     __device__ __forceinline__ void step(int number) {
         const int batch = number / X::tiles, first = number % X::tiles * M; // of a mini-batch
-        const bool is_last = number == tiles - 1, is_short = batch == p.batches - 1,
-                   ends = is_last || first + M == X::batch;
-        const int n = is_last ? last_n : M;
+        const bool is_short = batch == p.batches - 1, ends = ends_batch(number);
+        const int n = tokens_of(number);
         const int64_t token = int64_t(number) * M + row;
         const bool queries = !traced || p.y;
         const bool learns = uniform(shared.rates.learns(is_short) != 0);
@@ -275,7 +259,8 @@ private:
         FragA<E> x, x_last;
         start(z, bias1);
         over_dims(z, k_tile, w1);
-        activate<true>(x, z, slope);
+        activate(z, &slope);
+        a_of(x, z[0], z[1]);
         if (with_last)
             first_layer_of(x_last, shared.tile(number - 1, 0) + (M - 1) * ld);
 #pragma unroll
@@ -338,11 +323,7 @@ private:
             Result y = {};
             FragA<E> p1;
             over_dims(y, shared.p2, w2);
-#pragma unroll
-            for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    y[nt][e] *= slope[nt][e];
+            multiply(y, slope);
             if (traced)
                 store_rows(static_cast<E *>(p.trace_p1) + trace_at(number), y[0], y[1]);
             a_of(p1, y[0], y[1]);
@@ -364,7 +345,8 @@ private:
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
                     zq[nt][e] += c[nt][e] + bias1[nt][e & 1];
-            activate<false>(xq, zq, c);
+            activate(zq);
+            a_of(xq, zq[0], zq[1]);
             small(a2, xq, x);
             causal(a2, rank == 0 && at.warp == 0 ? 1.0f : 0.0f);
             scale_rows(a2, rate);
@@ -450,40 +432,24 @@ private:
 
     // The last tokens of 16 mini-batches at a time.
     __device__ __forceinline__ void probe_initial() {
-        const E *k = static_cast<const E *>(p.k) + offset,
-                *v = static_cast<const E *>(p.v) + offset;
-        const auto last = [&](int batch) { return int64_t(min((batch + 1) * X::batch, p.tokens) - 1); };
         E *keys = shared.tile(0, 0);
         float error = 0;
         for (int first = 0; first < p.batches; first += M) {
-            for (int i = at.warp; i < M; i += X::warps) {
-                float2 key = {0, 0};
-                if (first + i < p.batches)
-                    key = floats(pair_at(k + last(first + i) * width + 2 * at.lane));
-                store_pair(keys + i * ld + 2 * at.lane, key.x, key.y);
-            }
-            sync_block();
-            Result z, unused;
+            gather_last_keys(keys, first);
+            Result z;
             FragA<E> x;
             start(z, bias1);
             over_dims(z, keys, w1);
-            activate<false>(x, z, unused);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                float c[4] = {};
-                FragB<E> y;
-                b_of(y, w2[j], at.lane);
-                mma(c, x, y);
-                put(0, j, c);
-            }
+            activate(z);
+            a_of(x, z[0], z[1]);
+            put_product(0, x, w2);
             float2 own[1];
             reduce(0, own);
             await(0);
             collect(0, own);
             const Norm norm({own[0].x + bias2.x, own[0].y + bias2.y}, p.eps);
             if (first + row < p.batches) {
-                const int64_t from = last(first + row) * width + 2 * at.lane;
-                const float2 goal = goal_of(floats(pair_at(k + from)), floats(pair_at(v + from)));
+                const float2 goal = goal_at(last_token(first + row));
                 const float e0 = g.x * norm.z.x - goal.x, e1 = g.y * norm.z.y - goal.y;
                 error += e0 * e0 + e1 * e1;
             }
@@ -497,8 +463,7 @@ private:
     static constexpr bool parts = X::tiles > 1;
     const MlpSplitShared<X> shared;
     const bool is_probe;
-    const int tiles, last_n; // tokens of the last tile
-    Weight w1, w2, s1, s2;   // s1, s2, sum1, sum2: where mini-batches have several tiles
+    Weight w1, w2, s1, s2; // s1, s2, sum1, sum2: where mini-batches have several tiles
     float sum1[2][2];
     float2 sum2;
     float bias1[2][2]; // at this thread's units of a result

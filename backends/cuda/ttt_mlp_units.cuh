@@ -116,7 +116,8 @@ protected:
     __device__ MlpUnits(const MlpParams &p, const MlpExchange<X, most> &exchange, int head)
         : p(p), exchange(exchange), rank(int(blockIdx.x) % split), head(head),
           stream(head / p.heads), h(head % p.heads), width(p.heads * D),
-          short_n(p.tokens - (p.batches - 1) * X::batch), row(rank * X::warps + uniform(at.warp)),
+          short_n(p.tokens - (p.batches - 1) * X::batch), tiles((p.tokens + M - 1) / M),
+          last_n(p.tokens - (tiles - 1) * M), row(rank * X::warps + uniform(at.warp)),
           unit(16 * row), offset(int64_t(stream) * p.tokens * width + h * D) {
         g = *reinterpret_cast<const float2 *>(p.g + h * D + 2 * at.lane);
         b = *reinterpret_cast<const float2 *>(p.b + h * D + 2 * at.lane);
@@ -147,22 +148,45 @@ protected:
                 bias_1[nt][e] = b1 ? b1[unit + 8 * nt + 2 * at.t + e] : 0.0f;
         bias_2 = {b2 ? b2[2 * at.lane] : 0.0f, b2 ? b2[2 * at.lane + 1] : 0.0f};
     }
-    // Rows of a mini-batch into a tile, `stride` apart
-    __device__ __forceinline__ void fetch_rows(E *tile, const E *from, int stride, int batch) {
+    // Of a tile in the stream's order
+    __device__ __forceinline__ int tokens_of(int number) const {
+        return number == tiles - 1 ? last_n : M;
+    }
+    __device__ __forceinline__ bool ends_batch(int number) const {
+        return number == tiles - 1 || (number + 1) % X::tiles == 0;
+    }
+    __device__ __forceinline__ int64_t last_token(int batch) const {
+        return int64_t(min((batch + 1) * X::batch, p.tokens) - 1);
+    }
+    // The last keys of 16 mini-batches from `first` on, zeros where there are none, into a tile
+    __device__ __forceinline__ void gather_last_keys(E *tile, int first) {
+        const E *const k = static_cast<const E *>(p.k) + offset + 2 * at.lane;
+        for (int i = at.warp; i < M; i += X::warps) {
+            float2 key = {0, 0};
+            if (first + i < p.batches)
+                key = floats(pair_at(k + last_token(first + i) * width));
+            store_pair(tile + i * ld + 2 * at.lane, key.x, key.y);
+        }
+        sync_block();
+    }
+    // Rows of tile `number` of the stream, `stride` apart
+    __device__ __forceinline__ void fetch_rows(E *tile, const E *from, int stride, int number) {
         constexpr int per = 16 / int(sizeof(E)), chunks = D / per;
 #pragma unroll
         for (int j = 0; j < (M * chunks + X::threads - 1) / X::threads; ++j) {
             const int chunk = j * X::threads + at.thread;
             if ((M * chunks) % X::threads != 0 && chunk >= M * chunks)
                 break;
-            const int r = chunk / chunks, c = chunk % chunks * per, token = batch * M + r;
+            const int r = chunk / chunks, c = chunk % chunks * per, token = number * M + r;
             const bool valid = token < p.tokens;
             copy_async(tile + r * ld + c, from + (valid ? int64_t(token) * stride : 0) + c, valid);
         }
     }
     // P1 of this warp's units in the trace, this thread's part
     __device__ __forceinline__ int64_t trace_at(int tile) const {
-        return (((int64_t(head) * p.batches * X::tiles + tile) * (F / 16) + unit / 16) * 32 + at.lane) * 8;
+        return (((int64_t(head) * p.batches * X::tiles + tile) * (F / 16) + unit / 16) * 32 +
+                at.lane) *
+               8;
     }
     __device__ __forceinline__ void output(const void *to, int64_t token, float2 x) const {
         store_pair(static_cast<E *>(const_cast<void *>(to)) + offset + token * width + 2 * at.lane,
@@ -183,6 +207,17 @@ protected:
                 b_of_transposed(y, w[2 * k], w[2 * k + 1], nt);
                 mma(z[nt], a, y);
             }
+        }
+    }
+    // This warp's part of x W, summed over its units
+    __device__ __forceinline__ void put_product(int which, const FragA<E> &x, const Weight &w) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float c[4] = {};
+            FragB<E> y;
+            b_of(y, w[j], at.lane);
+            mma(c, x, y);
+            put(which, j, c);
         }
     }
     // z += a y, y being columns 16 k to 16 k + 15 of a tile [16, ld], summed over its rows
@@ -234,6 +269,35 @@ protected:
         }
         return sum;
     }
+    // gelu of z in its place, where wanted with its slope and curve
+    __device__ __forceinline__ void activate(Result &z, Result *slope = nullptr,
+                                             Result *curve = nullptr) {
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const Gelu y(z[nt][e]);
+                z[nt][e] = y.value;
+                if (slope)
+                    (*slope)[nt][e] = y.slope;
+                if (curve)
+                    (*curve)[nt][e] = y.curve;
+            }
+    }
+    __device__ __forceinline__ void copy(Result &x, const Result &y) {
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                x[nt][e] = y[nt][e];
+    }
+    __device__ __forceinline__ void multiply(Result &x, const Result &y) {
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                x[nt][e] *= y[nt][e];
+    }
     __device__ __forceinline__ void scale_rows(Result &c, const float (&a)[2]) {
 #pragma unroll
         for (int nt = 0; nt < 2; ++nt)
@@ -265,6 +329,14 @@ protected:
         }
     }
 
+    // z += what start() makes of a bias
+    __device__ __forceinline__ void add_start(Result &z, const float (&bias)[2][2]) {
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                z[nt][e] += bias[nt][e & 1];
+    }
     __device__ __forceinline__ void start(Result &z, const float (&bias)[2][2]) {
 #pragma unroll
         for (int nt = 0; nt < 2; ++nt)
@@ -441,11 +513,19 @@ protected:
         return {v.x - k.x - b.x, v.y - k.y - b.y};
     }
 
+    __device__ __forceinline__ float2 goal_at(int64_t token) const {
+        const int64_t from = offset + token * width + 2 * at.lane;
+        return goal_of(floats(pair_at(static_cast<const E *>(p.k) + from)),
+                       floats(pair_at(static_cast<const E *>(p.v) + from)));
+    }
+
     const MlpParams &p;
     const MlpExchange<X, most> exchange;
     const Place at;
-    const int rank, head, stream, h, width, short_n;
-    const int row, unit; // this warp's token of a mini-batch, its first hidden unit
+    const int rank, head, stream, h, width;
+    const int short_n, tiles,
+        last_n;          // tokens of the last mini-batch; all tiles, tokens of the last
+    const int row, unit; // this warp's token of a tile, its first hidden unit
     const int64_t offset;
     unsigned phases = 0; // bits: the parity of the next
     float2 g, b;         // at dims 2 lane and 2 lane + 1

@@ -11,7 +11,7 @@ size_t last_rows_size(const TttMlpShape &s) {
     return aligned(s.streams * s.heads * batches * 2 * mlp_dim);
 }
 size_t part_size(const TttMlpShape &s, int split) {
-    return aligned(s.streams * split * s.heads * (2 * mlp_dim + mlp_batch));
+    return aligned(s.streams * split * s.heads * (2 * mlp_dim + s.mini_batch));
 }
 
 template <class Visit> auto visit_type(const TttMlpShape &s, Visit visit) {
@@ -28,8 +28,6 @@ size_t ttt_mlp_vjp_workspace(const TttMlpShape &shape, bool has_trace) {
 const char *ttt_mlp_vjp_misses(const TttMlpShape &shape) {
     if (const char *what = ttt_mlp_misses(shape))
         return what;
-    if (shape.mini_batch != mlp_batch)
-        return "the fused gradient of the MLP scan has mini-batches of 16";
     return visit_type(shape, [&](auto kernels) { return kernels.misses(shape); });
 }
 
@@ -58,9 +56,9 @@ cudaError_t ttt_mlp_vjp(const TttMlpShape &shape, const TttMlpBackward &t, void 
         visit_type(shape, [&](auto kernels) { return kernels.run(shape, p, stream); });
     if (e != cudaSuccess)
         return e;
-    return linear_sum_parts(
-        {p.part, t.index, t.dg, t.db, t.dindex, p.streams * split, p.heads, mlp_dim, mlp_batch, 0},
-        stream);
+    return linear_sum_parts({p.part, t.index, t.dg, t.db, t.dindex, p.streams * split, p.heads,
+                             mlp_dim, int(shape.mini_batch), 0},
+                            stream);
 }
 
 } // namespace ponder::cuda

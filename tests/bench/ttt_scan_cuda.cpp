@@ -512,8 +512,14 @@ int main(int argc, char **argv) {
             cases.push_back(c);
         }
     }
-    cases.push_back({1, 2048, 12, 64, 16, DType::f32});
-    cases.back().mlp = true;
+    for (const int64_t s : {1, 8}) {
+        cases.push_back({s, 2048, 12, 64, 64, DType::bf16});
+        cases.back().mlp = true;
+    }
+    for (const int64_t m : {16, 64}) {
+        cases.push_back({1, 2048, 12, 64, m, DType::f32});
+        cases.back().mlp = true;
+    }
     if (small >= 0 && !time && !variants && one < 0)
         return good ? 0 : 1;
     if (mlp)
