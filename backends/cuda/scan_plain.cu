@@ -1,7 +1,5 @@
 // ttt_linear and ttt_mlp on the plain scans.
 #include "scan_plain.cuh"
-#include "ops.hpp"
-#include "scan.hpp"
 
 namespace ponder::cuda {
 namespace plain {
@@ -16,45 +14,48 @@ __global__ void mean_losses(const float *sums, float *loss, int64_t heads, float
     loss[s * 3 + i] = sum / count;
 }
 
-struct Shape {
-    int64_t tokens, width, heads, d, m;
-    bool by_key;
-    float scale;
-    double decay;
-    float eps, max_norm;
-    int64_t causal_k;
-    int64_t batches() const { return (tokens + m - 1) / m; }
-};
+void queue_mean_losses(const Run &run, const Shape &p, const float *sums, float *loss) {
+    mean_losses<<<unsigned(p.streams), 3, 0, run.stream>>>(sums, loss, p.heads,
+                                                           float(p.heads * p.batches));
+}
+
+// y = q + LN(z)
+template <class T>
+__device__ inline void write_rows(const Shape &p, const Batch &batch, const Norm &norm,
+                                  const float *q, const float *z, T *y) {
+    rows(batch.n, [&](int64_t i) {
+        float mean, inverse;
+        norm.moments(z + i * p.d, mean, inverse);
+        lanes(p.d, [&](int64_t j) {
+            y[batch.at + i * p.width + j] = from_float<T>(
+                q[i * p.d + j] + norm.g[j] * ((z[i * p.d + j] - mean) * inverse) + norm.b[j]);
+        });
+    });
+}
 
 __host__ __device__ inline int64_t linear_scratch(int64_t m, int64_t d) {
     return 5 * m * d + m * m + 2 * m + 2 * d;
 }
 
 template <class T, class R>
-__global__ void linear_kernel(Shape p, const T *q_all, const T *k_all, const T *v_all,
-                              const R *lr_all, const float *index, const float *g_all,
-                              const float *b_all, const float *w1, const float *b1, T *y,
+__global__ void linear_kernel(LinearShape p, Inputs<T, R> x, const float *w1, const float *b1, T *y,
                               float *w_out, float *b_out, float *sums, float *scratch) {
     __shared__ float cell[33];
-    const int64_t d = p.d, m = p.m, head = blockIdx.x, s = head / p.heads, h = head % p.heads;
+    const int64_t d = p.d, m = p.m, head = blockIdx.x, h = head % p.heads;
     float *q = scratch + head * linear_scratch(m, d), *k = q + m * d, *target = k + m * d,
           *z = target + m * d, *gz = z + m * d, *attend = gz + m * d, *token = attend + m * m,
           *lr = token + m, *row = lr + m;
     const float *const w0 = w1 + head * d * d, *const b0 = b1 + head * d;
     float *const w = w_out + head * d * d, *const b = b_out + head * d;
-    const Norm norm{g_all + h * d, b_all + h * d, d, p.eps};
-    token_rates(m, index, p.decay, token);
+    const Norm norm{x.g + h * d, x.b + h * d, d, p.eps};
+    token_rates(m, x.index, p.decay, token);
     each(d * d, [&](int64_t i) { w[i] = w0[i]; });
     each(d, [&](int64_t i) { b[i] = b0[i]; });
     float initial = 0, before = 0, after = 0;
-    for (int64_t first = 0; first < p.tokens; first += m) {
-        const int64_t n = min(m, p.tokens - first), last = (n - 1) * d;
-        const int64_t at = (s * p.tokens + first) * p.width + h * d;
-        gather(n, d, q_all + at, p.width, q);
-        gather(n, d, k_all + at, p.width, k);
-        gather(n, d, v_all + at, p.width, target);
-        each(n * d, [&](int64_t i) { target[i] -= k[i]; });
-        gather(n, 1, lr_all + (s * p.tokens + first) * p.heads + h, p.heads, lr);
+    for (int64_t i = 0; i < p.batches; ++i) {
+        const Batch batch(p, i);
+        const int64_t n = batch.n, last = (n - 1) * d;
+        x.read(p, batch, q, k, target, lr);
         const Rates eta{token, lr, p.scale, p.by_key};
         affine(n, d, d, k, w, b, z);
         before += norm.error(z + last, target + last);
@@ -64,15 +65,7 @@ __global__ void linear_kernel(Shape p, const T *q_all, const T *k_all, const T *
             each(n * d, [&](int64_t i) { gz[i] *= factor; });
         }
         dual_form(n, d, d, q, k, gz, eta, p.causal_k, w, b, attend, z);
-        rows(n, [&](int64_t i) {
-            float mean, inverse;
-            norm.moments(z + i * d, mean, inverse);
-            lanes(d, [&](int64_t j) {
-                y[at + i * p.width + j] =
-                    from_float<T>(q[i * d + j] + norm.g[j] * ((z[i * d + j] - mean) * inverse) +
-                                  norm.b[j]);
-            });
-        });
+        write_rows(p, batch, norm, q, z, y);
         take_step(n, d, d, k, gz, eta, w, b, w, b);
         affine(1, d, d, k + last, w0, b0, row);
         initial += norm.error(row, target + last);
@@ -93,24 +86,21 @@ __host__ __device__ inline int64_t mlp_scratch(int64_t m, int64_t d) {
 }
 
 template <class T, class R>
-__global__ void mlp_kernel(Shape p, const T *q_all, const T *k_all, const T *v_all,
-                           const R *lr_all, const float *index, const float *g_all,
-                           const float *b_all, const float *w1_all, const float *b1_all,
+__global__ void mlp_kernel(MlpShape p, Inputs<T, R> x, const float *w1_all, const float *b1_all,
                            const float *w2_all, const float *b2_all, T *y, float *w1_out,
                            float *b1_out, float *w2_out, float *b2_out, float *sums,
                            float *scratch) {
-    const int64_t d = p.d, f = 4 * d, m = p.m, head = blockIdx.x, s = head / p.heads,
-                  h = head % p.heads;
+    const int64_t d = p.d, f = p.inner(), m = p.m, head = blockIdx.x, h = head % p.heads;
     float *q = scratch + head * mlp_scratch(m, d), *k = q + m * d, *target = k + m * d,
           *z2 = target + m * d, *g2 = z2 + m * d, *z1 = g2 + m * d, *x2 = z1 + m * f,
-          *g1 = x2 + m * f, *hidden = g1 + m * f, *attend = hidden + m * f,
-          *token = attend + m * m, *lr = token + m, *row = lr + m; // row: [f + d]
+          *g1 = x2 + m * f, *hidden = g1 + m * f, *attend = hidden + m * f, *token = attend + m * m,
+          *lr = token + m, *row = lr + m; // row: [f + d]
     const float *const w1_first = w1_all + head * d * f, *const b1_first = b1_all + head * f,
                        *const w2_first = w2_all + head * f * d, *const b2_first = b2_all + head * d;
     float *const w1 = w1_out + head * d * f, *const b1 = b1_out + head * f,
                  *const w2 = w2_out + head * f * d, *const b2 = b2_out + head * d;
-    const Norm norm{g_all + h * d, b_all + h * d, d, p.eps};
-    token_rates(m, index, 0.0, token);
+    const Norm norm{x.g + h * d, x.b + h * d, d, p.eps};
+    token_rates(m, x.index, 0.0, token);
     each(d * f, [&](int64_t i) {
         w1[i] = w1_first[i];
         w2[i] = w2_first[i];
@@ -127,14 +117,10 @@ __global__ void mlp_kernel(Shape p, const T *q_all, const T *k_all, const T *v_a
         return e;
     };
     float initial = 0, before = 0, after = 0;
-    for (int64_t first = 0; first < p.tokens; first += m) {
-        const int64_t n = min(m, p.tokens - first), last = (n - 1) * d;
-        const int64_t at = (s * p.tokens + first) * p.width + h * d;
-        gather(n, d, q_all + at, p.width, q);
-        gather(n, d, k_all + at, p.width, k);
-        gather(n, d, v_all + at, p.width, target);
-        each(n * d, [&](int64_t i) { target[i] -= k[i]; });
-        gather(n, 1, lr_all + (s * p.tokens + first) * p.heads + h, p.heads, lr);
+    for (int64_t i = 0; i < p.batches; ++i) {
+        const Batch batch(p, i);
+        const int64_t n = batch.n, last = (n - 1) * d;
+        x.read(p, batch, q, k, target, lr);
         const Rates eta{token, lr, p.scale, false};
         affine(n, d, f, k, w1, b1, z1);
         each(n * f, [&](int64_t i) { x2[i] = gelu_of(z1[i]); });
@@ -146,15 +132,7 @@ __global__ void mlp_kernel(Shape p, const T *q_all, const T *k_all, const T *v_a
         dual_form(n, d, f, q, k, g1, eta, 0, w1, b1, attend, hidden);
         each(n * f, [&](int64_t i) { hidden[i] = gelu_of(hidden[i]); });
         dual_form(n, f, d, hidden, x2, g2, eta, 0, w2, b2, attend, z2);
-        rows(n, [&](int64_t i) {
-            float mean, inverse;
-            norm.moments(z2 + i * d, mean, inverse);
-            lanes(d, [&](int64_t j) {
-                y[at + i * p.width + j] =
-                    from_float<T>(q[i * d + j] + norm.g[j] * ((z2[i * d + j] - mean) * inverse) +
-                                  norm.b[j]);
-            });
-        });
+        write_rows(p, batch, norm, q, z2, y);
         take_step(n, d, f, k, g1, eta, w1, b1, w1, b1);
         take_step(n, f, d, x2, g2, eta, w2, b2, w2, b2);
         initial += error(k + last, target + last, w1_first, b1_first, w2_first, b2_first);
@@ -171,64 +149,34 @@ __global__ void mlp_kernel(Shape p, const T *q_all, const T *k_all, const T *v_a
 } // namespace plain
 
 int32_t plan_plain_ttt_linear(const Call &call) {
-    const int64_t streams = call.dim(0, 0);
-    const plain::Shape p{call.dim(0, 1),
-                         call.dim(0, 2),
-                         call.dim(5, 0),
-                         call.dim(5, 1),
-                         call.dim(4, 0),
-                         call.attr(0) == 1,
-                         float(call.attr(1)),
-                         call.attr(2),
-                         float(call.attr(3)),
-                         float(call.attr(4)),
-                         int64_t(call.attr(5))};
+    using namespace plain;
+    const LinearShape p(call);
     if (!types_fit(call, {1, 2, 9}, {4, 5, 6}))
         return PONDER_PLAN_NONE;
-    const int64_t blocks = streams * p.heads;
-    const size_t sums = (size_t(blocks * 3) * sizeof(float) + 255) / 256 * 256;
-    return by_types(call.type(0), call.type(3), [&]<class T, class R>(T, R) {
-        return call.is(
-            sums + size_t(blocks * plain::linear_scratch(p.m, p.d)) * sizeof(float),
-            [=](const Run &run) {
-                float *const sum = reinterpret_cast<float *>(run.workspace);
-                plain::linear_kernel<<<unsigned(blocks), plain::threads, 0, run.stream>>>(
-                    p, run.at<const T>(0), run.at<const T>(1), run.at<const T>(2),
-                    run.at<const R>(3), run.at<const float>(4), run.at<const float>(5),
-                    run.at<const float>(6), run.at<const float>(7), run.at<const float>(8),
-                    run.at<T>(9), run.at<float>(10), run.at<float>(11), sum,
-                    reinterpret_cast<float *>(run.workspace + sums));
-                plain::mean_losses<<<unsigned(streams), 3, 0, run.stream>>>(
-                    sum, run.at<float>(12), p.heads, float(p.heads * p.batches()));
-            });
-    });
+    return plan_scan(
+        call, p, 3, linear_scratch(p.m, p.d),
+        [=]<class T, class R>(const Run &run, const Inputs<T, R> &x, float *sums, float *scratch) {
+            linear_kernel<<<unsigned(p.blocks()), threads, 0, run.stream>>>(
+                p, x, run.at<const float>(7), run.at<const float>(8), run.at<T>(9),
+                run.at<float>(10), run.at<float>(11), sums, scratch);
+            queue_mean_losses(run, p, sums, run.at<float>(12));
+        });
 }
 
 int32_t plan_plain_ttt_mlp(const Call &call) {
-    const int64_t streams = call.dim(0, 0);
-    const plain::Shape p{call.dim(0, 1), call.dim(0, 2), call.dim(5, 0),       call.dim(5, 1),
-                         call.dim(4, 0), false,          float(call.attr(0)), 0,
-                         float(call.attr(1)), 0,         0};
+    using namespace plain;
+    const MlpShape p(call);
     if (!types_fit(call, {1, 2, 11}, {4, 5, 6}))
         return PONDER_PLAN_NONE;
-    const int64_t blocks = streams * p.heads;
-    const size_t sums = (size_t(blocks * 3) * sizeof(float) + 255) / 256 * 256;
-    return by_types(call.type(0), call.type(3), [&]<class T, class R>(T, R) {
-        return call.is(
-            sums + size_t(blocks * plain::mlp_scratch(p.m, p.d)) * sizeof(float),
-            [=](const Run &run) {
-                float *const sum = reinterpret_cast<float *>(run.workspace);
-                plain::mlp_kernel<<<unsigned(blocks), plain::threads, 0, run.stream>>>(
-                    p, run.at<const T>(0), run.at<const T>(1), run.at<const T>(2),
-                    run.at<const R>(3), run.at<const float>(4), run.at<const float>(5),
-                    run.at<const float>(6), run.at<const float>(7), run.at<const float>(8),
-                    run.at<const float>(9), run.at<const float>(10), run.at<T>(11),
-                    run.at<float>(12), run.at<float>(13), run.at<float>(14), run.at<float>(15),
-                    sum, reinterpret_cast<float *>(run.workspace + sums));
-                plain::mean_losses<<<unsigned(streams), 3, 0, run.stream>>>(
-                    sum, run.at<float>(16), p.heads, float(p.heads * p.batches()));
-            });
-    });
+    return plan_scan(
+        call, p, 3, mlp_scratch(p.m, p.d),
+        [=]<class T, class R>(const Run &run, const Inputs<T, R> &x, float *sums, float *scratch) {
+            mlp_kernel<<<unsigned(p.blocks()), threads, 0, run.stream>>>(
+                p, x, run.at<const float>(7), run.at<const float>(8), run.at<const float>(9),
+                run.at<const float>(10), run.at<T>(11), run.at<float>(12), run.at<float>(13),
+                run.at<float>(14), run.at<float>(15), sums, scratch);
+            queue_mean_losses(run, p, sums, run.at<float>(16));
+        });
 }
 
 } // namespace ponder::cuda

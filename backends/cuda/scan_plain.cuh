@@ -3,11 +3,49 @@
 // those of src/backend/reference/ttt.hpp.
 #pragma once
 
-#include "kernel.hpp"
+#include "scan.hpp"
 
 namespace ponder::cuda::plain {
 
 constexpr int threads = 256;
+
+// What shapes of all scans have.
+struct Shape {
+    int64_t streams, tokens, width, heads, d, m, batches;
+    explicit Shape(const Call &call)
+        : streams(call.dim(0, 0)), tokens(call.dim(0, 1)), width(call.dim(0, 2)),
+          heads(call.dim(5, 0)), d(call.dim(5, 1)), m(call.dim(4, 0)),
+          batches((tokens + m - 1) / m) {}
+    int64_t blocks() const { return streams * heads; }
+};
+struct LinearShape : Shape {
+    bool by_key;
+    float scale;
+    double decay;
+    float eps, max_norm;
+    int64_t causal_k;
+    explicit LinearShape(const Call &call)
+        : Shape(call), by_key(call.attr(0) == 1), scale(float(call.attr(1))), decay(call.attr(2)),
+          eps(float(call.attr(3))), max_norm(float(call.attr(4))), causal_k(int64_t(call.attr(5))) {
+    }
+};
+struct MlpShape : Shape {
+    float scale, eps;
+    explicit MlpShape(const Call &call)
+        : Shape(call), scale(float(call.attr(0))), eps(float(call.attr(1))) {}
+    __host__ __device__ int64_t inner() const { return 4 * d; }
+};
+
+// The rows of one head in mini-batch i: how many, and where they begin in [S,T,C] and in [S,T,H].
+struct Batch {
+    int64_t n, at, lr_at;
+    __device__ Batch(const Shape &p, int64_t i) {
+        const int64_t s = blockIdx.x / p.heads, h = blockIdx.x % p.heads, first = i * p.m;
+        n = min(p.m, p.tokens - first);
+        at = (s * p.tokens + first) * p.width + h * p.d;
+        lr_at = (s * p.tokens + first) * p.heads + h;
+    }
+};
 
 // f(i) for i < n, on all threads of the block; then everybody sees it.
 template <class F> __device__ inline void each(int64_t n, F f) {
@@ -41,6 +79,26 @@ template <class T>
 __device__ inline void gather(int64_t n, int64_t d, const T *from, int64_t stride, float *to) {
     each(n * d, [&](int64_t i) { to[i] = to_float(from[i / d * stride + i % d]); });
 }
+
+// The inputs that all scans begin with.
+template <class T, class R> struct Inputs {
+    const T *q, *k, *v;
+    const R *lr;
+    const float *index, *g, *b;
+    explicit Inputs(const Run &run)
+        : q(run.at<const T>(0)), k(run.at<const T>(1)), v(run.at<const T>(2)),
+          lr(run.at<const R>(3)), index(run.at<const float>(4)), g(run.at<const float>(5)),
+          b(run.at<const float>(6)) {}
+    // The rows of a mini-batch; the target is v - k.
+    __device__ void read(const Shape &p, const Batch &batch, float *q_rows, float *k_rows,
+                         float *target, float *rates) const {
+        gather(batch.n, p.d, q + batch.at, p.width, q_rows);
+        gather(batch.n, p.d, k + batch.at, p.width, k_rows);
+        gather(batch.n, p.d, v + batch.at, p.width, target);
+        each(batch.n * p.d, [&](int64_t i) { target[i] -= k_rows[i]; });
+        gather(batch.n, 1, lr + batch.lr_at, p.heads, rates);
+    }
+};
 
 // z[n,out] = x W + b
 __device__ __noinline__ static void affine(int64_t n, int64_t in, int64_t out, const float *x,
@@ -201,6 +259,20 @@ __device__ inline float length(int64_t n, const float *x, float *cell) {
     for (int64_t i = threadIdx.x; i < n; i += threads)
         sum += x[i] * x[i];
     return sqrtf(block_sum(sum, cell));
+}
+
+// Plans a scan: `queue` is given its inputs and, in the workspace, `kept` and `scratch` floats a
+// head.
+template <class Queue>
+int32_t plan_scan(const Call &call, const Shape &p, int64_t kept, int64_t scratch, Queue queue) {
+    const size_t kept_bytes = (size_t(p.blocks() * kept) * sizeof(float) + 255) / 256 * 256;
+    const size_t bytes = kept_bytes + size_t(p.blocks() * scratch) * sizeof(float);
+    return by_types(call.type(0), call.type(3), [&]<class T, class R>(T, R) {
+        return call.is(bytes, [=](const Run &run) {
+            queue(run, Inputs<T, R>(run), reinterpret_cast<float *>(run.workspace),
+                  reinterpret_cast<float *>(run.workspace + kept_bytes));
+        });
+    });
 }
 
 } // namespace ponder::cuda::plain

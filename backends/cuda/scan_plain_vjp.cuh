@@ -1,4 +1,5 @@
-// What the plain scans' gradients share: rows of the norm backwards, and sums over streams.
+// What the plain scans' gradients share: the norm, the step, the dual form and the rates backwards,
+// and where a head's gradients go.
 #pragma once
 
 #include "scan_plain.cuh"
@@ -9,8 +10,10 @@ namespace ponder::cuda::plain {
 // thread a column sums in the end.
 struct Back {
     Norm norm;
-    // dz += (d LN / dz)^T dy
-    __device__ void output(const float *z, const float *dy, float *dz, float *dg, float *db) const {
+    float *gain_rows, *shift_rows; // [n,d]
+    // Of row i, which the other pointers point to: dz += (d LN / dz)^T dy
+    __device__ void output(int64_t i, const float *z, const float *dy, float *dz) const {
+        float *const dg = gain_rows + i * norm.d, *const db = shift_rows + i * norm.d;
         float mean, inverse;
         norm.moments(z, mean, inverse);
         float sum_u = 0, sum_uh = 0;
@@ -29,8 +32,8 @@ struct Back {
         });
     }
     // Of weight mean((LN(z) - target)^2); dy is scratch.
-    __device__ void error(const float *z, const float *target, float weight, float *dy, float *dz,
-                          float *dtarget, float *dg, float *db) const {
+    __device__ void error(int64_t i, const float *z, const float *target, float weight, float *dy,
+                          float *dz, float *dtarget) const {
         float mean, inverse;
         norm.moments(z, mean, inverse);
         lanes(norm.d, [&](int64_t j) {
@@ -39,12 +42,13 @@ struct Back {
             dtarget[j] -= dy[j];
         });
         __syncwarp();
-        output(z, dy, dz, dg, db);
+        output(i, z, dy, dz);
     }
     // Of the gradient of 0.5 |LN(z) - target|^2 in z; see NormGradient::loss_gradient.
-    __device__ void loss_gradient(const float *z, const float *target, const float *dp, float *dz,
-                                  float *dtarget, float *dg, float *db) const {
+    __device__ void loss_gradient(int64_t i, const float *z, const float *target, const float *dp,
+                                  float *dz, float *dtarget) const {
         const int64_t d = norm.d;
+        float *const dg = gain_rows + i * d, *const db = shift_rows + i * d;
         const float *g = norm.g, *b = norm.b;
         float mean, r;
         norm.moments(z, mean, r);
@@ -82,11 +86,136 @@ struct Back {
             dz[j] += r * (dh_of(j, h, u, du) - mean_dh - h * mean_dhh);
         });
     }
+    // Adds up what n rows left.
+    __device__ void sum_rows(int64_t n, float *gain, float *shift) const {
+        const int64_t d = norm.d;
+        each(d, [&](int64_t c) {
+            for (int64_t j = 0; j < n; ++j) {
+                gain[c] += gain_rows[j * d + c];
+                shift[c] += shift_rows[j * d + c];
+            }
+        });
+    }
 };
 
-// Sums over streams of `partial`, of each head gradients of g, b and the token rates, into outputs
-// dindex, dg and db, which are `out` + 4 to 6.
-void queue_sums(const Run &run, size_t out, const float *partial, int64_t streams, int64_t heads,
-                int64_t d, int64_t m);
+// take_step backwards. xw [n,out] and gw [n,in] are scratch.
+__device__ __noinline__ static void step_vjp(int64_t n, int64_t in, int64_t out, const float *x,
+                                             const float *g, const Rates &eta, const float *dw,
+                                             const float *db, float *xw, float *gw, float *dx,
+                                             float *dg, float *deta) {
+    affine(n, in, out, x, dw, db, xw);
+    times_transposed(n, in, out, g, dw, gw, false);
+    rows(n, [&](int64_t j) {
+        const float dot =
+            lane_sum(out, [&](int64_t c) { return xw[j * out + c] * g[j * out + c]; });
+        if (threadIdx.x % 32 == 0)
+            deta[(n - 1) * n + j] -= dot;
+    });
+    each(n * out, [&](int64_t i) { dg[i] -= eta(n - 1, i / out) * xw[i]; });
+    each(n * in, [&](int64_t i) { dx[i] -= eta(n - 1, i / in) * gw[i]; });
+}
+
+// dual_form backwards. am and pm [n,n] are scratch.
+__device__ __noinline__ static void dual_vjp(int64_t n, int64_t in, int64_t out, const float *q,
+                                             const float *x, const float *g, const Rates &eta,
+                                             int64_t causal_k, const float *w, const float *du,
+                                             float *am, float *pm, float *dq, float *dx, float *dg,
+                                             float *deta, float *dw, float *db) {
+    rows(n * n, [&](int64_t i) {
+        const int64_t row = i / n, j = i % n;
+        const float a =
+            lane_sum(in, [&](int64_t c) { return q[row * in + c] * x[j * in + c]; }) + 1;
+        const float b =
+            lane_sum(out, [&](int64_t c) { return du[row * out + c] * g[j * out + c]; });
+        if (threadIdx.x % 32 == 0) {
+            const bool seen = j <= row + causal_k;
+            am[i] = seen ? eta(row, j) * a : 0.0f;
+            pm[i] = seen ? eta(row, j) * b : 0.0f;
+            if (seen)
+                deta[i] -= a * b;
+        }
+    });
+    each(n * in, [&](int64_t i) {
+        const int64_t row = i / in, c = i % in;
+        float to_q = 0, to_x = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            to_q += pm[row * n + j] * x[j * in + c];
+            to_x += pm[j * n + row] * q[j * in + c];
+        }
+        dq[i] -= to_q;
+        dx[i] -= to_x;
+    });
+    each(n * out, [&](int64_t i) {
+        const int64_t row = i / out, c = i % out;
+        float to_g = 0;
+        for (int64_t j = 0; j < n; ++j)
+            to_g += am[j * n + row] * du[j * out + c];
+        dg[i] -= to_g;
+    });
+    add_outer(n, in, out, q, du, dw, db);
+    times_transposed(n, in, out, du, w, dq, true);
+}
+
+// Rates backwards: dlr of each key, and what is added to the gradients of token_rates' results.
+template <class R>
+__device__ inline void rates_vjp(int64_t n, const Rates &eta, const float *deta, int64_t stride,
+                                 R *dlr, float *dtoken) {
+    each(n, [&](int64_t i) {
+        float to_lr = 0, to_token = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            to_lr += eta.scale * deta[j * n + i] * eta.token[eta.by_key ? i : j];
+            to_token +=
+                eta.scale * deta[eta.by_key ? j * n + i : i * n + j] * eta.lr[eta.by_key ? i : j];
+        }
+        dlr[i * stride] = from_float<R>(to_lr);
+        dtoken[i] += to_token;
+    });
+}
+// token_rates backwards, in place
+__device__ inline void token_rates_vjp(int64_t m, const float *index, double decay, float *dtoken) {
+    each(m, [&](int64_t i) {
+        dtoken[i] = 1 / float(i + 1) + index[i] > 0
+                        ? dtoken[i] * float(exp(decay * double(i - (m - 1))))
+                        : 0.0f;
+    });
+}
+
+// The outputs that all gradients begin with.
+template <class T, class R> struct Gradients {
+    T *q, *k, *v;
+    R *lr;
+    Gradients(const Run &run, size_t out)
+        : q(run.at<T>(out)), k(run.at<T>(out + 1)), v(run.at<T>(out + 2)), lr(run.at<R>(out + 3)) {}
+    // The rows of a mini-batch.
+    __device__ void write(const Shape &p, const Batch &batch, const float *dq, const float *dk,
+                          const float *dtarget) const {
+        each(batch.n * p.d, [&](int64_t i) {
+            const int64_t to = batch.at + i / p.d * p.width + i % p.d;
+            q[to] = from_float<T>(dq[i]);
+            k[to] = from_float<T>(dk[i] - dtarget[i]);
+            v[to] = from_float<T>(dtarget[i]);
+        });
+    }
+};
+
+// Of each head, gradients of g, b and the token rates.
+__host__ __device__ inline int64_t partial_floats(const Shape &p) { return 2 * p.d + p.m; }
+// Their sums over streams, into outputs dindex, dg and db, which are `out` + 4 to 6.
+void queue_sums(const Run &run, size_t out, const float *partial, const Shape &p);
+
+// Plans gradients whose dy is tensor `dy`; see plan_scan.
+template <class Queue>
+int32_t plan_vjp(const Call &call, const Shape &p, int64_t scratch, size_t dy, Queue queue) {
+    const size_t out = call.out(0);
+    if (!types_fit(call, {1, 2, dy, out, out + 1, out + 2}, {4, 5, 6}) ||
+        call.type(out + 3) != call.type(3))
+        return PONDER_PLAN_NONE;
+    return plan_scan(
+        call, p, partial_floats(p), scratch,
+        [=]<class T, class R>(const Run &run, const Inputs<T, R> &x, float *partial, float *free) {
+            queue(run, x, Gradients<T, R>(run, out), partial, free);
+            queue_sums(run, out, partial, p);
+        });
+}
 
 } // namespace ponder::cuda::plain
