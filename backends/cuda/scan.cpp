@@ -41,19 +41,10 @@ TttMlpShape mlp_shape(const Call &call) {
     return shape;
 }
 
-// The inputs that all scans begin with.
-template <class T> T inputs_of(const Run &run) {
-    T t{};
-    t.q = run.at(0);
-    t.k = run.at(1);
-    t.v = run.at(2);
-    t.lr = run.at(3);
-    t.index = run.at<const float>(4);
-    t.g = run.at<const float>(5);
-    t.b = run.at<const float>(6);
-    t.w1 = run.at<const float>(7);
-    t.b1 = run.at<const float>(8);
-    return t;
+// The tensors of a call in their order, from the first.
+template <class... T> void take(const Run &run, T *&...tensor) {
+    size_t i = 0;
+    ((tensor = run.at<T>(i++)), ...);
 }
 
 bool all_aligned(const Run &run, size_t count) {
@@ -88,11 +79,9 @@ int32_t plan_ttt_linear(const Call &call) {
         shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_linear(call);
     return fused(call, ttt_linear_workspace(shape), [=](const Run &run) {
-        auto f = inputs_of<TttLinearForward>(run);
-        f.y = run.at(9);
-        f.w1_out = run.at<float>(10);
-        f.b1_out = run.at<float>(11);
-        f.loss = run.at<float>(12);
+        TttLinearForward f{};
+        take(run, f.q, f.k, f.v, f.lr, f.index, f.g, f.b, f.w1, f.b1, f.y, f.w1_out, f.b1_out,
+             f.loss);
         return ttt_linear(shape, f, run.workspace, run.device->tickets, run.stream);
     });
 }
@@ -104,78 +93,41 @@ int32_t plan_ttt_mlp(const Call &call) {
         shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_mlp(call);
     return fused(call, ttt_mlp_workspace(shape), [=](const Run &run) {
-        auto f = inputs_of<TttMlpForward>(run);
-        f.w2 = run.at<const float>(9);
-        f.b2 = run.at<const float>(10);
-        f.y = run.at(11);
-        f.w1_out = run.at<float>(12);
-        f.b1_out = run.at<float>(13);
-        f.w2_out = run.at<float>(14);
-        f.b2_out = run.at<float>(15);
-        f.loss = run.at<float>(16);
+        TttMlpForward f{};
+        take(run, f.q, f.k, f.v, f.lr, f.index, f.g, f.b, f.w1, f.b1, f.w2, f.b2, f.y, f.w1_out,
+             f.b1_out, f.w2_out, f.b2_out, f.loss);
         return ttt_mlp(shape, f, run.workspace, run.device->tickets, run.stream);
     });
 }
 
 int32_t plan_ttt_linear_vjp(const Call &call) {
     const TttLinearShape shape = linear_shape(call);
-    const size_t out = call.out(0);
     if (call.op->n_in != 13 ||
-        !types_fit(call, {1, 2, 9, out, out + 1, out + 2},
-                   {4, 5, 6, 7, 8, 10, 11, 12, out + 4, out + 5, out + 6, out + 7, out + 8}) ||
-        call.type(out + 3) != call.type(3) || ttt_linear_vjp_misses(shape) ||
+        !types_fit(call, {1, 2, 9, 13, 14, 15}, {4, 5, 6, 7, 8, 10, 11, 12, 17, 18, 19, 20, 21}) ||
+        call.type(16) != call.type(3) || ttt_linear_vjp_misses(shape) ||
         !stays_aligned(shape.heads, shape.mini_batch))
         return plan_plain_ttt_linear_vjp(call);
     return fused(call, ttt_linear_vjp_workspace(shape, false), [=](const Run &run) {
-        auto b = inputs_of<TttLinearBackward>(run);
-        b.dy = run.at(9);
-        b.dw1_out = run.at<const float>(10);
-        b.db1_out = run.at<const float>(11);
-        b.dloss = run.at<const float>(12);
-        b.dq = run.at(out);
-        b.dk = run.at(out + 1);
-        b.dv = run.at(out + 2);
-        b.dlr = run.at(out + 3);
-        b.dindex = run.at<float>(out + 4);
-        b.dg = run.at<float>(out + 5);
-        b.db = run.at<float>(out + 6);
-        b.dw1 = run.at<float>(out + 7);
-        b.db1 = run.at<float>(out + 8);
+        TttLinearBackward b{};
+        take(run, b.q, b.k, b.v, b.lr, b.index, b.g, b.b, b.w1, b.b1, b.dy, b.dw1_out, b.db1_out,
+             b.dloss, b.dq, b.dk, b.dv, b.dlr, b.dindex, b.dg, b.db, b.dw1, b.db1);
         return ttt_linear_vjp(shape, b, run.workspace, run.stream);
     });
 }
 
 int32_t plan_ttt_mlp_vjp(const Call &call) {
     const TttMlpShape shape = mlp_shape(call);
-    const size_t out = call.out(0);
     if (call.op->n_in != 17 ||
-        !types_fit(call, {1, 2, 11, out, out + 1, out + 2},
-                   {4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, out + 4, out + 5, out + 6, out + 7,
-                    out + 8, out + 9, out + 10}) ||
-        call.type(out + 3) != call.type(3) || ttt_mlp_vjp_misses(shape) ||
+        !types_fit(call, {1, 2, 11, 17, 18, 19},
+                   {4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 21, 22, 23, 24, 25, 26, 27}) ||
+        call.type(20) != call.type(3) || ttt_mlp_vjp_misses(shape) ||
         !stays_aligned(shape.heads, shape.mini_batch))
         return plan_plain_ttt_mlp_vjp(call);
     return fused(call, ttt_mlp_vjp_workspace(shape, false), [=](const Run &run) {
-        auto b = inputs_of<TttMlpBackward>(run);
-        b.w2 = run.at<const float>(9);
-        b.b2 = run.at<const float>(10);
-        b.dy = run.at(11);
-        b.dw1_out = run.at<const float>(12);
-        b.db1_out = run.at<const float>(13);
-        b.dw2_out = run.at<const float>(14);
-        b.db2_out = run.at<const float>(15);
-        b.dloss = run.at<const float>(16);
-        b.dq = run.at(out);
-        b.dk = run.at(out + 1);
-        b.dv = run.at(out + 2);
-        b.dlr = run.at(out + 3);
-        b.dindex = run.at<float>(out + 4);
-        b.dg = run.at<float>(out + 5);
-        b.db = run.at<float>(out + 6);
-        b.dw1 = run.at<float>(out + 7);
-        b.db1 = run.at<float>(out + 8);
-        b.dw2 = run.at<float>(out + 9);
-        b.db2 = run.at<float>(out + 10);
+        TttMlpBackward b{};
+        take(run, b.q, b.k, b.v, b.lr, b.index, b.g, b.b, b.w1, b.b1, b.w2, b.b2, b.dy, b.dw1_out,
+             b.db1_out, b.dw2_out, b.db2_out, b.dloss, b.dq, b.dk, b.dv, b.dlr, b.dindex, b.dg,
+             b.db, b.dw1, b.db1, b.dw2, b.db2);
         return ttt_mlp_vjp(shape, b, run.workspace, run.stream);
     });
 }
