@@ -2,7 +2,7 @@
 // plain ones.
 #include "scan.hpp"
 #include "ops.hpp"
-#include "ttt_scan.hpp"
+#include "ttt_scan_tensors.hpp"
 
 namespace ponder::cuda {
 
@@ -41,12 +41,6 @@ TttMlpShape mlp_shape(const Call &call) {
     return shape;
 }
 
-// The tensors of a call in their order, from the first.
-template <class... T> void take(const Run &run, T *&...tensor) {
-    size_t i = 0;
-    ((tensor = run.at<T>(i++)), ...);
-}
-
 bool all_aligned(const Run &run, size_t count) {
     for (size_t i = 0; i < count; ++i)
         if (!aligned(run.at(i), 16))
@@ -79,10 +73,8 @@ int32_t plan_ttt_linear(const Call &call) {
         shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_linear(call);
     return fused(call, ttt_linear_workspace(shape), [=](const Run &run) {
-        TttLinearForward f{};
-        take(run, f.q, f.k, f.v, f.lr, f.index, f.g, f.b, f.w1, f.b1, f.y, f.w1_out, f.b1_out,
-             f.loss);
-        return ttt_linear(shape, f, run.workspace, run.device->tickets, run.stream);
+        return ttt_linear(shape, tensors_at<TttLinearForward>(run.buffer), run.workspace,
+                          run.device->tickets, run.stream);
     });
 }
 
@@ -93,10 +85,8 @@ int32_t plan_ttt_mlp(const Call &call) {
         shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_mlp(call);
     return fused(call, ttt_mlp_workspace(shape), [=](const Run &run) {
-        TttMlpForward f{};
-        take(run, f.q, f.k, f.v, f.lr, f.index, f.g, f.b, f.w1, f.b1, f.w2, f.b2, f.y, f.w1_out,
-             f.b1_out, f.w2_out, f.b2_out, f.loss);
-        return ttt_mlp(shape, f, run.workspace, run.device->tickets, run.stream);
+        return ttt_mlp(shape, tensors_at<TttMlpForward>(run.buffer), run.workspace,
+                       run.device->tickets, run.stream);
     });
 }
 
@@ -108,10 +98,8 @@ int32_t plan_ttt_linear_vjp(const Call &call) {
         !stays_aligned(shape.heads, shape.mini_batch))
         return plan_plain_ttt_linear_vjp(call);
     return fused(call, ttt_linear_vjp_workspace(shape, false), [=](const Run &run) {
-        TttLinearBackward b{};
-        take(run, b.q, b.k, b.v, b.lr, b.index, b.g, b.b, b.w1, b.b1, b.dy, b.dw1_out, b.db1_out,
-             b.dloss, b.dq, b.dk, b.dv, b.dlr, b.dindex, b.dg, b.db, b.dw1, b.db1);
-        return ttt_linear_vjp(shape, b, run.workspace, run.stream);
+        return ttt_linear_vjp(shape, tensors_at<TttLinearBackward>(run.buffer), run.workspace,
+                              run.stream);
     });
 }
 
@@ -124,11 +112,8 @@ int32_t plan_ttt_mlp_vjp(const Call &call) {
         !stays_aligned(shape.heads, shape.mini_batch))
         return plan_plain_ttt_mlp_vjp(call);
     return fused(call, ttt_mlp_vjp_workspace(shape, false), [=](const Run &run) {
-        TttMlpBackward b{};
-        take(run, b.q, b.k, b.v, b.lr, b.index, b.g, b.b, b.w1, b.b1, b.w2, b.b2, b.dy, b.dw1_out,
-             b.db1_out, b.dw2_out, b.db2_out, b.dloss, b.dq, b.dk, b.dv, b.dlr, b.dindex, b.dg,
-             b.db, b.dw1, b.db1, b.dw2, b.db2);
-        return ttt_mlp_vjp(shape, b, run.workspace, run.stream);
+        return ttt_mlp_vjp(shape, tensors_at<TttMlpBackward>(run.buffer), run.workspace,
+                           run.stream);
     });
 }
 
