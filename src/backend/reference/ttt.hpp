@@ -122,10 +122,13 @@ template <class T> void gather(int64_t n, int64_t d, const T *from, int64_t stri
         std::copy_n(from + i * stride, d, to + i * d);
 }
 
-// Of ttt_linear and its vjp.
+// What signatures cannot say of the ops and their vjp.
+inline const char *check_ttt_mlp(const Sizes &sizes, const double *) {
+    return sizes['C'] == sizes['H'] * sizes['D'] ? nullptr : "C must be H x D";
+}
 inline const char *check_ttt_linear(const Sizes &sizes, const double *attr) {
-    if (sizes['C'] != sizes['H'] * sizes['D'])
-        return "C must be H x D";
+    if (const char *wrong = check_ttt_mlp(sizes, attr))
+        return wrong;
     if (attr[0] != 0 && attr[0] != 1)
         return "form must be 0 or 1";
     return attr[5] <= 0 ? nullptr : "causal_k above 0 would read later tokens";

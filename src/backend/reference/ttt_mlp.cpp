@@ -87,10 +87,6 @@ template <class T> void ttt_mlp(Args<T> &args) {
     }
 }
 
-const char *check(const Sizes &sizes, const double *) {
-    return sizes['C'] == sizes['H'] * sizes['D'] ? nullptr : "C must be H x D";
-}
-
 } // namespace
 
 const Op ttt_mlp_op = {
@@ -101,6 +97,6 @@ const Op ttt_mlp_op = {
     2,
     ttt_mlp<float>,
     ttt_mlp<double>,
-    check};
+    check_ttt_mlp};
 
 } // namespace ponder::reference
