@@ -781,6 +781,10 @@ private:
             }
         } else if constexpr (parts)
             take_gradient();
+        pending = number;
+        pending_dy = dy;
+        pending_dk = {dkey.x - dtarget.x, dkey.y - dtarget.y};
+        reduce(1, outputs);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             da[half] += from_lane_xor(da[half], 1);
@@ -788,10 +792,6 @@ private:
             if (at.t == 0)
                 da_of(first + at.g + 8 * half) += da[half];
         }
-        pending = number;
-        pending_dy = dy;
-        pending_dk = {dkey.x - dtarget.x, dkey.y - dtarget.y};
-        reduce(1, outputs);
     }
 
     // ---- what is left at the end
