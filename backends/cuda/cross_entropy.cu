@@ -192,8 +192,8 @@ struct TileProducts {
     std::shared_ptr<const Product> whole, rest;
     // shape(rows) describes the product.
     template <class F> TileProducts(const Call &call, int64_t rows, int64_t tile, F shape) {
-        whole = call.device->products->get(shape(tile));
-        rest = rows % tile ? call.device->products->get(shape(rows % tile)) : whole;
+        whole = call.device->products().get(shape(tile));
+        rest = rows % tile ? call.device->products().get(shape(rows % tile)) : whole;
     }
     size_t workspace() const { return std::max(whole->workspace(), rest->workspace()); }
     const Product &of(int64_t n, int64_t tile) const { return n == tile ? *whole : *rest; }
@@ -361,7 +361,7 @@ int32_t plan_cross_entropy_parts_vjp(const Call &call) {
         shape.stride_b = shape.k * width;
         shape.stride_c = rows * width;
     }
-    const auto product = call.device->products->get(shape);
+    const auto product = call.device->products().get(shape);
     size_t scratch = product->workspace();
     std::shared_ptr<const Product> table_product;
     const int64_t whole = vocabulary / 8 * 8;
@@ -369,7 +369,7 @@ int32_t plan_cross_entropy_parts_vjp(const Call &call) {
         ProductShape shape{whole, width, rows, true, false};
         shape.operands = PONDER_DTYPE_BF16;
         shape.lda = stride;
-        table_product = call.device->products->get(shape);
+        table_product = call.device->products().get(shape);
         scratch = std::max(scratch, table_product->workspace());
     }
     // Behind it first the product's parts, then h as the other one takes it.

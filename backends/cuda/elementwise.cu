@@ -3,7 +3,7 @@
 #include "gelu.cuh"
 #include "launch.cuh"
 #include "ops.hpp"
-#include "product.hpp"
+#include "product_kernels.hpp"
 
 namespace ponder::cuda {
 
@@ -185,24 +185,6 @@ void split(const float *x, bf16 *y, int64_t rows, int64_t width, bool stacked, b
     const int64_t packs = rows * width / 8;
     split_kernel<<<blocks_for(packs, threads), threads, 0, stream>>>(x, y, packs, width, rows,
                                                                      stacked, second, aligned(x, 16));
-}
-
-void refresh_narrow(const Run &run, const Narrow &copy) {
-    convert(run, copy.from, static_cast<bf16 *>(copy.to), int64_t(copy.count));
-}
-
-const bf16 *narrow(const Run &run, const void *constant, const float *from, int64_t count) {
-    Narrow &copy = run.device->narrow[constant];
-    if (!copy.to) {
-        if (!run.device->check(cudaMallocFromPoolAsync(&copy.to, size_t(count) * sizeof(bf16),
-                                                       run.device->pool, run.stream),
-                               "memory of a bias"))
-            return nullptr;
-        copy.from = from;
-        copy.count = size_t(count);
-        refresh_narrow(run, copy);
-    }
-    return static_cast<const bf16 *>(copy.to);
 }
 
 int32_t plan_sigmoid(const Call &call) { return plan_each(call, ToSigmoid{}); }

@@ -12,17 +12,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <memory>
-#include <new>
 #include <utility>
-#include <vector>
 
 namespace ponder::cuda {
 
 using bf16 = __nv_bfloat16;
-
-inline size_t size_of(int32_t dtype) { return dtype == PONDER_DTYPE_BF16 ? 2 : 4; }
 
 // Where a planned call finds its tensors when it runs.
 struct Run {
@@ -35,19 +29,13 @@ struct Run {
 
 class Kernel {
 public:
-    explicit Kernel(ponder_device *device) : device(device) {}
     virtual ~Kernel() = default;
     virtual void run(const Run &run) = 0;
-    ponder_device *const device;
-    struct Output {
-        size_t buffer, bytes;
-    };
-    std::vector<Output> outputs;
 };
 
 template <class F> class KernelOf final : public Kernel {
 public:
-    KernelOf(ponder_device *device, F f) : Kernel(device), f_(std::move(f)) {}
+    explicit KernelOf(F f) : f_(std::move(f)) {}
     void run(const Run &run) override { f_(run); }
 
 private:
@@ -83,18 +71,11 @@ struct Call {
 
     // The planned call: f(const Run &) queues it.
     template <class F> int32_t is(size_t workspace, F f) const {
-        return planned(workspace, std::unique_ptr<Kernel>(new KernelOf<F>(device, std::move(f))));
+        return planned(workspace, new KernelOf<F>(std::move(f)));
     }
-    int32_t planned(size_t workspace, std::unique_ptr<Kernel> kernel) const {
-        for (size_t i = out(0); i < op->n_in + op->n_out; ++i)
-            if (has(i))
-                kernel->outputs.push_back({i, size_t(count(i)) * size_of(type(i))});
-        plan->tasks = 1;
-        plan->tiling = PONDER_TILE_WHOLE;
-        plan->workspace = (workspace + 255) / 256 * 256;
-        plan->kernel = kernel.release();
-        return PONDER_PLAN_OK;
-    }
+
+private:
+    int32_t planned(size_t workspace, Kernel *kernel) const; // module.cpp
 };
 
 using Planner = int32_t (*)(const Call &call);
@@ -106,10 +87,9 @@ template <class F> auto by_type(int32_t dtype, F f) {
 template <class F> auto by_types(int32_t a, int32_t b, F f) {
     return by_type(a, [&](auto x) { return by_type(b, [&](auto y) { return f(x, y); }); });
 }
+inline size_t size_of(int32_t dtype) { return dtype == PONDER_DTYPE_BF16 ? 2 : 4; }
 
-inline unsigned blocks_for(int64_t items, int64_t each) {
-    return unsigned((items + each - 1) / each);
-}
+inline unsigned blocks_for(int64_t items, int64_t each) { return unsigned((items + each - 1) / each); }
 inline bool aligned(const void *p, size_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 #ifdef __CUDACC__

@@ -9,21 +9,28 @@
 
 namespace ponder::cuda {
 
+struct Launch {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute overlap;
+
+    Launch(const Run &run, dim3 grid, dim3 block, size_t shared) {
+        config.gridDim = grid;
+        config.blockDim = block;
+        config.dynamicSmemBytes = shared;
+        config.stream = run.stream;
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &overlap;
+        config.numAttrs = run.device->major >= 9 ? 1 : 0;
+    }
+    Launch(const Launch &) = delete;
+};
+
 template <class... P, class... A>
 void launch(const Run &run, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
-            A &&...arguments) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared;
-    config.stream = run.stream;
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = run.device->major >= 9 ? 1 : 0;
-    run.device->check(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(arguments))...),
-                      "launch");
+            A... arguments) {
+    Launch to(run, grid, block, shared);
+    run.device->check(cudaLaunchKernelEx(&to.config, kernel, P(arguments)...), "launch");
 }
 
 __device__ inline void wait_for_earlier() {

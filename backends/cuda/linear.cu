@@ -83,7 +83,7 @@ int32_t plan_linear_gelu(const Call &call) {
     shape.bias = has_bias;
     shape.gelu = true;
     shape.keep = keeps;
-    const std::shared_ptr<const Product> product = call.device->products->get(shape);
+    const std::shared_ptr<const Product> product = call.device->products().get(shape);
     if (!product->fast())
         return PONDER_PLAN_NONE;
     return call.is(product->workspace(), [=](const Run &run) {

@@ -1,23 +1,25 @@
 // The module's descriptor. The runtime library is linked in and opens the driver when it is first
 // used, so the module loads on machines without one and says what is missing.
+#include "blas.hpp"
+#include "device_state.hpp"
 #include "group.hpp"
 #include "ops.hpp"
-#include "product.hpp"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
 
-ponder_device::ponder_device() = default;
+ponder_device::ponder_device() : state(new ponder::cuda::DeviceState(this)) {}
 
 ponder_device::~ponder_device() {
     if (stream)
         cudaStreamSynchronize(stream);
-    products.reset();
     ponder::cuda::group_leave(this);
-    for (const auto &[constant, copy] : narrow)
+    for (const auto &[constant, copy] : state->narrow)
         cudaFreeAsync(copy.to, stream);
+    delete state;
     if (blas)
         ponder::cuda::blas().Destroy(blas);
     if (tickets)
@@ -32,11 +34,40 @@ ponder_device::~ponder_device() {
         cudaMemPoolDestroy(pool);
 }
 
+ponder::cuda::Products &ponder_device::products() const { return state->products; }
+
+bool ponder_device::settled(const void *from, size_t bytes) const {
+    const std::byte *const begin = static_cast<const std::byte *>(from), *const end = begin + bytes;
+    for (const auto &call : state->recent)
+        for (const auto &written : call)
+            if (written.begin < end && begin < written.end)
+                return false;
+    return true;
+}
+
+bool ponder_device::check(cudaError_t status, const char *what) {
+    if (status != cudaSuccess && state->problem.empty())
+        state->problem = std::string(what) + ": " + cudaGetErrorString(status);
+    return status == cudaSuccess;
+}
+void ponder_device::fail(const char *what) {
+    if (state->problem.empty())
+        state->problem = what;
+}
+
 namespace ponder::cuda {
 
-void refresh_narrow(const Run &run, const Narrow &copy); // elementwise.cu
-
 namespace {
+
+// A kernel, and which of its buffers it writes.
+struct Planned {
+    std::unique_ptr<Kernel> kernel;
+    ponder_device *device;
+    struct Output {
+        size_t buffer, bytes;
+    };
+    std::vector<Output> outputs;
+};
 
 struct Named {
     const char *name;
@@ -192,10 +223,9 @@ ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
         ok = false;
     }
     if (!ok) {
-        no(why, size, device->problem.c_str());
+        no(why, size, device->state->problem.c_str());
         return nullptr;
     }
-    device->products = std::make_unique<Products>(device.get());
     return device.release();
 }
 
@@ -218,7 +248,7 @@ void release(ponder_device *device, void *buffer) {
     device->check(cudaFreeAsync(buffer, device->stream), "release");
 }
 
-int32_t result(ponder_device *device) { return device->problem.empty() ? 0 : 1; }
+int32_t result(ponder_device *device) { return device->state->problem.empty() ? 0 : 1; }
 
 int32_t upload(ponder_device *device, void *buffer, const void *host, size_t size) {
     device->check(
@@ -233,7 +263,7 @@ int32_t download(ponder_device *device, void *host, const void *buffer, size_t s
                                   cudaMemcpyDeviceToHost, device->stream),
                   "download");
     device->check(cudaStreamSynchronize(device->stream), "download");
-    if (small && device->problem.empty())
+    if (small && device->state->problem.empty())
         std::memcpy(host, device->staging, size);
     return result(device);
 }
@@ -255,7 +285,7 @@ int32_t synchronize(ponder_device *device) {
 }
 
 const char *problem(ponder_device *device) {
-    return device->problem.empty() ? nullptr : device->problem.c_str();
+    return device->state->problem.empty() ? nullptr : device->state->problem.c_str();
 }
 
 int32_t record(ponder_device *device) {
@@ -303,29 +333,30 @@ int32_t plan(ponder_device *device, const ponder_op_call *op, ponder_plan *out, 
 }
 
 void run(void *kernel, void *const *buffers, void *workspace, uint32_t) {
-    Kernel *k = static_cast<Kernel *>(kernel);
-    ponder_device *const device = k->device;
-    k->run({buffers, static_cast<std::byte *>(workspace), device->stream, device});
+    const Planned &planned = *static_cast<const Planned *>(kernel);
+    ponder_device *const device = planned.device;
+    planned.kernel->run({buffers, static_cast<std::byte *>(workspace), device->stream, device});
     device->check(cudaGetLastError(), "kernel");
-    auto &written = device->recent[device->next_recent++ % device->recent.size()];
+    DeviceState &state = *device->state;
+    auto &written = state.recent[state.next_recent++ % state.recent.size()];
     written.clear();
-    for (const Kernel::Output &output : k->outputs) {
+    for (const Planned::Output &output : planned.outputs) {
         const std::byte *const begin = static_cast<const std::byte *>(buffers[output.buffer]);
         written.push_back({begin, begin + output.bytes});
     }
 }
 
-void drop(void *kernel) { delete static_cast<Kernel *>(kernel); }
+void drop(void *kernel) { delete static_cast<Planned *>(kernel); }
 
 size_t packed_bytes(ponder_device *device) {
     size_t bytes = 0;
-    for (const auto &[constant, copy] : device->narrow)
+    for (const auto &[constant, copy] : device->state->narrow)
         bytes += copy.count * sizeof(bf16);
     return bytes;
 }
 
 void refresh(ponder_device *device, const void *constant) {
-    if (const auto at = device->narrow.find(constant); at != device->narrow.end())
+    if (const auto at = device->state->narrow.find(constant); at != device->state->narrow.end())
         refresh_narrow({nullptr, nullptr, device->stream, device}, at->second);
 }
 
@@ -364,6 +395,19 @@ constexpr ponder_backend descriptor = {
 };
 
 } // namespace
+
+int32_t Call::planned(size_t workspace, Kernel *kernel) const {
+    auto planned = std::make_unique<Planned>(std::unique_ptr<Kernel>(kernel), device);
+    for (size_t i = out(0); i < op->n_in + op->n_out; ++i)
+        if (has(i))
+            planned->outputs.push_back({i, size_t(count(i)) * size_of(type(i))});
+    plan->tasks = 1;
+    plan->tiling = PONDER_TILE_WHOLE;
+    plan->workspace = (workspace + 255) / 256 * 256;
+    plan->kernel = planned.release();
+    return PONDER_PLAN_OK;
+}
+
 } // namespace ponder::cuda
 
 extern "C" __attribute__((visibility("default"))) const ponder_backend *ponder_backend_query_v1() {

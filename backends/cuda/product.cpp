@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <string>
 
 namespace ponder::cuda {
 
@@ -223,7 +224,7 @@ void Product::run(const Run &run, const void *a, const void *b, void *c, const v
     const cublasStatus_t status = queue(choice, run.device, a, b, c, bias, add,
                                         workspace ? workspace : run.workspace, kept);
     if (status != CUBLAS_STATUS_SUCCESS)
-        run.device->fail(std::string("cublasLtMatmul: ") + blas().GetStatusName(status));
+        run.device->fail((std::string("cublasLtMatmul: ") + blas().GetStatusName(status)).c_str());
 }
 
 std::shared_ptr<const Product> Products::get(const ProductShape &shape) {
@@ -261,7 +262,7 @@ TypedProduct::TypedProduct(const Call &call, ProductShape shape, int32_t a, int3
     at_product_ = at_c_ + (narrow_c_ ? round_up(size_t(count_c_) * 4) : 0);
     count_a_ = count_a;
     count_b_ = count_b;
-    product_ = call.device->products->get(shape);
+    product_ = call.device->products().get(shape);
 }
 
 void TypedProduct::run(const Run &run, const void *a, const void *b, void *c, const void *bias,

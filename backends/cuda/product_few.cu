@@ -4,7 +4,7 @@
 // result. The order of sums depends on the shape alone.
 #include "gelu.cuh"
 #include "launch.cuh"
-#include "product.hpp"
+#include "product_kernels.hpp"
 
 namespace ponder::cuda {
 

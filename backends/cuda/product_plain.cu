@@ -1,5 +1,5 @@
 // Products of shapes that cuBLASLt has no algorithm for: a thread for each element.
-#include "product.hpp"
+#include "product_kernels.hpp"
 
 namespace ponder::cuda {
 

@@ -447,16 +447,27 @@ __device__ __forceinline__ void read_state(typename L::State &w, const float *we
     });
 }
 
+// What a block can have at most where this is compiled for; kernels that want more are empty there.
+// Code for 8.0 runs on all of 8.x. The host asks the device before it launches any.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int most_shared_memory = 163 * 1024;
+#else
+constexpr int most_shared_memory = 227 * 1024;
+#endif
+
 // Bytes of shared memory, handed out in order.
 class SharedLayout {
 public:
-    __host__ __device__ explicit SharedLayout(unsigned char *base = nullptr) : base_(base) {}
-    template <class T> __host__ __device__ T *take(int count) {
-        T *p = reinterpret_cast<T *>(base_ + size_);
+    __host__ __device__ constexpr explicit SharedLayout(unsigned char *base = nullptr)
+        : base_(base) {}
+    template <class T> __host__ __device__ constexpr T *take(int count) {
+        const int at = size_;
         size_ += (count * int(sizeof(T)) + 15) / 16 * 16;
-        return p;
+        if (__builtin_is_constant_evaluated()) // only the size is wanted
+            return nullptr;
+        return reinterpret_cast<T *>(base_ + at);
     }
-    __host__ __device__ int size() const { return size_; }
+    __host__ __device__ constexpr int size() const { return size_; }
 
 private:
     unsigned char *base_;

@@ -34,7 +34,7 @@ template <class L, int stages> struct ReverseShared {
     float *parts, *lr, *block, *probe;
     Rates<L::M> rates;
     int size;
-    __host__ __device__ explicit ReverseShared(unsigned char *base) {
+    __host__ __device__ constexpr explicit ReverseShared(unsigned char *base) {
         SharedLayout s(base);
         tiles = s.take<E>(stages * 5 * L::tile);
         du = s.take<E>(L::tile);
@@ -57,6 +57,8 @@ template <class L, int stages> struct ReverseShared {
 template <class L, int stages, int resident>
 __global__ void __launch_bounds__(L::threads, resident)
     linear_reverse(const __grid_constant__ LinearParams p) {
+    if constexpr (ReverseShared<L, stages>(nullptr).size > most_shared_memory)
+        return;
     using E = typename L::E;
     constexpr int D = L::D, M = L::M, mt = L::mt;
     const Place at;

@@ -50,7 +50,7 @@ template <class L, bool output> struct RolesShared {
     Arrivals *full, *empty, *p_full, *p_empty;
     Rates<16> rates;
     int size;
-    __host__ __device__ explicit RolesShared(unsigned char *base) {
+    __host__ __device__ constexpr explicit RolesShared(unsigned char *base) {
         SharedLayout s(base);
         slots = s.take<RolesSlot<L>>(roles_slots);
         v = s.take<E>(2 * roles_ahead * L::tile);
@@ -614,6 +614,8 @@ private:
 template <class L, bool output>
 __global__ void __launch_bounds__(roles_threads<L, output>(), 1)
     linear_roles(const __grid_constant__ LinearParams p) {
+    if constexpr (RolesShared<L, output>(nullptr).size > most_shared_memory)
+        return;
     const int scans = p.streams * p.heads;
     if (output && int(blockIdx.x) >= scans) {
         const Place at;

@@ -55,7 +55,7 @@ template <class L> struct ReverseRolesShared {
     Arrivals *full, *empty, *state_full, *state_empty, *chain_full, *chain_empty;
     Rates<16> rates;
     int size;
-    __host__ __device__ explicit ReverseRolesShared(unsigned char *base) {
+    __host__ __device__ constexpr explicit ReverseRolesShared(unsigned char *base) {
         SharedLayout s(base);
         slots = s.take<ReverseSlot<L>>(reverse_slots);
         states = s.take<ReverseState<L>>(reverse_state_slots);
@@ -194,7 +194,8 @@ private:
 template <class L>
 __global__ void __launch_bounds__(reverse_roles_threads<L>(), 1)
     linear_reverse_roles(const __grid_constant__ LinearParams p) {
-    ReverseRoles<L>(p).run();
+    if constexpr (ReverseRolesShared<L>(nullptr).size <= most_shared_memory)
+        ReverseRoles<L>(p).run();
 }
 
 } // namespace ponder::cuda
