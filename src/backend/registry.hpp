@@ -174,10 +174,12 @@ public:
     T *data() const { return buffer_.template data<T>(); }
     size_t size() const { return count_; }
     void write(const T *from, size_t count, size_t first = 0) const {
-        device_->upload(data() + first, from, count * sizeof(T));
+        if (count > 0) // else there may be no device
+            device_->upload(data() + first, from, count * sizeof(T));
     }
     void read(T *to, size_t count, size_t first = 0) const {
-        device_->download(to, data() + first, count * sizeof(T));
+        if (count > 0)
+            device_->download(to, data() + first, count * sizeof(T));
     }
     std::vector<T> values() const {
         std::vector<T> result(count_);
@@ -185,9 +187,13 @@ public:
         return result;
     }
     void copy(const T *from, size_t count, size_t first = 0) const {
-        device_->copy(data() + first, from, count * sizeof(T));
+        if (count > 0)
+            device_->copy(data() + first, from, count * sizeof(T));
     }
-    void clear() const { device_->clear(data(), count_ * sizeof(T)); }
+    void clear() const {
+        if (count_ > 0)
+            device_->clear(data(), count_ * sizeof(T));
+    }
     void swap(DeviceVector &other) noexcept {
         std::swap(device_, other.device_);
         buffer_.swap(other.buffer_);
