@@ -513,13 +513,16 @@ TEST_P(CpuOps, TttLinear) {
                 }
 }
 
+// Head dims and mini-batches: of 64 and 16 or 64 the scans are fused.
+constexpr std::pair<int64_t, int64_t> mlp_scans[] = {{8, 16}, {20, 5}, {64, 16}, {64, 64}};
+
 TEST_P(CpuOps, TttMlp) {
     if (on_host())
         GTEST_SKIP() << "left to the reference";
     for (const Length &n : {Length{1, 1}, {2, 2}, {3, 65}})
         for (DType act : {f32, half})
-            for (int64_t d : {8, 20, 64}) {
-                const int64_t heads = 4, c = heads * d, m = d == 20 ? 5 : 16;
+            for (const auto &[d, m] : mlp_scans) {
+                const int64_t heads = 4, c = heads * d;
                 const Shape rows = {n.s, n.t, c}, w1 = {n.s, heads, d, 4 * d},
                             b1 = {n.s, heads, 4 * d}, w2 = {n.s, heads, 4 * d, d},
                             b2 = {n.s, heads, d};
@@ -533,7 +536,9 @@ TEST_P(CpuOps, TttMlp) {
                         random(f32, b2, 0.1)},
                        {{act, rows}, {f32, w1}, {f32, b1}, {f32, w2}, {f32, b2}, {f32, {n.s, 3}}},
                        {0.1 / double(d), 1e-6}},
-                      limit(act, true), shape_name(act, n.s, n.t) + " D=" + std::to_string(d));
+                      limit(act, true),
+                      shape_name(act, n.s, n.t) + " D=" + std::to_string(d) +
+                          " M=" + std::to_string(m));
             }
 }
 
@@ -542,9 +547,9 @@ TEST_P(CpuOps, TttMlpGradient) {
         GTEST_SKIP() << "left to the reference";
     for (const Length &n : {Length{1, 1}, {2, 2}, {1, 65}})
         for (DType act : {f32, half})
-            for (int64_t d : {8, 20, 64})
+            for (const auto &[d, m] : mlp_scans)
                 for (bool all : {true, false}) {
-                    const int64_t heads = 4, c = heads * d, m = d == 20 ? 5 : 16;
+                    const int64_t heads = 4, c = heads * d;
                     const Shape rows = {n.s, n.t, c}, gates = {n.s, n.t, heads};
                     const std::vector<Shape> states = {{n.s, heads, d, 4 * d},
                                                        {n.s, heads, 4 * d},
@@ -569,7 +574,8 @@ TEST_P(CpuOps, TttMlpGradient) {
                     in.push_back(all ? random(f32, {n.s, 3}) : none());
                     check({"ttt_mlp_vjp", in, out, {0.1 / double(d), 1e-4}},
                           act == half ? 2e-2 : 1e-3,
-                          shape_name(act, n.s, n.t) + " D=" + std::to_string(d));
+                          shape_name(act, n.s, n.t) + " D=" + std::to_string(d) +
+                              " M=" + std::to_string(m));
                 }
 }
 
