@@ -19,8 +19,8 @@ if [ "${1-}" = --sanitize ]; then
     build=build-sanitize
     # They start in this order: none of the long ones is waited for at the end.
     suites="gate session train generate api tokenizer hostile_files formats"
-    # -O0 but for what is hot, -g1, one of four instruction sets: compiling takes most of the time, line
-    # numbers are enough, and the sets share their source. What is found ends the program: else
+    # -O0 but for what is hot, -g1, one of four instruction sets: compiling takes most of the time,
+    # line numbers are enough, and the sets share their source. What is found ends the program: else
     # undefined behaviour would be a message among the output of a test that has passed.
     [ -f $build/build.ninja ] || meson setup $build -Doptimization=0 -Ddebug=false \
         "-Dcpp_args=-g1 -fno-sanitize-recover=undefined" -Db_sanitize=address,undefined \

@@ -1,6 +1,6 @@
 // A device of this module: one stream in which everything is queued, a memory pool, the library
 // handle, and the first failure. The core makes one call at a time, so nothing here is locked.
-// nvcc reads this five times for each file of kernels, so what needs the larger headers of the
+// nvcc reads this several times for each file of kernels, so what needs the larger headers of the
 // standard library and cuBLAS is elsewhere: device_state.hpp, product.hpp.
 #pragma once
 
