@@ -18,16 +18,16 @@
 // exchanged three times a mini-batch: for Z2 and U, for dP2, and for dq and dk, which are read in
 // the next mini-batch; dU and dZ2 are handed out. So four waits.
 //
-// A mini-batch of 64 is four tiles of 16 under one state, read backwards: S = sum K^T P and s = sum
-// P of each layer over the tiles before, which the queries of a tile see times their rates. S and s
+// A mini-batch of 64 is four tiles of 16 under one state, read backwards: C = sum K^T P and c = sum
+// P of each layer over the tiles before, which the queries of a tile see times their rates. C and c
 // of all tiles come from the trace when the mini-batch begins, a tile's part is taken off when its
-// turn comes. The gradient after a tile is then that of S, dS: dW' and what the queries behind add,
+// turn comes. The gradient after a tile is then that of C, dC: dW' and what the queries behind add,
 //
-//   dU S2^T and dZQ1 S1^T beside dU W2^T and dZQ1 W1^T, times the rate,
-//   dS1 += (a / f Q)^T dZQ1, dS2 += (a / f XQ)^T dU, ds1, ds2 alike
+//   dU C2^T and dZQ1 C1^T beside dU W2^T and dZQ1 W1^T, times the rate,
+//   dC1 += (a / f Q)^T dZQ1, dC2 += (a / f XQ)^T dU, dc1 and dc2 alike
 //
 // and that of the state, which nobody reads before the next mini-batch, is added up beside it. That
-// and S lie in shared memory, of each warp its own units, as registers are full.
+// and C lie in shared memory, of each warp its own units, as registers are full.
 //
 // Counted, a mini-batch of a head: 21 products of 16 x 64 x 256 and small ones, 11 MFLOP, 240
 // matrix instructions a warp (7,100 in the whole code); measured on an H200, one warp on a
@@ -393,7 +393,7 @@ private:
     __device__ __forceinline__ void reverse(int number) {
         const int batch = number / X::tiles, first = number % X::tiles * M; // of a mini-batch
         const bool is_short = batch == p.batches - 1, ends = ends_batch(number);
-        const bool sums = parts && first > 0; // S and s are not 0
+        const bool sums = parts && first > 0; // C and c are not 0
         const int n = tokens_of(number);
         const int64_t token = int64_t(number) * M + row;
         const E *const k_tile = shared.tile(number, 0), *const q_tile = shared.tile(number, 1),
@@ -846,8 +846,8 @@ private:
     float weight[3] = {0, 0, 0};     // of the losses, as factors of |LN(z) - target|^2 / 2
     int wanted = 0;                  // bits: those that are not 0
     float da_last = 0, da_short = 0; // as in linear_reverse
-    // Where mini-batches have several tiles: s, and the gradient of the state before, of which that
-    // of W is in shared memory, as S is.
+    // Where mini-batches have several tiles: c, and the gradient of the state before, of which that
+    // of W is in shared memory, as C is.
     float sum1[2][2], gradient_b1[2][2];
     float2 sum2, gradient_b2;
     int pending = -1;
