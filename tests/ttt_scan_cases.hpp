@@ -73,6 +73,7 @@ struct ScanCase {
 
 struct ScanErrors {
     std::map<std::string, double> forward, gradient;
+    std::string no_gradient; // why there is none
     double worst(const std::map<std::string, double> &of) const {
         double x = 0;
         for (const auto &[name, e] : of)
@@ -240,8 +241,12 @@ private:
         });
         ScanErrors all;
         all.forward = errors(names, results, exact(scan.op, in, out, attr));
-        if (!backward || scan.vjp_misses(shape))
+        if (!backward)
             return all;
+        if (const char *misses = scan.vjp_misses(shape)) {
+            all.no_gradient = misses;
+            return all;
+        }
 
         in.push_back(random(c.type, rows, 1));
         for (const Shape &s : states)
@@ -283,6 +288,7 @@ private:
     OpRunner reference_;
     uint32_t seed_ = 0;
 };
+
 // Prints a line a case; false if one is off.
 inline bool check_scans(const std::vector<ScanCase> &cases, bool backward) {
     ScanChecker checker;
@@ -299,6 +305,8 @@ inline bool check_scans(const std::vector<ScanCase> &cases, bool backward) {
             for (const auto *errors : {&e.forward, &e.gradient})
                 for (const auto &[name, x] : *errors)
                     std::printf(" %s %.0e", name.c_str(), x);
+            if (!e.no_gradient.empty())
+                std::printf(" NO GRADIENT: %s", e.no_gradient.c_str());
             std::printf("\n");
             good = good && fine;
         } catch (const NoKernel &e) {

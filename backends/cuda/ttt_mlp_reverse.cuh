@@ -14,7 +14,8 @@
 //
 // State and gradient, 256 KiB for a head, are a multiprocessor's whole register file: on sm_90
 // blocks of a cluster share a head (ttt_mlp_units.cuh), 128 registers a thread for W1, W2 and their
-// gradients. Without clusters one block has it, and the compiler spills what does not fit. Sums are
+// gradients. Tests have it on one block too: there the compiler spills what does not fit, and in bf16
+// it wants 171 KiB of shared memory, more than 8.0 has. Sums are
 // exchanged three times a mini-batch: for Z2 and U, for dP2, and for dq and dk, which are read in
 // the next mini-batch; dU and dZ2 are handed out. So four waits.
 //

@@ -51,9 +51,9 @@ template <class X, bool traced> class MlpSplitScan : MlpUnits<X, 1> {
         Units::output, Units::tokens_of, Units::ends_batch, Units::last_token;
     using Units::goal_of, Units::goal_at;
     using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out;
-    using Units::over_dims, Units::over_rows, Units::small, Units::put_product, Units::add,
-        Units::add_bias, Units::sum_rows, Units::scale_rows, Units::multiply, Units::causal,
-        Units::activate, Units::start;
+    using Units::over_dims, Units::over_rows, Units::small, Units::over_units, Units::put_product,
+        Units::add, Units::add_bias, Units::sum_rows, Units::scale_rows, Units::multiply,
+        Units::causal, Units::activate, Units::start;
     using Units::p, Units::exchange, Units::at, Units::rank, Units::head, Units::stream, Units::h,
         Units::width, Units::short_n, Units::tiles, Units::last_n, Units::row, Units::unit,
         Units::offset, Units::g, Units::b;
@@ -203,14 +203,7 @@ private:
             sync_block();
             FragA<E> x;
             first_layer_of(x, shared.tile(tiles - 1, 0) + (last_n - 1) * ld);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                float c[4] = {};
-                FragB<E> y;
-                b_of(y, w2[j], at.lane);
-                mma(c, x, y);
-                put_last(j, c);
-            }
+            over_units(x, w2, [&](int j, const float(&c)[4]) { put_last(j, c); });
             sync_block();
             if (rank == split - 1 && at.thread == 0)
                 announce(exchange.deliveries, last_bytes);

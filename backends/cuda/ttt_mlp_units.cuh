@@ -209,16 +209,20 @@ protected:
             }
         }
     }
-    // This warp's part of x W, summed over its units
-    __device__ __forceinline__ void put_product(int which, const FragA<E> &x, const Weight &w) {
+    // visit(j, this warp's part of dims 8 j to 8 j + 7 of x W, summed over its units)
+    template <class Visit>
+    __device__ __forceinline__ void over_units(const FragA<E> &x, const Weight &w, Visit visit) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             float c[4] = {};
             FragB<E> y;
             b_of(y, w[j], at.lane);
             mma(c, x, y);
-            put(which, j, c);
+            visit(j, c);
         }
+    }
+    __device__ __forceinline__ void put_product(int which, const FragA<E> &x, const Weight &w) {
+        over_units(x, w, [&](int j, const float(&c)[4]) { put(which, j, c); });
     }
     // z += a y, y being columns 16 k to 16 k + 15 of a tile [16, ld], summed over its rows
     __device__ __forceinline__ void over_rows(float (&z)[2][4], const FragA<E> &a, const E *y,
@@ -523,9 +527,9 @@ protected:
     const MlpExchange<X, most> exchange;
     const Place at;
     const int rank, head, stream, h, width;
-    const int short_n, tiles,
-        last_n;          // tokens of the last mini-batch; all tiles, tokens of the last
-    const int row, unit; // this warp's token of a tile, its first hidden unit
+    const int short_n;       // tokens of the last mini-batch
+    const int tiles, last_n; // of the stream; tokens of the last one
+    const int row, unit;     // this warp's token of a tile, its first hidden unit
     const int64_t offset;
     unsigned phases = 0; // bits: the parity of the next
     float2 g, b;         // at dims 2 lane and 2 lane + 1
