@@ -451,6 +451,87 @@ TEST_P(CpuOps, ConvolutionAndRope) {
         }
 }
 
+// Chunk after chunk, every field of the state: by a rule, told, and with losses alone.
+TEST_P(CpuOps, Gates) {
+    if (on_host())
+        GTEST_SKIP() << "the host decides by its policies";
+    constexpr int64_t words = int64_t(sizeof(ponder_gate) / sizeof(int32_t));
+    const auto tensor_of = [](const ponder_gate &gate) {
+        const Tensor t(DType::i32, {words});
+        std::memcpy(t.block->data(), &gate, sizeof gate);
+        return t;
+    };
+    const auto expect_same = [](const Tensor &ours, const Tensor &expected) {
+        ponder_gate a, b;
+        std::memcpy(&a, ours.block->data(), sizeof a);
+        std::memcpy(&b, expected.block->data(), sizeof b);
+        const auto same = [](double x, double y) {
+            return (std::isnan(x) && std::isnan(y)) || x == y ||
+                   std::abs(x - y) <= 1e-12 * std::abs(y);
+        };
+        for (int i = 0; i < PONDER_GATE_SIGNALS; ++i)
+            EXPECT_TRUE(same(a.signals[i], b.signals[i])) << i;
+        for (int i = 0; i < PONDER_GATE_FIRST; ++i)
+            EXPECT_TRUE(same(a.first[i], b.first[i])) << i;
+        for (const auto field :
+             {&ponder_gate::threshold, &ponder_gate::rate, &ponder_gate::budget_left,
+              &ponder_gate::score, &ponder_gate::compared, &ponder_gate::gradient_norm,
+              &ponder_gate::update_norm})
+            EXPECT_TRUE(same(a.*field, b.*field)) << a.*field << " " << b.*field;
+        for (const auto field :
+             {&ponder_gate::seen, &ponder_gate::count, &ponder_gate::optimizer_steps,
+              &ponder_gate::calibrating, &ponder_gate::wanted, &ponder_gate::granted,
+              &ponder_gate::accepted})
+            EXPECT_EQ(a.*field, b.*field);
+    };
+    for (const int64_t rule : {PONDER_GATE_THRESHOLD, PONDER_GATE_CONTROLLED})
+        for (const int64_t signal : {PONDER_GATE_LOSS, PONDER_GATE_RECONSTRUCTION})
+            for (const double budget : {double(INFINITY), 0.6})
+                for (const int64_t steps : {1, 3}) {
+                    SCOPED_TRACE(std::to_string(rule) + std::to_string(signal) +
+                                 std::to_string(steps) + " " + std::to_string(budget));
+                    ponder_gate g{};
+                    g.rule = rule, g.signal = signal, g.steps = steps;
+                    g.target = 0.4, g.gain = 0.1, g.rate = 0.4, g.threshold = 0.1;
+                    g.budget_rate = budget, g.budget_burst = 4, g.budget_left = 2;
+                    g.guard_norm = 1;
+                    for (double &x : g.signals)
+                        x = NAN;
+                    Tensor state = tensor_of(g);
+                    for (int chunk = 0; chunk < 30; ++chunk) {
+                        const int64_t tokens = 5 + 40 * (chunk % 9);
+                        const double told = chunk % 10 == 7 ? double(steps) : chunk % 10 == 8 ? 0 : -1;
+                        const bool more = chunk % 3 != 0;
+                        const std::vector<Tensor> in{
+                            random(f32, {1, tokens}, 3), more ? random(f32, {1, tokens}, 3) : none(),
+                            more ? random(f32, {1, 3}, 1) : none(), state};
+                        const std::vector<Out> out{{DType::i32, {words}},
+                                                   told != 0 ? Out{DType::i32, {steps + 1}} : Out{},
+                                                   told != 0 ? Out{f32, {steps, 8}} : Out{}};
+                        const std::vector<double> attr{double(tokens - 1), told, 0.01, 0.9, 0.99,
+                                                       1e-8, 0.5};
+                        const auto ours = runner->run("gate", in, out, attr),
+                                   expected = oracle->run("gate", in, out, attr);
+                        expect_same(ours[0], expected[0]);
+                        if (told != 0) {
+                            EXPECT_TRUE(identical(ours[1], expected[1]));
+                            EXPECT_LE(relative_error(ours[2], expected[2]), 1e-6);
+                        }
+                        const int64_t n = 1000 + 77 * chunk;
+                        const std::vector<Tensor> update{
+                            more ? filled(f32, {1}, chunk % 5 == 4 ? NAN : 2) : none(),
+                            filled(f32, {1}, chunk % 4 == 3 ? 1.5 : 0.3), random(f32, {n}), ours[0]};
+                        const std::vector<Out> kept{{DType::i32, {words}}, {f32, {n}}};
+                        const double optimizer = chunk % 2;
+                        const auto taken = runner->run("commit", update, kept, {optimizer}),
+                                   wanted = oracle->run("commit", update, kept, {optimizer});
+                        expect_same(taken[0], wanted[0]);
+                        EXPECT_TRUE(identical(taken[1], wanted[1])); // or both untouched
+                        state = taken[0];
+                    }
+                }
+}
+
 TEST_P(CpuOps, Reductions) {
     for (int64_t n : {1, 7, 100, 20000}) {
         const Tensor x = random(f32, {n}), y = random(f32, {n});

@@ -113,6 +113,50 @@ TEST_F(Cuda, SessionsAreNearTheReferences) {
     }
 }
 
+// Many chunks in one call, decided on the device, are those that the host decided one by one.
+TEST_F(Cuda, ChunksAheadAreThoseByHand) {
+    const std::vector<Values> policies{
+        {{"adapter", "lora"}, {"policy", "always"}, {"steps", "3"}},
+        {{"adapter", "lora"}, {"policy", "every:2"}, {"inner.optimizer", "sgd"}},
+        {{"adapter", "lora"}, {"policy", "threshold:entropy:5"}, {"steps", "2"}},
+        {{"adapter", "lora"}, {"policy", "threshold:loss:0"}, {"steps", "3"}, {"budget.rate", "1.3"}},
+        {{"adapter", "lora"}, {"policy", "threshold:loss:99"}},
+        {{"adapter", "lora"}, {"policy", "ema:loss:0.5"}},
+        {{"adapter", "lora"}, {"policy", "ema:loss:0.5"}, {"guard.norm", "0.05"}},
+        {{"adapter", "none"}},
+        {{"adapter", "ttt-linear"}, {"policy", "always"}},
+        {{"adapter", "ttt-linear"}, {"policy", "ema:reconstruction:0.5"}},
+        {{"adapter", "ttt-mlp"}, {"policy", "threshold:loss:5.05"}},
+    };
+    for (const char *dtype : {"f32", "bf16"}) {
+        const auto device = load(tiny, "cuda", dtype);
+        for (const Values &values : policies) {
+            SCOPED_TRACE(values[0].second + " " + values.back().second + " " + dtype);
+            Session together(device, options_of(values)), apart(device, options_of(values));
+            for (const uint64_t seed : {11, 12}) {
+                const auto tokens = random_tokens(32 * 12, seed);
+                together.feed(tokens);
+                together.adapt(no_limits(together));
+                life(apart, tokens);
+            }
+            ASSERT_EQ(together.records().size(), apart.records().size());
+            for (size_t i = 0; i < apart.records().size(); ++i) {
+                const ponder_record &a = together.records()[i], &b = apart.records()[i];
+                EXPECT_EQ(a.loss_before, b.loss_before) << i;
+                EXPECT_EQ(a.flags, b.flags) << i;
+                EXPECT_EQ(a.steps, b.steps) << i;
+                EXPECT_EQ(a.steps_wanted, b.steps_wanted) << i;
+                EXPECT_EQ(a.flops, b.flops) << i;
+                EXPECT_TRUE(a.update_norm == b.update_norm ||
+                            (std::isnan(a.update_norm) && std::isnan(b.update_norm)))
+                    << i << " " << a.update_norm << " " << b.update_norm;
+            }
+            EXPECT_TRUE(std::equal(together.losses().begin(), together.losses().end(),
+                                   apart.losses().begin()));
+        }
+    }
+}
+
 TEST_F(Cuda, SnapshotsMoveBothWays) {
     const auto host = load(tiny, "reference", "f32"), device = load(tiny, "cuda", "f32");
     const auto tokens = random_tokens(32 * 6, 6);

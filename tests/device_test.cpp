@@ -35,6 +35,73 @@ const std::vector<Values> cases{
     {{"adapter", "ttt-mlp"}, {"policy", "every:2"}},
 };
 
+// Those whose chunks need nothing of the host between them, and those that do.
+const std::vector<Values> ahead_cases{
+    {{"adapter", "lora"}, {"policy", "always"}},
+    {{"adapter", "lora"}, {"policy", "always"}, {"steps", "3"}},
+    {{"adapter", "lora"}, {"policy", "every:2"}, {"inner.optimizer", "sgd"}},
+    {{"adapter", "lora"}, {"policy", "random:0.5"}, {"steps", "2"}, {"budget.rate", "0.7"},
+     {"budget.burst", "3"}},
+    {{"adapter", "lora"}, {"policy", "first:0.5"}},
+    {{"adapter", "lora"}, {"policy", "threshold:loss:5.05"}},
+    {{"adapter", "lora"}, {"policy", "threshold:entropy:5"}, {"steps", "2"}},
+    {{"adapter", "lora"}, {"policy", "threshold:update_norm:0.1"}},
+    {{"adapter", "lora"}, {"policy", "threshold:loss:0"}, {"steps", "3"}, {"budget.rate", "1.3"},
+     {"budget.burst", "4"}},
+    {{"adapter", "lora"}, {"policy", "ema:loss:0.5"}},
+    {{"adapter", "lora"}, {"policy", "ema:entropy:0.3"}, {"steps", "2"}},
+    {{"adapter", "lora"}, {"policy", "always"}, {"guard.norm", "0.05"}},
+    {{"adapter", "lora"}, {"policy", "ema:loss:0.5"}, {"inner.lr", "99"}},
+    {{"adapter", "lora"}, {"policy", "skip"}},
+    {{"adapter", "none"}},
+    {{"adapter", "ttt-linear"}, {"policy", "always"}},
+    {{"adapter", "ttt-linear"}, {"policy", "every:3"}, {"ttt.carry", "0"}},
+    {{"adapter", "ttt-linear"}, {"policy", "ema:reconstruction:0.5"}},
+    {{"adapter", "ttt-linear"}, {"policy", "threshold:loss:5.05"}, {"ttt.form", "ponder"}},
+    {{"adapter", "ttt-mlp"}, {"policy", "ema:loss:0.5"}, {"budget.rate", "0.4"}},
+    {{"adapter", "lora"}, {"policy", "threshold:gradient_norm:0.3"}},
+    {{"adapter", "lora"}, {"policy", "ema:loss:0.5"}, {"record.loss_after", "1"}},
+    {{"adapter", "lora"}, {"policy", "oracle:0.5"}},
+};
+
+// Many chunks in one call, then some by hand, then many again: records without times, then the
+// losses of the last chunk, then the snapshot.
+std::vector<std::byte> calls(const std::shared_ptr<const Model> &model, const Values &values) {
+    Session session(model, options_of(values));
+    session.expect(40);
+    std::vector<std::byte> all;
+    const auto add = [&](const void *data, size_t size) {
+        const auto *from = static_cast<const std::byte *>(data);
+        all.insert(all.end(), from, from + size);
+    };
+    for (const uint64_t seed : {21, 22, 23}) {
+        session.feed(random_tokens(16 * 12 + 5, seed));
+        session.adapt(no_limits(session));
+        session.feed(random_tokens(16 * 2, seed + 10));
+        for (int i = 0; i < 2; ++i) {
+            session.score(no_limits(session));
+            session.learn(-1, no_limits(session));
+        }
+        add(session.losses().data(), session.losses().size_bytes());
+    }
+    session.flush(no_limits(session));
+    const std::vector<std::byte> saved = session.save();
+    for (ponder_record r : session.records()) {
+        r.score_ns = r.decide_ns = r.learn_ns = r.bytes = 0;
+        add(&r, sizeof r);
+    }
+    add(session.losses().data(), session.losses().size_bytes());
+    Session other(model, options_of(values));
+    other.load(saved, "snapshot");
+    other.feed(random_tokens(16 * 6, 30));
+    other.adapt(no_limits(other));
+    for (ponder_record r : other.records()) {
+        r.score_ns = r.decide_ns = r.learn_ns = r.bytes = 0;
+        add(&r, sizeof r);
+    }
+    return all;
+}
+
 // Records without times, then the losses of every chunk, then the snapshot.
 std::vector<std::byte> life(const std::shared_ptr<const Model> &model, const Values &values,
                             bool restore) {
@@ -82,6 +149,70 @@ TEST(DeviceMemory, SessionsAreThoseOfTheHost) {
         EXPECT_EQ(life(host, values, true), life(device, values, true)) << values[0].second;
     EXPECT_GT(offset::control.replays, 0u);
     EXPECT_GT(offset::control.joined, 0u); // linear and gelu
+}
+
+TEST(DeviceMemory, ChunksAheadAreThoseOfTheHost) {
+    for (const char *dtype : {"f32", "bf16"}) {
+        const auto host = load("reference", dtype), device = load("offset", dtype);
+        for (const Values &values : ahead_cases) {
+            SCOPED_TRACE(values[0].second + " " + values.back().second + " " + dtype);
+            const auto expected = calls(host, values);
+            EXPECT_EQ(expected, calls(device, values));
+            offset::control.no_conditions = true; // as with an old driver
+            EXPECT_EQ(expected, calls(device, values));
+            offset::control.no_conditions = false;
+        }
+    }
+}
+
+TEST(DeviceMemory, NobodyWaitsForAChunk) {
+    const auto device = load("offset", "f32");
+    const auto waits = [&](const Values &values) {
+        Session session(device, options_of(values));
+        session.expect(100);
+        session.feed(random_tokens(16 * 9, 7));
+        session.adapt(no_limits(session)); // both contexts, both sets of fast weights
+        offset::Control &c = offset::control;
+        const size_t downloads = c.downloads, uploads = c.uploads, replays = c.replays,
+                     sent = c.sent, kernels = c.kernels;
+        c.most_under_way = 0;
+        session.feed(random_tokens(16 * 8, 8));
+        session.adapt(no_limits(session));
+        EXPECT_EQ(c.sent - sent, 8u);
+        EXPECT_EQ(c.replays - replays, 8u);
+        EXPECT_EQ(c.uploads - uploads, 9u); // tokens; the policy's state once
+        EXPECT_EQ(c.kernels - kernels, 0u);
+        EXPECT_EQ(c.most_under_way, 4u);
+        return c.downloads - downloads;
+    };
+    for (const size_t i : {0, 1, 5, 9, 13, 15, 17, 18}) {
+        SCOPED_TRACE(ahead_cases[i][0].second + " " + ahead_cases[i].back().second);
+        EXPECT_EQ(waits(ahead_cases[i]), 0u);
+    }
+}
+
+// What was queued before a call is cancelled counts, and nothing else changes.
+TEST(DeviceMemory, ACancelledCallKeepsWhatItFinished) {
+    const auto host = load("reference", "f32"), device = load("offset", "f32");
+    const Values values{{"adapter", "lora"}, {"policy", "ema:loss:0.5"}};
+    Session session(device, options_of(values));
+    session.feed(random_tokens(16 * 30, 31));
+    ponder_call call{};
+    call.struct_size = sizeof call;
+    call.progress = [](void *, uint64_t done, uint64_t) -> int32_t {
+        return done >= 16 * 10;
+    };
+    EXPECT_THROW(session.adapt(CallGuard(session.cancel_flag(), &call)), Error);
+    const uint64_t chunks = session.info().chunks_scored;
+    EXPECT_GE(chunks, 10u);
+    EXPECT_LT(chunks, 20u);
+    EXPECT_EQ(session.info().tokens_waiting, 16 * (30 - chunks));
+    session.adapt(no_limits(session));
+    Session whole(host, options_of(values));
+    whole.feed(random_tokens(16 * 30, 31));
+    whole.adapt(no_limits(whole));
+    for (size_t i = 0; i < 30; ++i)
+        EXPECT_EQ(session.records()[i].loss_before, whole.records()[i].loss_before) << i;
 }
 
 TEST(DeviceMemory, SnapshotsMove) {
@@ -191,14 +322,15 @@ TEST(DeviceMemory, ATokenIsOneReplay) {
     EXPECT_EQ(two.downloads, 2u);
 }
 
-TEST(DeviceMemory, AnUpdateReadsBackTwice) {
+TEST(DeviceMemory, AnUpdateByHandReadsBackTwice) {
     const auto device = load("offset", "f32");
     Session session(device, options_of({{"adapter", "lora"}, {"policy", "always"}}));
     session.feed(random_tokens(16 * 4, 7));
     session.adapt(no_limits(session));
     session.feed(random_tokens(16, 8));
     const size_t before = offset::control.downloads;
-    session.adapt(no_limits(session));
+    session.score(no_limits(session));
+    session.learn(-1, no_limits(session));
     EXPECT_EQ(offset::control.downloads - before, 2u); // losses; norms
 }
 

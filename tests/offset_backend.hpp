@@ -29,24 +29,37 @@ inline void *to_device(void *address) {
     return address ? reinterpret_cast<void *>(uint64_t(address) + distance) : nullptr;
 }
 
+using Work = std::vector<std::function<void()>>;
+
 struct Recording {
-    std::vector<std::function<void()>> work;
+    Work work;
+};
+
+struct Mailbox {
+    std::vector<std::byte> bytes;
+    size_t end = 0; // of the queue's work, counted from the device's first, when it was sent
 };
 
 struct Device {
     ponder_device *reference;
-    std::vector<std::function<void()>> queue;
+    Work queue;
+    size_t done = 0; // of all work so far
     std::unique_ptr<Recording> recording;
+    // Conditions that are open: their flags, and what was recorded around each.
+    std::vector<std::pair<const int32_t *, Work>> conditions;
     std::map<void *, size_t> blocks;
-    size_t in_use = 0;
+    size_t in_use = 0, under_way = 0; // bytes; mailboxes sent and not received
 
     void add(std::function<void()> work) {
         (recording ? recording->work : queue).push_back(std::move(work));
     }
-    void drain() {
-        for (const auto &work : queue)
-            work();
-        queue.clear();
+    void drain() { drain_to(done + queue.size()); }
+    void drain_to(size_t end) {
+        const size_t count = end > done ? end - done : 0;
+        for (size_t i = 0; i < count; ++i)
+            queue[i]();
+        queue.erase(queue.begin(), queue.begin() + std::ptrdiff_t(count));
+        done += count;
     }
 };
 
@@ -55,7 +68,8 @@ struct Control {
     std::atomic<size_t> limit{SIZE_MAX}; // of device memory in use
     std::atomic<size_t> replays{0}, downloads{0}, joined{0};
     std::atomic<size_t> uploads{0}, copies{0}, kernels{0}; // kernels: not of a replay
-    std::atomic<bool> broken{false};
+    std::atomic<size_t> sent{0}, most_under_way{0}; // downloads that were not waited for at once
+    std::atomic<bool> broken{false}, no_conditions{false};
 };
 inline Control control;
 
@@ -490,6 +504,51 @@ inline const ponder_backend *backend() {
         };
         b.drop_recording = [](ponder_device *, void *recording) {
             delete static_cast<Recording *>(recording);
+        };
+        b.record_if = [](ponder_device *device, const int32_t *flag) -> int32_t {
+            Device &d = device_of(device);
+            if (control.no_conditions)
+                return 1;
+            d.conditions.emplace_back(flag, std::exchange(d.recording->work, {}));
+            return 0;
+        };
+        b.record_end_if = [](ponder_device *device) -> int32_t {
+            Device &d = device_of(device);
+            auto [flag, around] = std::move(d.conditions.back());
+            d.conditions.pop_back();
+            around.push_back([flag = flag, inner = std::move(d.recording->work)] {
+                if (*static_cast<const int32_t *>(to_host(flag)))
+                    for (const auto &work : inner)
+                        work();
+            });
+            d.recording->work = std::move(around);
+            return 0;
+        };
+        b.mailbox = [](ponder_device *, size_t size) -> void * {
+            return new Mailbox{std::vector<std::byte>(size), 0};
+        };
+        b.drop_mailbox = [](ponder_device *device, void *mailbox) {
+            device_of(device).drain();
+            delete static_cast<Mailbox *>(mailbox);
+        };
+        b.send = [](ponder_device *device, void *mailbox, const void *from,
+                    size_t size) -> int32_t {
+            Device &d = device_of(device);
+            auto *const box = static_cast<Mailbox *>(mailbox);
+            d.add([=] { std::memcpy(box->bytes.data(), to_host(from), size); });
+            box->end = d.done + d.queue.size();
+            ++control.sent;
+            ++d.under_way;
+            control.most_under_way = std::max<size_t>(control.most_under_way, d.under_way);
+            return control.broken;
+        };
+        b.receive = [](ponder_device *device, void *mailbox, void *to, size_t size) -> int32_t {
+            Device &d = device_of(device);
+            const auto *const box = static_cast<Mailbox *>(mailbox);
+            d.drain_to(box->end);
+            std::memcpy(to, box->bytes.data(), size);
+            --d.under_way;
+            return control.broken;
         };
         return b;
     }();

@@ -30,6 +30,15 @@ struct DeviceState {
     // What the last few calls wrote: a ring; see run() in module.cpp.
     std::array<std::vector<Range>, 4> recent;
     size_t next_recent = 0;
+
+    // Conditions of the recording under way that are open, and streams for what is in them, by
+    // depth; see condition.cu.
+    struct Condition {
+        cudaStream_t around;
+        cudaGraphNode_t node;
+    };
+    std::vector<Condition> conditions;
+    std::vector<cudaStream_t> body_streams;
 };
 
 } // namespace ponder::cuda

@@ -1,8 +1,10 @@
 // The module's descriptor. The runtime library is linked in and opens the driver when it is first
 // used, so the module loads on machines without one and says what is missing.
 #include "blas.hpp"
+#include "condition.hpp"
 #include "device_state.hpp"
 #include "group.hpp"
+#include "mailbox.hpp"
 #include "ops.hpp"
 
 #include <algorithm>
@@ -19,6 +21,8 @@ ponder_device::~ponder_device() {
     ponder::cuda::group_leave(this);
     for (const auto &[constant, copy] : state->narrow)
         cudaFreeAsync(copy.to, stream);
+    for (const cudaStream_t body : state->body_streams)
+        cudaStreamDestroy(body);
     delete state;
     if (blas)
         ponder::cuda::blas().Destroy(blas);
@@ -118,6 +122,8 @@ constexpr Named ops[] = {
     {"adam_vjp", plan_adam_vjp},
     {"sgd_vjp", plan_sgd_vjp},
     {"adamw", plan_adamw},
+    {"gate", plan_gate},
+    {"commit", plan_commit},
     {"embedding_vjp", plan_embedding_vjp},
     {"layer_norm_vjp_weight", plan_layer_norm_vjp_weight},
     {"matmul_tn_sum", plan_matmul_tn_sum},
@@ -300,6 +306,7 @@ int32_t record(ponder_device *device) {
 void *record_end(ponder_device *device) {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t recording = nullptr;
+    abandon_conditions(device);
     if (cudaStreamEndCapture(device->stream, &graph) == cudaSuccess && graph)
         if (cudaGraphInstantiate(&recording, graph, 0) != cudaSuccess)
             recording = nullptr;
@@ -392,6 +399,12 @@ constexpr ponder_backend descriptor = {
     .group_key = group_key,
     .group_join = group_join,
     .group_sum = group_sum,
+    .record_if = record_if,
+    .record_end_if = record_end_if,
+    .mailbox = mailbox,
+    .drop_mailbox = drop_mailbox,
+    .send = send,
+    .receive = receive,
 };
 
 } // namespace

@@ -30,6 +30,7 @@ int32_t plan_conv1d(const Call &), plan_conv1d_rope(const Call &), plan_conv1d_v
 int32_t plan_ttt_linear(const Call &), plan_ttt_mlp(const Call &), plan_ttt_linear_vjp(const Call &),
         plan_ttt_mlp_vjp(const Call &);
 int32_t plan_mean(const Call &), plan_mean_vjp(const Call &), plan_norm(const Call &);
+int32_t plan_gate(const Call &), plan_commit(const Call &);
 int32_t plan_adam(const Call &), plan_sgd(const Call &), plan_adamw(const Call &),
         plan_adam_vjp(const Call &), plan_sgd_vjp(const Call &);
 int32_t plan_add(const Call &), plan_sub(const Call &), plan_mul(const Call &),

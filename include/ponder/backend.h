@@ -104,6 +104,40 @@ typedef struct ponder_backend_host {
     void (*log)(void *user_data, int32_t level, const char *message);
 } ponder_backend_host;
 
+/* What decides on a stream's chunks where that happens on the device: the state of the ops `gate` and
+ * `commit` (src/tensor/ops.hpp), in the device's memory. Doubles and 64-bit integers, so that it has
+ * no gaps. */
+enum ponder_gate_rule {
+    PONDER_GATE_THRESHOLD = 1, /* update where the signal is above the threshold, or unknown */
+    PONDER_GATE_CONTROLLED = 2 /* the threshold follows the rate of updates */
+};
+enum ponder_gate_signal {
+    PONDER_GATE_LOSS = 0,
+    PONDER_GATE_ENTROPY = 1,
+    PONDER_GATE_RECONSTRUCTION = 2,
+    PONDER_GATE_UPDATE_NORM = 3,
+    PONDER_GATE_SIGNALS = 4
+};
+#define PONDER_GATE_FIRST 8 /* chunks from which a controlled threshold starts */
+typedef struct ponder_gate {
+    /* settings */
+    int64_t rule, signal;
+    int64_t steps;                     /* wanted where it updates */
+    double target, gain;               /* of the control */
+    double budget_rate, budget_burst;  /* a token bucket; rate infinite: none */
+    double guard_norm;                 /* an update further away is not taken */
+    /* carried from chunk to chunk */
+    double signals[PONDER_GATE_SIGNALS]; /* of the last chunk that had one; NaN: none had */
+    double threshold, rate, budget_left;
+    int64_t seen, count;               /* of the first chunks: all, those with a signal */
+    double first[PONDER_GATE_FIRST];   /* their signals */
+    int64_t optimizer_steps;
+    /* of the last chunk */
+    double score, compared;            /* the signal, and with what; NaN: with nothing */
+    int64_t calibrating, wanted, granted, accepted;
+    double gradient_norm, update_norm;
+} ponder_gate;
+
 typedef struct ponder_device ponder_device;
 
 typedef struct ponder_backend {
@@ -177,6 +211,19 @@ typedef struct ponder_backend {
                           double patience, char *why, size_t size);
     int32_t (*group_sum)(ponder_device *device, float *values, size_t count, double patience,
                          char *why, size_t size);
+
+    /* What is noted down between the two is made only where *flag, an i32 in device memory, is not 0
+     * when the replay comes to it; they nest. record_if: not 0 if that is not possible, and then the
+     * recording has to be given up. NULL where there is no such thing. */
+    int32_t (*record_if)(ponder_device *device, const int32_t *flag);
+    int32_t (*record_end_if)(ponder_device *device);
+    /* A mailbox is a place for one download that nobody waits for yet: send queues it, receive waits
+     * for it alone. mailbox: NULL when there is no memory for it. Where it is NULL there is no such
+     * thing. */
+    void *(*mailbox)(ponder_device *device, size_t size);
+    void (*drop_mailbox)(ponder_device *device, void *mailbox);
+    int32_t (*send)(ponder_device *device, void *mailbox, const void *buffer, size_t size);
+    int32_t (*receive)(ponder_device *device, void *mailbox, void *host, size_t size);
 } ponder_backend;
 
 typedef const ponder_backend *(*ponder_backend_query_fn)(void);

@@ -137,17 +137,31 @@ void UpdateRuleOf<T>::run(const Program &program, const Program::Bindings &at,
 }
 
 template <class T>
+Program::Bindings UpdateRuleOf<T>::of_step(const State &old, const State &fresh, const T *gradient,
+                                           const T *h, T *norm) const {
+    Program::Bindings at(step_program_->graph().values().size());
+    bind(at, step_.in, old, gradient, h, norm);
+    put(at, step_.w2, fresh.weights);
+    put(at, step_.m2, fresh.first_moment);
+    put(at, step_.v2, fresh.second_moment);
+    return at;
+}
+
+template <class T>
 void UpdateRuleOf<T>::step(const State &old, const State &fresh, const T *gradient, uint64_t step,
                            std::byte *workspace) const {
     Scalars *const at_front = scalars(workspace);
     const std::array<T, 8> h = hyperparameters(step);
     device_->upload(at_front->h, h.data(), sizeof h);
-    Program::Bindings at(step_program_->graph().values().size());
-    bind(at, step_.in, old, gradient, at_front->h, &at_front->norm);
-    put(at, step_.w2, fresh.weights);
-    put(at, step_.m2, fresh.first_moment);
-    put(at, step_.v2, fresh.second_moment);
-    run(*step_program_, at, workspace);
+    run(*step_program_, of_step(old, fresh, gradient, at_front->h, &at_front->norm), workspace);
+}
+
+template <class T>
+void UpdateRuleOf<T>::enqueue_step(const State &old, const State &fresh, const T *gradient,
+                                   const T *h, T *norm, std::byte *workspace,
+                                   const Device::Queue &queue) const {
+    step_program_->enqueue(0, of_step(old, fresh, gradient, h, norm), nullptr,
+                           workspace + sizeof(Scalars), queue);
 }
 
 template <class T>
@@ -172,12 +186,32 @@ void UpdateRuleOf<T>::vjp(const State &old, const T *gradient, uint64_t step, co
 }
 
 template <class T>
-void UpdateRuleOf<T>::distance(const T *a, const T *b, std::byte *workspace) const {
+Program::Bindings UpdateRuleOf<T>::of_distance(const T *a, const T *b, T *distance) const {
     Program::Bindings at(distance_program_->graph().values().size());
     put(at, distance_.a, a);
     put(at, distance_.b, b);
-    put(at, distance_.out, &scalars(workspace)->distance);
-    run(*distance_program_, at, workspace);
+    put(at, distance_.out, distance);
+    return at;
+}
+
+template <class T>
+void UpdateRuleOf<T>::distance(const T *a, const T *b, std::byte *workspace) const {
+    run(*distance_program_, of_distance(a, b, &scalars(workspace)->distance), workspace);
+}
+
+template <class T>
+void UpdateRuleOf<T>::enqueue_distance(const T *a, const T *b, T *distance, std::byte *workspace,
+                                       const Device::Queue &queue) const {
+    distance_program_->enqueue(0, of_distance(a, b, distance), nullptr,
+                               workspace + sizeof(Scalars), queue);
+}
+
+template <class T> void UpdateRuleOf<T>::hyperparameters(GateCall &call) const {
+    call.lr = lr_;
+    call.beta1 = beta1_;
+    call.beta2 = beta2_;
+    call.epsilon = epsilon_;
+    call.clip = clip_;
 }
 
 template <class T> void UpdateRuleOf<T>::norm(const T *a, std::byte *workspace) const {

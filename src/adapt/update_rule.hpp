@@ -43,6 +43,12 @@ public:
              const State &before, const Adjoint &to, std::byte *workspace) const;
 
     void distance(const T *a, const T *b, std::byte *workspace) const; // |a - b|
+    // The same two as part of what a caller records: the hyperparameters of the step come from `h`,
+    // the numbers go to `norm` and `distance`, all in the device's memory.
+    void enqueue_step(const State &old, const State &fresh, const T *gradient, const T *h, T *norm,
+                      std::byte *workspace, const Device::Queue &queue) const;
+    void enqueue_distance(const T *a, const T *b, T *distance, std::byte *workspace,
+                          const Device::Queue &queue) const;
     void norm(const T *a, std::byte *workspace) const;
     // to = from + scale (to - from); may use `scratch`, as long as the two.
     void rescale(const T *from, T *to, double scale, T *scratch, std::byte *workspace) const;
@@ -54,6 +60,7 @@ public:
     Numbers numbers(std::byte *workspace) const;
 
     size_t workspace_bytes() const; // of one worker
+    void hyperparameters(GateCall &) const; // what a device makes hyperparameters of
 
 private:
     // In front of the workspace.
@@ -70,6 +77,9 @@ private:
     void bind(Program::Bindings &at, const Step &ids, const State &old, const T *gradient,
               const T *h, const T *norm) const;
     std::array<T, 8> hyperparameters(uint64_t step) const;
+    Program::Bindings of_step(const State &old, const State &fresh, const T *gradient, const T *h,
+                              T *norm) const;
+    Program::Bindings of_distance(const T *a, const T *b, T *distance) const;
     void run(const Program &program, const Program::Bindings &at, std::byte *workspace) const;
 
     std::shared_ptr<const Device> device_;

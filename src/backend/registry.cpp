@@ -295,6 +295,32 @@ void *Device::resident(const void *constant, size_t size) const {
     return block;
 }
 
+Device::Mailbox::Mailbox(std::shared_ptr<const Device> device, size_t size)
+    : device_(std::move(device)) {
+    std::lock_guard lock(device_->mutex_);
+    box_ = device_->backend_->mailbox(device_->device_, size);
+    if (!box_)
+        throw_error(PONDER_E_NO_MEMORY, "backend '%s': no %zu bytes of memory for downloads",
+                    device_->backend_->name, size);
+}
+
+Device::Mailbox::~Mailbox() {
+    if (!box_)
+        return;
+    std::lock_guard lock(device_->mutex_);
+    device_->backend_->drop_mailbox(device_->device_, box_);
+}
+
+void Device::Mailbox::send(const void *from, size_t size) const {
+    std::lock_guard lock(device_->mutex_);
+    device_->expect(device_->backend_->send(device_->device_, box_, from, size));
+}
+
+void Device::Mailbox::receive(void *to, size_t size) const {
+    std::lock_guard lock(device_->mutex_);
+    device_->expect(device_->backend_->receive(device_->device_, box_, to, size));
+}
+
 void Device::refresh(const void *constant) const {
     if (!on_host()) {
         std::lock_guard lock(mutex_);

@@ -96,6 +96,13 @@ public:
         bool can_record() const { return device_.backend_->record != nullptr; }
         bool record() const { return device_.backend_->record(device_.device_) == 0; }
         void *record_end() const { return device_.backend_->record_end(device_.device_); }
+        // What is recorded until end_if() is made where the flag, in the device's memory, is set.
+        bool record_if(const int32_t *flag) const {
+            return device_.backend_->record_if(device_.device_, flag) == 0;
+        }
+        bool record_end_if() const {
+            return device_.backend_->record_end_if(device_.device_) == 0;
+        }
         void replay(void *recording) const {
             device_.expect(device_.backend_->replay(device_.device_, recording));
         }
@@ -107,6 +114,24 @@ public:
         const Device &device_;
         std::lock_guard<std::mutex> lock_;
     };
+
+    // A place for a download that is waited for later, and alone.
+    class Mailbox {
+    public:
+        Mailbox(std::shared_ptr<const Device> device, size_t size); // PONDER_E_NO_MEMORY
+        Mailbox(Mailbox &&other) noexcept
+            : device_(std::move(other.device_)), box_(std::exchange(other.box_, nullptr)) {}
+        Mailbox &operator=(Mailbox &&) = delete;
+        ~Mailbox();
+        void send(const void *from, size_t size) const;
+        void receive(void *to, size_t size) const;
+
+    private:
+        std::shared_ptr<const Device> device_;
+        void *box_;
+    };
+    bool has_mailboxes() const { return backend_->mailbox != nullptr; }
+    bool can_record_if() const { return backend_->record_if != nullptr; }
 
     const ponder_backend &backend() const { return *backend_; }
     size_t packed_bytes() const { return backend_->packed_bytes(device_); }

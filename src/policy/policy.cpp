@@ -11,6 +11,28 @@ namespace ponder {
 
 namespace {
 
+// The signals that a device can read; the norm of a gradient is not known when it decides.
+bool signal_to_device(Signal signal, ponder_gate &g) {
+    switch (signal) {
+    case Signal::loss:
+        g.signal = PONDER_GATE_LOSS;
+        return true;
+    case Signal::entropy:
+        g.signal = PONDER_GATE_ENTROPY;
+        return true;
+    case Signal::reconstruction:
+        g.signal = PONDER_GATE_RECONSTRUCTION;
+        return true;
+    case Signal::update_norm:
+        g.signal = PONDER_GATE_UPDATE_NORM;
+        return true;
+    case Signal::gradient_norm:
+    case Signal::none:
+        break;
+    }
+    return false;
+}
+
 struct Always final : Policy {
     Decision decide(const Situation &, Random &) override { return {true}; }
 };
@@ -53,6 +75,11 @@ struct Threshold final : Policy {
         return {std::isnan(score) || score > threshold, std::isnan(score), score, threshold};
     }
     Signal reads() const override { return signal; }
+    bool to_device(ponder_gate &g) const override {
+        g.rule = PONDER_GATE_THRESHOLD;
+        g.threshold = threshold;
+        return signal_to_device(signal, g);
+    }
     const Signal signal;
     const double threshold;
 };
@@ -91,6 +118,24 @@ struct Ema final : Policy {
     }
 
     Signal reads() const override { return signal; }
+    bool to_device(ponder_gate &g) const override {
+        static_assert(calibration == PONDER_GATE_FIRST);
+        g.rule = PONDER_GATE_CONTROLLED;
+        g.target = target;
+        g.gain = gain;
+        g.rate = rate;
+        g.threshold = threshold;
+        g.seen = int64_t(seen);
+        g.count = int64_t(first.size());
+        std::copy(first.begin(), first.end(), g.first);
+        return signal_to_device(signal, g);
+    }
+    void from_device(const ponder_gate &g) override {
+        rate = g.rate;
+        threshold = g.threshold;
+        seen = size_t(g.seen);
+        first.assign(g.first, g.first + g.count);
+    }
     std::vector<double> state() const override {
         std::vector<double> values{rate, threshold, double(seen)};
         values.insert(values.end(), first.begin(), first.end());

@@ -3,6 +3,7 @@
 
 #include "base/random.hpp"
 #include "policy/features.hpp"
+#include "ponder/backend.h"
 #include "ponder/ponder.h"
 
 #include <cstdint>
@@ -32,8 +33,9 @@ struct Situation {
 struct Decision {
     bool update = false;
     bool calibrating = false;
-    double score = std::numeric_limits<double>::quiet_NaN(); // what was compared ...
-    double threshold = score;                                // ... with what
+    // What was compared, and with what; NaN: nothing was.
+    double score = std::numeric_limits<double>::quiet_NaN();
+    double threshold = std::numeric_limits<double>::quiet_NaN();
     int32_t steps = -1; // inner steps, -1 = the session's option
     double scale = 1;   // on the update
 };
@@ -59,6 +61,10 @@ public:
         return 0;
     }
     virtual uint64_t horizon() const { return 0; }
+    // Where a device can decide in this policy's place: its rule and state, but for what
+    // ponder_gate has of the session. Returns whether it can; what became of the state comes back.
+    virtual bool to_device(ponder_gate &) const { return false; }
+    virtual void from_device(const ponder_gate &) {}
     // Everything that changes over a stream.
     virtual std::vector<double> state() const { return {}; }
     virtual void set_state(const std::vector<double> &) {}

@@ -159,7 +159,7 @@ void Session::finish(ponder_record &record) {
     record.flags &= ~uint32_t(PONDER_RECORD_SCORED_ONLY);
     updated_ += (record.flags & PONDER_RECORD_UPDATED) != 0;
     steps_taken_ += uint64_t(record.steps);
-    record.update_rate = double(updated_) / double(chunks_);
+    record.update_rate = double(updated_) / double(record.chunk + 1);
     policy_->learned(record);
     records_.back() = record;
     open_ = false;

@@ -42,9 +42,9 @@ void Session::reserve(const Pass &pass) {
     fit(workspace_, each * (alone_ ? 1 : device->workers()));
 }
 
-Program::Bindings Session::bindings(const FastState &weights) {
-    const Recording &r = open_pass_->recording;
-    Program::Bindings at(open_pass_->program->graph().values().size());
+Program::Bindings Session::bindings(const Pass &pass, const FastState &weights) {
+    const Recording &r = pass.recording;
+    Program::Bindings at(pass.program->graph().values().size());
     const auto bind = [&](Id id, void *address) {
         if (id != none)
             at[size_t(id)] = address;
@@ -68,7 +68,7 @@ Program::Bindings Session::bindings(const FastState &weights) {
 }
 
 void Session::run_score(const FastState &weights, std::vector<float> &nll, const CallGuard &guard) {
-    run_segment(score_segment, bindings(weights), guard);
+    run_segment(score_segment, bindings(*open_pass_, weights), guard);
     outputs_.read(results_.data(), results_.size());
     const float *const losses = results_.data(), *const entropies = losses + padded(chunk_);
     std::copy_n(losses, open_tokens_, nll.begin());
@@ -77,7 +77,7 @@ void Session::run_score(const FastState &weights, std::vector<float> &nll, const
 }
 
 void Session::run_backward(const FastState &weights, const CallGuard &guard) {
-    run_segment(learn_segment, bindings(weights), guard);
+    run_segment(learn_segment, bindings(*open_pass_, weights), guard);
     tape_ = false; // its places have been used again
 }
 
@@ -95,6 +95,15 @@ double Session::mean(const std::vector<float> &per_token) const {
     return sum / double(open_tokens_ - 1);
 }
 
+void Session::upload_inputs() {
+    std::copy(open_ids_.begin(), open_ids_.end(), ids_.begin());
+    const auto scored = open_ids_.end() - open_tokens_;
+    int32_t *const targets = ids_.data() + padded(context_);
+    std::copy(scored + 1, open_ids_.end(), targets);
+    targets[open_tokens_ - 1] = -1;
+    inputs_.write(ids_.data(), ids_.size());
+}
+
 // The open chunk's forward pass with its activations; again after a restore.
 void Session::ensure_tape(const CallGuard &guard) {
     if (tape_)
@@ -102,12 +111,7 @@ void Session::ensure_tape(const CallGuard &guard) {
     const int64_t total = int64_t(open_ids_.size());
     open_pass_ = adapted_->pass(shape(total, open_tokens_, ran_inside_), open_tokens_ == chunk_);
     reserve(*open_pass_);
-    std::copy(open_ids_.begin(), open_ids_.end(), ids_.begin());
-    const auto scored = open_ids_.end() - open_tokens_;
-    int32_t *const targets = ids_.data() + padded(context_);
-    std::copy(scored + 1, open_ids_.end(), targets);
-    targets[open_tokens_ - 1] = -1;
-    inputs_.write(ids_.data(), ids_.size());
+    upload_inputs();
     run_score(current_, nll_, guard);
     tape_ = true;
     gradient_ready_ = false;
@@ -125,7 +129,7 @@ std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat) {
         ensure_tape(unlimited);
         if (segment == learn_segment && open_pass_->recording.gradient.empty())
             break;
-        open_pass_->program->profile(segment, bindings(current_), arena_.data(), workspace_.data(),
+        open_pass_->program->profile(segment, bindings(*open_pass_, current_), arena_.data(), workspace_.data(),
                                      times);
     }
     // The chunk's losses stay those of its own scoring.

@@ -25,13 +25,25 @@ bool Session::score(const CallGuard &guard) {
     return true;
 }
 
-void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
-    const uint64_t start = now_ns();
+void Session::open_next(int64_t tokens) {
     const size_t context = size_t(context_tokens(tokens));
     open_ids_.assign(history_.end() - std::ptrdiff_t(context), history_.end());
     open_ids_.insert(open_ids_.end(), waiting_.begin(), waiting_.begin() + tokens);
     open_tokens_ = tokens;
+}
 
+void Session::take(int64_t tokens) {
+    history_.insert(history_.end(), waiting_.begin(), waiting_.begin() + tokens);
+    waiting_.erase(waiting_.begin(), waiting_.begin() + tokens);
+    const size_t keep = size_t(context_);
+    if (history_.size() > 2 * keep)
+        history_.erase(history_.begin(), history_.end() - std::ptrdiff_t(keep));
+    scored_tokens_ += uint64_t(tokens);
+    chunks_ += 1;
+}
+
+// Of the chunk that comes next; nothing of it is known.
+ponder_record Session::new_record(int64_t tokens) const {
     ponder_record record{};
     const double unknown = std::numeric_limits<double>::quiet_NaN();
     record.struct_size = sizeof record;
@@ -42,6 +54,19 @@ void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
     record.predictions = uint32_t(tokens - 1);
     record.loss_after = record.reconstruction = record.gradient_norm = record.update_norm =
         record.gate_score = record.gate_threshold = unknown;
+    return record;
+}
+
+void Session::append(const ponder_record &record) {
+    records_.push_back(record);
+    if (records_.size() > ring_)
+        records_.pop_front();
+}
+
+void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
+    const uint64_t start = now_ns();
+    open_next(tokens);
+    ponder_record record = new_record(tokens);
 
     ran_inside_ = tape_ = false;
     Undo undo(*this);
@@ -85,18 +110,10 @@ void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
 
     // Only now is the chunk taken from the stream: a cancelled pass leaves everything as it was.
     undo.disarm();
-    history_.insert(history_.end(), waiting_.begin(), waiting_.begin() + tokens);
-    waiting_.erase(waiting_.begin(), waiting_.begin() + tokens);
-    const size_t keep = size_t(context_);
-    if (history_.size() > 2 * keep)
-        history_.erase(history_.begin(), history_.end() - std::ptrdiff_t(keep));
-    scored_tokens_ += uint64_t(tokens);
-    chunks_ += 1;
+    take(tokens);
     open_ = true;
     record.score_ns = now_ns() - start - record.decide_ns;
-    records_.push_back(record);
-    if (records_.size() > ring_)
-        records_.pop_front();
+    append(record);
 }
 
 // Shows the policy the open chunk; its pass has just run.

@@ -1,5 +1,5 @@
 // What a session is made of and how a stream goes through it, chunk by chunk.
-#include "session/session.hpp"
+#include "session/ahead.hpp"
 
 #include "adapt/stored.hpp"
 #include "base/error.hpp"
@@ -83,7 +83,10 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options,
         for (int inside = 0; inside <= int(inside_); ++inside)
             reserve(*adapted_->pass(shape(before + chunk_, chunk_, inside != 0), true));
     reset();
+    ahead_ = Ahead::make(*this);
 }
+
+Session::~Session() = default;
 
 // `policy`, or the gate that has taken its place.
 std::unique_ptr<Policy> Session::new_policy() const {
@@ -99,6 +102,7 @@ void Session::use_gate(std::shared_ptr<const Gate> gate) {
     auto policy = make_gate_policy(gate, 0);
     gate_ = std::move(gate);
     policy_ = std::move(policy);
+    ahead_.reset();
     open_pass_.reset(); // an open chunk runs again, watched
     tape_ = gradient_ready_ = false;
     forget_text();
@@ -157,7 +161,12 @@ void Session::adapt(const CallGuard &guard) {
     const uint64_t total = waiting_.size();
     if (open_)
         learn(-1, guard);
-    while (score(guard)) {
+    while (int64_t(waiting_.size()) >= chunk_) {
+        if (ahead_ && ahead_->run(guard, total)) {
+            guard.check();
+            continue;
+        }
+        score(guard);
         learn(-1, guard);
         guard.progress(total - waiting_.size(), total);
         guard.check();

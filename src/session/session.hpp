@@ -19,6 +19,7 @@ struct Generation;
 class Session {
 public:
     Session(std::shared_ptr<const Model> model, const Options &options);
+    ~Session();
     // Decides by this gate from now on, at its calibration's target, as if the option `policy` were
     // `adapter` and the gate stored.
     void use_gate(std::shared_ptr<const Gate> gate);
@@ -88,19 +89,26 @@ private:
     int64_t context_tokens(int64_t scored) const;
     void reserve(const Pass &pass);
     void score_chunk(int64_t tokens, const CallGuard &guard);
+    void open_next(int64_t tokens); // the next ones, with their context, as a pass's inputs
+    void upload_inputs();
+    void take(int64_t tokens); // from what waits
     // Forward; the losses go to `nll`, which is nll_ for the score that counts.
     void run_score(const FastState &weights, std::vector<float> &nll, const CallGuard &guard);
     void run_backward(const FastState &weights, const CallGuard &guard);
     void run_segment(Segment segment, const Program::Bindings &bindings, const CallGuard &guard);
     void ensure_tape(const CallGuard &guard);
-    Program::Bindings bindings(const FastState &weights);
+    Program::Bindings bindings(const Pass &pass, const FastState &weights);
     double mean(const std::vector<float> &per_token) const; // over the open chunk's predictions
     bool records_gradients() const;
     int32_t decide(int32_t forced, ponder_record &record);
     class Undo;
+    class Ahead;
+    class ChunkWork;
     void learn_between(int32_t steps, ponder_record &record, const CallGuard &guard);
     void learn_inside(ponder_record &record);
     bool accept(double update_norm) const;
+    ponder_record new_record(int64_t tokens) const;
+    void append(const ponder_record &record);
     void finish(ponder_record &record);
     static void gather(std::span<Session *const> sessions);
     void forget_text(); // what was generated, and its caches
@@ -135,6 +143,7 @@ private:
     std::vector<float> nll_, entropy_, later_nll_;
     float reconstruction_[3] = {};
     std::unique_ptr<UpdateRule> rule_;
+    std::unique_ptr<Ahead> ahead_; // where chunks can be queued ahead
 
     // ---- state of the stream
     std::vector<int32_t> history_; // scored tokens that may serve as context

@@ -106,6 +106,19 @@
 //                     both through the clip factor; where v' = 0 no gradient passes its root
 //   adamw             w,g,m,v wide[n], h wide[8], gnorm wide[1] -> w',m',v'    as adam, with
 //                     w' = w - lr (update + h[7] w): decoupled decay, Loshchilov & Hutter 2019
+// decisions on chunks, where they are made on the device (ponder_gate in backend.h, as i32 words):
+//   gate              nll? wide[S,T], entropy? wide[S,T], reconstruction? wide[1,3], state i32[N] ->
+//                     state', flags? i32[K+1], h? wide[K,8]
+//                     [predictions, told (-1: by the state's rule; 0: nothing is decided), lr,
+//                     beta1, beta2, eps, clip]
+//                     the signals become those of the losses that are given, as means; of
+//                     `reconstruction`, element 1, where the last decision granted a step. Then the
+//                     decision: flags_k = k < granted for k < K, flags_K = nothing was granted,
+//                     h_k as in adam, for the next K steps. state' may be state
+//   commit            gradient_norm? wide[1], distance wide[1], fresh? wide[n], state i32[N] ->
+//                     state', w? wide[n]  [optimizer]
+//                     where both numbers are finite and the distance within the guard, w becomes
+//                     fresh, and the granted steps are the optimizer's; else w stays
 // gradients of trainable weights, summed over streams and tokens:
 //   embedding_vjp     dy wide[S,T,C], ids i32[S,T] -> dtable wide[V,C], dposition wide[P,C]
 //                     [first position]     rows that no token names are 0
@@ -239,6 +252,21 @@ void sgd(Graph &, const Step &step, Id w2);
 void adam_vjp(Graph &, const Step &step, Id dw2, Id dm2, Id dv2, const StepGradient &to);
 void sgd_vjp(Graph &, const Step &step, Id dw2, const StepGradient &to);
 void adamw(Graph &, const Step &step, Id w2, Id m2, Id v2);
+
+// Decisions on the device. State and outputs are externals that the caller bound; those that a call
+// has no use for are none.
+struct GateCall {
+    Id nll = none, entropy = none, reconstruction = none;
+    Id state, state2, flags = none, h = none;
+    int64_t predictions = 0, told = 0;
+    double lr = 0, beta1 = 0, beta2 = 0, epsilon = 0, clip = 0;
+};
+void gate(Graph &, const GateCall &call);
+struct CommitCall {
+    Id gradient_norm = none, distance, fresh = none, state, state2, w = none;
+    bool optimizer = false;
+};
+void commit(Graph &, const CommitCall &call);
 
 // Primitives. What stays of the same shape is returned as it is.
 Id add(Graph &, Id a, Id b, DType out);

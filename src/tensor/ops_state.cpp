@@ -43,6 +43,8 @@ const OpRule sgd_rule{"sgd", false, no_flops, nullptr};
 const OpRule adam_vjp_rule{"adam_vjp", false, no_flops, nullptr};
 const OpRule sgd_vjp_rule{"sgd_vjp", false, no_flops, nullptr};
 const OpRule adamw_rule{"adamw", false, no_flops, nullptr};
+const OpRule gate_rule{"gate", false, no_flops, nullptr};
+const OpRule commit_rule{"commit", false, no_flops, nullptr};
 
 uint64_t matmul_tn_group_flops(const Graph &g, const Call &call) {
     uint64_t flops = 0;
@@ -101,6 +103,16 @@ void sgd_vjp(Graph &g, const Step &s, Id dw2, const StepGradient &d) {
 
 void adamw(Graph &g, const Step &s, Id w2, Id m2, Id v2) {
     g.add_call(adamw_rule, {s.w, s.g, s.m, s.v, s.h, s.norm}, {w2, m2, v2});
+}
+
+void gate(Graph &g, const GateCall &c) {
+    g.add_call(gate_rule, {c.nll, c.entropy, c.reconstruction, c.state}, {c.state2, c.flags, c.h},
+               {double(c.predictions), double(c.told), c.lr, c.beta1, c.beta2, c.epsilon, c.clip});
+}
+
+void commit(Graph &g, const CommitCall &c) {
+    g.add_call(commit_rule, {c.gradient_norm, c.distance, c.fresh, c.state}, {c.state2, c.w},
+               {double(c.optimizer)});
 }
 
 } // namespace ponder

@@ -354,14 +354,22 @@ Program::Recorded &Program::recorded(const Device::Queue &queue, size_t segment,
     return oldest = {segment, addresses};
 }
 
+// Every call, one after the other.
+void Program::run_calls(size_t segment, void *const *addresses, std::byte *workspace) const {
+    for (const Batch &batch : batches_)
+        if (batch.segment == segment)
+            for (uint32_t task = 0; task < batch.tasks; ++task)
+                run_task(batch, addresses, workspace, task);
+}
+
+void Program::enqueue(size_t segment, const Bindings &bindings, std::byte *arena,
+                      std::byte *workspace, const Device::Queue &) const {
+    run_calls(segment, addresses(bindings, arena).data(), workspace);
+}
+
 void Program::queue(size_t segment, std::vector<void *> addresses, std::byte *workspace) const {
     constexpr size_t worth_recording = 4; // calls
-    const auto run_all = [&] {
-        for (const Batch &batch : batches_)
-            if (batch.segment == segment)
-                for (uint32_t task = 0; task < batch.tasks; ++task)
-                    run_task(batch, addresses.data(), workspace, task);
-    };
+    const auto run_all = [&] { run_calls(segment, addresses.data(), workspace); };
     const Device::Queue queue(*device_);
     if (!queue.can_record() || kernels_.size() < worth_recording)
         return run_all();

@@ -62,6 +62,9 @@ public:
     // The same on the calling thread alone, for callers that run many passes at once.
     void run_serial(size_t segment, const Bindings &bindings, std::byte *arena,
                     std::byte *workspace, const std::function<void()> &check) const;
+    // The same as part of what a caller records, or queues, on a device of its own memory.
+    void enqueue(size_t segment, const Bindings &bindings, std::byte *arena,
+                 std::byte *workspace, const Device::Queue &) const;
     // The same, one call after the other, adding each call's time under its op's name.
     void profile(size_t segment, const Bindings &bindings, std::byte *arena, std::byte *workspace,
                  std::vector<CallTime> &times) const;
@@ -87,6 +90,7 @@ private:
     void add_batches(const Group &group);
     void settle_constants();
     void queue(size_t segment, std::vector<void *> addresses, std::byte *workspace) const;
+    void run_calls(size_t segment, void *const *addresses, std::byte *workspace) const;
     Recorded &recorded(const Device::Queue &queue, size_t segment,
                        const std::vector<void *> &addresses) const;
     std::vector<void *> addresses(const Bindings &bindings, std::byte *arena) const;

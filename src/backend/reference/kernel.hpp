@@ -41,6 +41,7 @@ public:
         return copy;
     }
     const int32_t *ids(size_t i) const { return static_cast<const int32_t *>(buffers_[i]); }
+    int32_t *ids_out(size_t i) const { return static_cast<int32_t *>(buffers_[call_.n_in + i]); }
     T *out(size_t i) {
         const size_t at = call_.n_in + i;
         if (is_plain(call_.tensor[at]) || !buffers_[at])

@@ -54,7 +54,7 @@ extern const Op embedding_op, embedding_at_op, layer_norm_op, layer_norm_vjp_op,
     slice_rows_vjp_op, cross_entropy_op, cross_entropy_vjp_op, attention_op, attention_vjp_op,
     attention_cached_op, keep_rows_op, conv1d_op, rope_op, ttt_linear_op, ttt_mlp_op, mean_op,
     mean_vjp_op, fill_op, matmul_tn_op, norm_op, adam_op, sgd_op, adam_vjp_op, sgd_vjp_op, adamw_op,
-    embedding_vjp_op, layer_norm_vjp_weight_op, matmul_tn_sum_op, cross_entropy_vjp_table_op,
+    gate_op, commit_op, embedding_vjp_op, layer_norm_vjp_weight_op, matmul_tn_sum_op, cross_entropy_vjp_table_op,
     dropout_op, conv1d_vjp_op, ttt_linear_vjp_op, ttt_mlp_vjp_op, add_op, sub_op, mul_op, broadcast_op, affine_op,
     power_op, exp_op, relu_op, step_op, gelu_derivative_op, softmax_op, log_sum_exp_op, sum_last_op,
     pick_op, pick_vjp_op, sum_to_op, matmul_op, reshape_op, split_heads_op, merge_heads_op;

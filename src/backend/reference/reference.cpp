@@ -48,6 +48,8 @@ const Op *const ops[] = {
     &adam_vjp_op,
     &sgd_vjp_op,
     &adamw_op,
+    &gate_op,
+    &commit_op,
     &embedding_vjp_op,
     &layer_norm_vjp_weight_op,
     &matmul_tn_sum_op,
@@ -317,6 +319,15 @@ const ponder_backend descriptor = {
     .record_end = nullptr,
     .replay = nullptr,
     .drop_recording = nullptr,
+    .group_key = nullptr,
+    .group_join = nullptr,
+    .group_sum = nullptr,
+    .record_if = nullptr,
+    .record_end_if = nullptr,
+    .mailbox = nullptr,
+    .drop_mailbox = nullptr,
+    .send = nullptr,
+    .receive = nullptr,
 };
 
 } // namespace

@@ -1,0 +1,214 @@
+// gate, commit: whether a chunk is learned from, and whether what was learned is kept. As
+// src/backend/reference/gate.cpp, but for the order of the sums over tokens.
+#include "launch.cuh"
+#include "ops.hpp"
+#include "reduce.hpp"
+
+namespace ponder::cuda {
+
+namespace {
+
+constexpr int gate_threads = reduce_threads, commit_threads = 256;
+
+struct GateArgs {
+    const float *nll, *entropy, *reconstruction;
+    const ponder_gate *from;
+    ponder_gate *to;
+    int32_t *flags;
+    float *h;
+    int predictions, told, steps; // steps: rows of h, flags but one
+    double lr, beta1, beta2, epsilon, clip;
+};
+
+__device__ double unknown() { return nan(""); }
+
+// The values' order is not kept.
+__device__ double quantile(double *values, int count, double q) {
+    if (count == 0)
+        return 0;
+    for (int i = 1; i < count; ++i)
+        for (int j = i; j > 0 && values[j] < values[j - 1]; --j) {
+            const double x = values[j];
+            values[j] = values[j - 1];
+            values[j - 1] = x;
+        }
+    const double at = q * double(count - 1);
+    const int low = int(at), high = min(low + 1, count - 1);
+    return values[low] + (at - double(low)) * (values[high] - values[low]);
+}
+
+__device__ bool wants_update(ponder_gate &g) {
+    g.score = g.signals[g.signal];
+    g.compared = unknown();
+    g.calibrating = 0;
+    if (g.rule == PONDER_GATE_THRESHOLD) {
+        g.calibrating = isnan(g.score);
+        g.compared = g.threshold;
+        return g.calibrating || g.score > g.threshold;
+    }
+    if (g.seen < PONDER_GATE_FIRST) {
+        if (!isnan(g.score))
+            g.first[g.count++] = g.score;
+        if (++g.seen == PONDER_GATE_FIRST)
+            g.threshold = quantile(g.first, int(g.count), 1 - g.target);
+        g.calibrating = 1;
+        return true;
+    }
+    g.compared = g.threshold;
+    const bool update = g.score > g.threshold;
+    g.rate = __dadd_rn(__dmul_rn(1 - g.gain, g.rate), __dmul_rn(g.gain, double(update)));
+    g.threshold = __dadd_rn(
+        g.threshold, __dmul_rn(__dmul_rn(g.gain, g.rate - g.target), fabs(g.threshold)));
+    return update;
+}
+
+__device__ void grant(ponder_gate &g) {
+    g.granted = g.wanted;
+    if (isinf(g.budget_rate))
+        return;
+    g.budget_left = fmin(g.budget_burst, g.budget_left + g.budget_rate);
+    g.granted = min(g.wanted, int64_t(g.budget_left));
+    g.budget_left -= double(g.granted);
+}
+
+__global__ void gate_kernel(const GateArgs p) {
+    wait_for_earlier();
+    const int thread = int(threadIdx.x);
+    // Hyperparameters do not wait for the decision.
+    if (p.h)
+        for (int k = thread; k < p.steps; k += gate_threads) {
+            const double step = double(p.from->optimizer_steps + k + 1);
+            float *const h = p.h + 8 * k;
+            h[0] = float(p.lr);
+            h[1] = float(p.beta1);
+            h[2] = float(p.beta2);
+            h[3] = float(p.epsilon);
+            h[4] = float(1 - pow(p.beta1, step));
+            h[5] = float(1 - pow(p.beta2, step));
+            h[6] = float(p.clip);
+            h[7] = 0;
+        }
+    const auto sum = [&](const float *x) {
+        double part = 0;
+        if (x)
+            for (int t = thread; t < p.predictions; t += gate_threads)
+                part += double(x[t]);
+        return block_sum_f64(part);
+    };
+    const double nll = sum(p.nll);
+    __syncthreads(); // the sums' cells are used again
+    const double entropy = sum(p.entropy);
+    if (thread != 0)
+        return;
+    ponder_gate g = *p.from;
+    if (p.nll)
+        g.signals[PONDER_GATE_LOSS] = nll / double(p.predictions);
+    if (p.entropy)
+        g.signals[PONDER_GATE_ENTROPY] = entropy / double(p.predictions);
+    if (p.reconstruction && g.granted > 0)
+        g.signals[PONDER_GATE_RECONSTRUCTION] = double(p.reconstruction[1]);
+    if (p.told != 0) {
+        if (p.told > 0) {
+            g.wanted = g.granted = p.told;
+            g.calibrating = 0;
+            g.score = g.compared = unknown();
+        } else {
+            g.wanted = wants_update(g) ? g.steps : 0;
+            grant(g);
+        }
+        g.accepted = 0;
+        g.gradient_norm = g.update_norm = unknown();
+        if (p.flags) {
+            for (int k = 0; k < p.steps; ++k)
+                p.flags[k] = k < g.granted;
+            p.flags[p.steps] = g.granted == 0;
+        }
+    }
+    *p.to = g;
+}
+
+// All blocks see whether; one of them notes it down.
+__global__ void commit_kernel(const float *norm, const float *distance, const ponder_gate *from,
+                              ponder_gate *to, const float *fresh, float *w, int64_t n,
+                              bool optimizer) {
+    wait_for_earlier();
+    const double gradient_norm = norm ? double(*norm) : unknown(), update_norm = double(*distance);
+    const bool accepted = (!norm || isfinite(gradient_norm)) && isfinite(update_norm) &&
+                          update_norm <= from->guard_norm;
+    if (accepted && w)
+        for (int64_t i = int64_t(blockIdx.x) * commit_threads + threadIdx.x; i < n;
+             i += int64_t(gridDim.x) * commit_threads)
+            w[i] = fresh[i];
+    if (blockIdx.x != 0 || threadIdx.x != 0)
+        return;
+    ponder_gate g = *from;
+    g.gradient_norm = gradient_norm;
+    g.update_norm = update_norm;
+    g.accepted = accepted;
+    if (accepted) {
+        g.signals[PONDER_GATE_UPDATE_NORM] = update_norm;
+        if (optimizer)
+            g.optimizer_steps += g.granted;
+    }
+    *to = g;
+}
+
+bool is_state(const Call &call, size_t i) {
+    return call.type(i) == PONDER_DTYPE_I32 &&
+           call.count(i) * int64_t(sizeof(int32_t)) == int64_t(sizeof(ponder_gate));
+}
+const ponder_gate *state_at(const Run &run, size_t i) { return run.at<const ponder_gate>(i); }
+
+} // namespace
+
+int32_t plan_gate(const Call &call) {
+    const size_t out = call.out(0);
+    if (!is_state(call, 3) || !is_state(call, out))
+        return PONDER_PLAN_NONE;
+    GateArgs p{};
+    p.predictions = int(call.attr(0));
+    p.told = int(call.attr(1));
+    p.lr = call.attr(2);
+    p.beta1 = call.attr(3);
+    p.beta2 = call.attr(4);
+    p.epsilon = call.attr(5);
+    p.clip = call.attr(6);
+    p.steps = call.has(out + 1) ? int(call.count(out + 1)) - 1
+              : call.has(out + 2) ? int(call.dim(out + 2, 0))
+                                  : 0;
+    if (call.has(out + 2) && call.dim(out + 2, 0) != p.steps)
+        return PONDER_PLAN_NONE;
+    const bool has_nll = call.has(0), has_entropy = call.has(1), has_reconstruction = call.has(2),
+               has_flags = call.has(out + 1), has_h = call.has(out + 2);
+    return call.is(0, [=](const Run &run) {
+        GateArgs q = p;
+        q.nll = has_nll ? run.at<const float>(0) : nullptr;
+        q.entropy = has_entropy ? run.at<const float>(1) : nullptr;
+        q.reconstruction = has_reconstruction ? run.at<const float>(2) : nullptr;
+        q.from = state_at(run, 3);
+        q.to = run.at<ponder_gate>(out);
+        q.flags = has_flags ? run.at<int32_t>(out + 1) : nullptr;
+        q.h = has_h ? run.at<float>(out + 2) : nullptr;
+        launch(run, gate_kernel, 1, gate_threads, 0, q);
+    });
+}
+
+int32_t plan_commit(const Call &call) {
+    const size_t out = call.out(0);
+    if (!is_state(call, 3) || !is_state(call, out))
+        return PONDER_PLAN_NONE;
+    const bool has_norm = call.has(0), has_w = call.has(2) && call.has(out + 1),
+               optimizer = call.attr(0) != 0;
+    const int64_t n = has_w ? call.count(2) : 0;
+    const unsigned blocks =
+        unsigned(std::clamp<int64_t>(n / (4 * commit_threads), 1, 4 * call.device->processors));
+    return call.is(0, [=](const Run &run) {
+        launch(run, commit_kernel, blocks, commit_threads, 0,
+               has_norm ? run.at<const float>(0) : nullptr, run.at<const float>(1),
+               state_at(run, 3), run.at<ponder_gate>(out),
+               has_w ? run.at<const float>(2) : nullptr,
+               has_w ? run.at<float>(out + 1) : nullptr, n, optimizer);
+    });
+}
+
+} // namespace ponder::cuda
