@@ -59,6 +59,7 @@ const std::vector<Values> ahead_cases{
     {{"adapter", "ttt-linear"}, {"policy", "ema:reconstruction:0.5"}},
     {{"adapter", "ttt-linear"}, {"policy", "threshold:loss:5.05"}, {"ttt.form", "ponder"}},
     {{"adapter", "ttt-mlp"}, {"policy", "ema:loss:0.5"}, {"budget.rate", "0.4"}},
+    {{"adapter", "none"}, {"policy", "ema:loss:0.5"}},
     {{"adapter", "lora"}, {"policy", "threshold:gradient_norm:0.3"}},
     {{"adapter", "lora"}, {"policy", "ema:loss:0.5"}, {"record.loss_after", "1"}},
     {{"adapter", "lora"}, {"policy", "oracle:0.5"}},

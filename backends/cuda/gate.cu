@@ -2,13 +2,14 @@
 // src/backend/reference/gate.cpp, but for the order of the sums over tokens.
 #include "launch.cuh"
 #include "ops.hpp"
-#include "reduce.hpp"
+
+#include <algorithm>
 
 namespace ponder::cuda {
 
 namespace {
 
-constexpr int gate_threads = reduce_threads, commit_threads = 256;
+constexpr int gate_threads = 256, commit_threads = 256;
 
 struct GateArgs {
     const float *nll, *entropy, *reconstruction;
@@ -17,6 +18,7 @@ struct GateArgs {
     int32_t *flags;
     float *h;
     int predictions, told, steps; // steps: rows of h, flags but one
+    double share;                 // 1 / predictions
     double lr, beta1, beta2, epsilon, clip;
 };
 
@@ -71,66 +73,85 @@ __device__ void grant(ponder_gate &g) {
     g.budget_left -= double(g.granted);
 }
 
-__global__ void gate_kernel(const GateArgs p) {
+// One block. The code is kept small: it has left the caches when the next chunk comes, and fetching it
+// takes most of the time.
+__global__ void __launch_bounds__(gate_threads) gate_kernel(const GateArgs p) {
+    constexpr int words = int(sizeof(ponder_gate) / sizeof(int32_t)), warps = gate_threads / 32;
+    static_assert(words <= gate_threads);
+    __shared__ ponder_gate g;
+    __shared__ double parts[warps][2];
     wait_for_earlier();
-    const int thread = int(threadIdx.x);
-    // Hyperparameters do not wait for the decision.
-    if (p.h)
-        for (int k = thread; k < p.steps; k += gate_threads) {
-            const double step = double(p.from->optimizer_steps + k + 1);
-            float *const h = p.h + 8 * k;
-            h[0] = float(p.lr);
-            h[1] = float(p.beta1);
-            h[2] = float(p.beta2);
-            h[3] = float(p.epsilon);
-            h[4] = float(1 - pow(p.beta1, step));
-            h[5] = float(1 - pow(p.beta2, step));
-            h[6] = float(p.clip);
-            h[7] = 0;
+    let_next_start();
+    const int thread = int(threadIdx.x), warp = thread / 32;
+    if (thread < words)
+        reinterpret_cast<int32_t *>(&g)[thread] = reinterpret_cast<const int32_t *>(p.from)[thread];
+    double nll = 0, entropy = 0;
+    for (int t = thread; t < p.predictions; t += gate_threads) {
+        nll += p.nll ? double(p.nll[t]) : 0;
+        entropy += p.entropy ? double(p.entropy[t]) : 0;
+    }
+    for (int step = 16; step > 0; step /= 2) {
+        nll += __shfl_xor_sync(~0u, nll, step);
+        entropy += __shfl_xor_sync(~0u, entropy, step);
+    }
+    if (thread % 32 == 0) {
+        parts[warp][0] = nll;
+        parts[warp][1] = entropy;
+    }
+    __syncthreads();
+    if (thread == 0) {
+        nll = entropy = 0;
+        for (int i = 0; i < warps; ++i) {
+            nll += parts[i][0];
+            entropy += parts[i][1];
         }
-    const auto sum = [&](const float *x) {
-        double part = 0;
-        if (x)
-            for (int t = thread; t < p.predictions; t += gate_threads)
-                part += double(x[t]);
-        return block_sum_f64(part);
-    };
-    const double nll = sum(p.nll);
-    __syncthreads(); // the sums' cells are used again
-    const double entropy = sum(p.entropy);
-    if (thread != 0)
-        return;
-    ponder_gate g = *p.from;
-    if (p.nll)
-        g.signals[PONDER_GATE_LOSS] = nll / double(p.predictions);
-    if (p.entropy)
-        g.signals[PONDER_GATE_ENTROPY] = entropy / double(p.predictions);
-    if (p.reconstruction && g.granted > 0)
-        g.signals[PONDER_GATE_RECONSTRUCTION] = double(p.reconstruction[1]);
-    if (p.told != 0) {
-        if (p.told > 0) {
-            g.wanted = g.granted = p.told;
-            g.calibrating = 0;
-            g.score = g.compared = unknown();
-        } else {
-            g.wanted = wants_update(g) ? g.steps : 0;
-            grant(g);
-        }
-        g.accepted = 0;
-        g.gradient_norm = g.update_norm = unknown();
-        if (p.flags) {
-            for (int k = 0; k < p.steps; ++k)
-                p.flags[k] = k < g.granted;
-            p.flags[p.steps] = g.granted == 0;
+        if (p.nll)
+            g.signals[PONDER_GATE_LOSS] = nll * p.share;
+        if (p.entropy)
+            g.signals[PONDER_GATE_ENTROPY] = entropy * p.share;
+        if (p.reconstruction && g.granted > 0)
+            g.signals[PONDER_GATE_RECONSTRUCTION] = double(p.reconstruction[1]);
+        if (p.told != 0) {
+            if (p.told > 0) {
+                g.wanted = g.granted = p.told;
+                g.calibrating = 0;
+                g.score = g.compared = unknown();
+            } else {
+                g.wanted = wants_update(g) ? g.steps : 0;
+                grant(g);
+            }
+            g.accepted = 0;
+            g.gradient_norm = g.update_norm = unknown();
+            if (p.flags) {
+                for (int k = 0; k < p.steps; ++k)
+                    p.flags[k] = k < g.granted;
+                p.flags[p.steps] = g.granted == 0;
+            }
+            double power1 = g.power1, power2 = g.power2;
+            for (int k = 0; p.h && k < p.steps; ++k) {
+                float *const h = p.h + 8 * k;
+                power1 *= p.beta1;
+                power2 *= p.beta2;
+                h[0] = float(p.lr);
+                h[1] = float(p.beta1);
+                h[2] = float(p.beta2);
+                h[3] = float(p.epsilon);
+                h[4] = float(1 - power1);
+                h[5] = float(1 - power2);
+                h[6] = float(p.clip);
+                h[7] = 0;
+            }
         }
     }
-    *p.to = g;
+    __syncthreads();
+    if (thread < words)
+        reinterpret_cast<int32_t *>(p.to)[thread] = reinterpret_cast<const int32_t *>(&g)[thread];
 }
 
 // All blocks see whether; one of them notes it down.
 __global__ void commit_kernel(const float *norm, const float *distance, const ponder_gate *from,
                               ponder_gate *to, const float *fresh, float *w, int64_t n,
-                              bool optimizer) {
+                              double beta1, double beta2) {
     wait_for_earlier();
     const double gradient_norm = norm ? double(*norm) : unknown(), update_norm = double(*distance);
     const bool accepted = (!norm || isfinite(gradient_norm)) && isfinite(update_norm) &&
@@ -147,8 +168,11 @@ __global__ void commit_kernel(const float *norm, const float *distance, const po
     g.accepted = accepted;
     if (accepted) {
         g.signals[PONDER_GATE_UPDATE_NORM] = update_norm;
-        if (optimizer)
-            g.optimizer_steps += g.granted;
+        g.optimizer_steps += g.granted;
+        for (int64_t k = 0; k < g.granted; ++k) {
+            g.power1 *= beta1;
+            g.power2 *= beta2;
+        }
     }
     *to = g;
 }
@@ -167,6 +191,7 @@ int32_t plan_gate(const Call &call) {
         return PONDER_PLAN_NONE;
     GateArgs p{};
     p.predictions = int(call.attr(0));
+    p.share = 1 / call.attr(0);
     p.told = int(call.attr(1));
     p.lr = call.attr(2);
     p.beta1 = call.attr(3);
@@ -197,8 +222,8 @@ int32_t plan_commit(const Call &call) {
     const size_t out = call.out(0);
     if (!is_state(call, 3) || !is_state(call, out))
         return PONDER_PLAN_NONE;
-    const bool has_norm = call.has(0), has_w = call.has(2) && call.has(out + 1),
-               optimizer = call.attr(0) != 0;
+    const bool has_norm = call.has(0), has_w = call.has(2) && call.has(out + 1);
+    const double beta1 = call.attr(0), beta2 = call.attr(1);
     const int64_t n = has_w ? call.count(2) : 0;
     const unsigned blocks =
         unsigned(std::clamp<int64_t>(n / (4 * commit_threads), 1, 4 * call.device->processors));
@@ -207,7 +232,7 @@ int32_t plan_commit(const Call &call) {
                has_norm ? run.at<const float>(0) : nullptr, run.at<const float>(1),
                state_at(run, 3), run.at<ponder_gate>(out),
                has_w ? run.at<const float>(2) : nullptr,
-               has_w ? run.at<float>(out + 1) : nullptr, n, optimizer);
+               has_w ? run.at<float>(out + 1) : nullptr, n, beta1, beta2);
     });
 }
 

@@ -132,6 +132,7 @@ typedef struct ponder_gate {
     int64_t seen, count;               /* of the first chunks: all, those with a signal */
     double first[PONDER_GATE_FIRST];   /* their signals */
     int64_t optimizer_steps;
+    double power1, power2;             /* Adam's beta1, beta2 to the power of optimizer_steps */
     /* of the last chunk */
     double score, compared;            /* the signal, and with what; NaN: with nothing */
     int64_t calibrating, wanted, granted, accepted;

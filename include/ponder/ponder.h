@@ -307,6 +307,8 @@ typedef struct ponder_record {
     double gate_threshold;
     double update_rate;      /* chunks updated so far over chunks scored */
     uint64_t flops;          /* executed matrix products, 2 per multiply-add */
+    /* Where ponder_session_adapt queues chunks ahead, score_ns is the time from the results of the
+     * chunk before to this one's, and the others are 0. */
     uint64_t score_ns, decide_ns, learn_ns;
     uint64_t bytes;          /* activations and workspace in use */
 } ponder_record;
@@ -360,7 +362,11 @@ PONDER_API ponder_status ponder_learn(ponder_session *const *sessions, uint32_t 
                                       const int32_t *steps, const ponder_call *call,
                                       ponder_error *error);
 /* Adaptive forward: feed, then score and learn every full chunk. On cancel or deadline the
- * chunks finished so far stay, the rest waits in the session. ids may be NULL with count 0. */
+ * chunks finished so far stay, the rest waits in the session. On a device with its own memory
+ * a few chunks are queued ahead and the device decides on them, if the policy is none of
+ * `adapter`, `oracle` and those that read gradient_norm, and neither record.loss_after nor
+ * analysis is set; results are those of ponder_score and ponder_learn. ids may be NULL with
+ * count 0. */
 PONDER_API ponder_status ponder_session_adapt(ponder_session *session, const int32_t *ids,
                                               size_t count, const ponder_call *call,
                                               ponder_error *error);

@@ -4,6 +4,7 @@
 
 #include "base/error.hpp"
 
+#include <cmath>
 #include <cstring>
 
 namespace ponder {
@@ -13,6 +14,8 @@ std::unique_ptr<Session::Ahead> Session::Ahead::make(Session &session) {
     const Policy &policy = *session.policy_;
     ponder_gate gate{};
     const bool scheduled = policy.reads() == Signal::none;
+    if (!scheduled && session.adapted_->adapter().fast_count() == 0)
+        return nullptr; // nothing could be granted
     if (device.on_host() || !device.has_mailboxes() || policy.observes() || policy.looks_ahead() ||
         session.analysis_ || session.loss_after_ ||
         (!scheduled && (!device.can_record_if() || !policy.to_device(gate))))
@@ -176,11 +179,14 @@ ponder_gate Session::Ahead::state_of_stream() const {
     g.signals[PONDER_GATE_RECONSTRUCTION] = s_.signals_.reconstruction;
     g.signals[PONDER_GATE_UPDATE_NORM] = s_.signals_.update_norm;
     g.optimizer_steps = int64_t(s_.optimizer_steps_);
+    g.power1 = std::pow(s_.options_.number("inner.beta1"), double(s_.optimizer_steps_));
+    g.power2 = std::pow(s_.options_.number("inner.beta2"), double(s_.optimizer_steps_));
     return g;
 }
 
 void Session::Ahead::state_to_stream() {
-    s_.optimizer_steps_ = uint64_t(gate_.optimizer_steps);
+    if (!s_.inside_) // a layer's own steps are none of the optimizer's
+        s_.optimizer_steps_ = uint64_t(gate_.optimizer_steps);
     if (scheduled_)
         return;
     s_.policy_->from_device(gate_);

@@ -100,7 +100,10 @@ Session::ChunkWork::CommitProgram Session::ChunkWork::make_commit() const {
     }
     c.state = g.external("state", DType::i32, {int64_t(gate_words)});
     c.state2 = g.external("new state", DType::i32, {int64_t(gate_words)});
-    c.optimizer = !s_.inside_;
+    GateCall rates;
+    s_.rule_->hyperparameters(rates);
+    c.beta1 = rates.beta1;
+    c.beta2 = rates.beta2;
     ponder::commit(g, c);
     p.program = program_of(std::move(g), device_);
     return p;

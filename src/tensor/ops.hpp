@@ -116,9 +116,9 @@
 //                     decision: flags_k = k < granted for k < K, flags_K = nothing was granted,
 //                     h_k as in adam, for the next K steps. state' may be state
 //   commit            gradient_norm? wide[1], distance wide[1], fresh? wide[n], state i32[N] ->
-//                     state', w? wide[n]  [optimizer]
+//                     state', w? wide[n]  [beta1, beta2]
 //                     where both numbers are finite and the distance within the guard, w becomes
-//                     fresh, and the granted steps are the optimizer's; else w stays
+//                     fresh, and the granted steps count as the optimizer's; else w stays
 // gradients of trainable weights, summed over streams and tokens:
 //   embedding_vjp     dy wide[S,T,C], ids i32[S,T] -> dtable wide[V,C], dposition wide[P,C]
 //                     [first position]     rows that no token names are 0
@@ -264,7 +264,7 @@ struct GateCall {
 void gate(Graph &, const GateCall &call);
 struct CommitCall {
     Id gradient_norm = none, distance, fresh = none, state, state2, w = none;
-    bool optimizer = false;
+    double beta1 = 1, beta2 = 1; // of the optimizer whose steps were taken
 };
 void commit(Graph &, const CommitCall &call);
 

@@ -112,7 +112,7 @@ void gate(Graph &g, const GateCall &c) {
 
 void commit(Graph &g, const CommitCall &c) {
     g.add_call(commit_rule, {c.gradient_norm, c.distance, c.fresh, c.state}, {c.state2, c.w},
-               {double(c.optimizer)});
+               {c.beta1, c.beta2});
 }
 
 } // namespace ponder

@@ -191,7 +191,7 @@ void scan_mlp(const std::shared_ptr<const Device> &device, int64_t streams, int6
                 double(b.program->workspace_bytes()) * 1e-9);
 }
 
-void session(const std::shared_ptr<const Model> &model, const char *name,
+void session(const std::shared_ptr<const Model> &model, const std::string &name,
              std::initializer_list<std::pair<const char *, const char *>> values) {
     Options options;
     options.set("chunk", "512");
@@ -414,13 +414,21 @@ int main(int argc, char **argv) {
             attend(*model, 32, 1024);
         }
         if (wanted("session")) {
-            session(model, "session, policy skip", {{"policy", "skip"}});
-            session(model, "session, LoRA last 3, policy always",
-                    {{"policy", "always"}, {"lora.layers", "last:3"}});
-            session(model, "session, LoRA last 3, every fourth",
-                    {{"policy", "every:4"}, {"lora.layers", "last:3"}});
-            session(model, "session, LoRA last 3, gate that skips",
-                    {{"policy", "ema:loss:0.001"}, {"lora.layers", "last:3"}});
+            for (const auto &[name, m] :
+                 {std::pair<std::string, std::shared_ptr<const Model>>("session", model),
+                  {"code-10m's shape", load(small)}}) {
+                session(m, name + ", policy skip", {{"policy", "skip"}});
+                session(m, name + ", LoRA last 3, policy always",
+                        {{"policy", "always"}, {"lora.layers", "last:3"}});
+                session(m, name + ", LoRA last 3, every fourth",
+                        {{"policy", "every:4"}, {"lora.layers", "last:3"}});
+                session(m, name + ", LoRA last 3, schedule that skips",
+                        {{"policy", "random:0"}, {"lora.layers", "last:3"}});
+                session(m, name + ", LoRA last 3, gate that skips",
+                        {{"policy", "threshold:loss:1000"}, {"lora.layers", "last:3"}});
+                session(m, name + ", TTT-Linear, policy always",
+                        {{"adapter", "ttt-linear"}, {"policy", "always"}});
+            }
         }
         if (wanted("generate"))
             for (const auto &[name, m] :

@@ -59,8 +59,9 @@ public:
         const CancelOnInterrupt cancel(session_.get());
         Stepper stepper(session_.get());
         stepper.restart(ids.size() / chunk);
+        stepper.feed(ids);
         for (size_t at = 0; at < ids.size(); at += chunk)
-            if (interrupted() || !stepper.chunk(std::span(ids).subspan(at, chunk)))
+            if (interrupted() || !stepper.fed())
                 return false;
         if (!count)
             return true;

@@ -100,19 +100,16 @@ template <class T> void gate(Args<T> &args) {
             flags[k] = k < state->granted;
         flags[count] = state->granted == 0;
     }
-    if (T *h = args.out(2))
+    if (T *h = args.out(2)) {
+        double power1 = state->power1, power2 = state->power2;
         for (int64_t k = 0; k < args['K']; ++k) {
-            const double step = double(state->optimizer_steps + k + 1);
-            const double row[8] = {args.attr(2),
-                                   args.attr(3),
-                                   args.attr(4),
-                                   args.attr(5),
-                                   1 - std::pow(args.attr(3), step),
-                                   1 - std::pow(args.attr(4), step),
-                                   args.attr(6),
-                                   0};
+            power1 *= args.attr(3);
+            power2 *= args.attr(4);
+            const double row[8] = {args.attr(2), args.attr(3), args.attr(4), args.attr(5),
+                                   1 - power1,   1 - power2,   args.attr(6), 0};
             std::transform(row, row + 8, h + 8 * k, [](double x) { return T(x); });
         }
+    }
 }
 
 template <class T> void commit(Args<T> &args) {
@@ -126,8 +123,11 @@ template <class T> void commit(Args<T> &args) {
     if (!state->accepted)
         return;
     state->signals[PONDER_GATE_UPDATE_NORM] = state->update_norm;
-    if (args.attr(0) != 0)
-        state->optimizer_steps += state->granted;
+    state->optimizer_steps += state->granted;
+    for (int64_t k = 0; k < state->granted; ++k) {
+        state->power1 *= args.attr(0);
+        state->power2 *= args.attr(1);
+    }
     if (w)
         std::copy_n(fresh, args['n'], w);
 }
@@ -150,7 +150,7 @@ const Op gate_op = {"gate",
 const Op commit_op = {"commit",
                       "gradient_norm?:w[1] distance:w[1] fresh?:w[n] state:i[N] -> state:i[N] "
                       "w?:w[n]",
-                      1,
+                      2,
                       commit<float>,
                       commit<double>,
                       check_gate};
