@@ -60,6 +60,8 @@ size_t ttt_linear_vjp_workspace(const TttLinearShape &shape, bool has_trace) {
 const char *ttt_linear_vjp_misses(const TttLinearShape &shape) {
     if (const char *what = linear_misses(shape))
         return what;
+    if (is_wide(shape))
+        return "the fused scan has no gradient for this head dim";
     return visit_linear<LinearReverse>(shape, [&](auto kernels) { return kernels.misses(shape); });
 }
 
