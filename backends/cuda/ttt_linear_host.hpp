@@ -101,6 +101,10 @@ template <class E, int M> struct LinearWideScan {
     static cudaError_t run(const LinearParams &, cudaStream_t); // for the trace alone: no y
     static const char *misses();
 };
+template <class E, int M> struct LinearWideReverse {
+    static cudaError_t run(const LinearParams &, cudaStream_t);
+    static const char *misses();
+};
 
 // visit(Linear<E, D, M>) for the shape's head dim
 template <class E, int M, class Visit> auto visit_dim(const TttLinearShape &s, Visit visit) {
