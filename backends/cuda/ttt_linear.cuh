@@ -1,4 +1,5 @@
-// What the scan of TTT-Linear and its reverse share. One block has one head of one stream.
+// What the scan of TTT-Linear and its reverse share. One block has one head of one stream, but for
+// heads that a cluster of blocks shares (ttt_linear_wide.cuh).
 //
 // Notation, for one mini-batch of n tokens (ops.hpp: form, scale, token_i, lr_j):
 //   eta[i,j] = a_i c_j: official a_i = scale token_i, c_j = lr_j; PonderTTT a_i = 1,

@@ -88,7 +88,7 @@ __device__ __forceinline__ void wide_products(typename L::Rows *const (&z)[count
                 for (int m = 0; m < L::mt; ++m)
                     (*z[i])[m][nt][e] = (*z[i])[m][nt][2 + e] = bias;
         }
-#pragma unroll 2
+#pragma unroll 4
     for (int k = 0; k < L::kt; ++k) {
         FragB<E> b[2];
         load_b(b, own + 16 * k, L::ld, at.lane);
@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_wide_outer(float *w, const typename L::E *co
         own[L::D] += bias[0];
         own[8 * L::ld + L::D] += bias[2];
     }
-#pragma unroll 2
+#pragma unroll 4
     for (int k = 0; k < L::kt; ++k) {
         float c[2][4] = {};
 #pragma unroll
@@ -157,9 +157,9 @@ __device__ __forceinline__ void add_wide_outer(float *w, const typename L::E *co
 // block's own dim i. Leaves in shared memory: the key and 1, dz and dtarget of the own dims, the
 // own dims' part of dkey; adds to dW and to gradients of g and b.
 template <class L, class Goal>
-__device__ __noinline__ void wide_probe(const LinearParams &p, const WideReverseShared<L> &shared,
-                                        const typename L::E *key, Goal goal_of, int h, float weight,
-                                        const ClusterPlace<L> &at) {
+__device__ __forceinline__ void
+wide_probe(const LinearParams &p, const WideReverseShared<L> &shared, const typename L::E *key,
+           Goal goal_of, int h, float weight, const ClusterPlace<L> &at) {
     constexpr int D = L::D;
     for (int i = at.thread; i <= D; i += L::threads)
         shared.key[i] = i < D ? to_float(key[i]) : 1.0f;

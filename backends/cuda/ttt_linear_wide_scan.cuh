@@ -1,6 +1,6 @@
 // ttt_linear on clusters: see ttt_linear.cuh and ttt_linear_wide.cuh. A mini-batch:
 //
-//   Z = K W + b; the norm's sums of Z go round, meanwhile U = Q W + b and A
+//   Z = K W + b, U = Q W + b; the norm's sums of Z go round, meanwhile A
 //   G, P; U += A P; W += K^T P, b += sum P; the sums of U go round, and of the last key under the
 //   new state, which the loss after the step is of
 //   y
@@ -159,7 +159,11 @@ __global__ void __launch_bounds__(L::threads)
                            w, at.head_thread);
 
         typename L::Rows z, u;
-        {
+        if (queries) {
+            const E *const from[2] = {k_tile, q_tile};
+            typename L::Rows *const to[2] = {&z, &u};
+            products<L, 2>(to, from, w, at);
+        } else {
             const E *const from[1] = {k_tile};
             typename L::Rows *const to[1] = {&z};
             products<L, 1>(to, from, w, at);
@@ -177,16 +181,12 @@ __global__ void __launch_bounds__(L::threads)
             exchange.put_rows(m, sum[0], sum[1], at);
         }
         exchange.send();
-        if (queries) {
-            const E *const from[1] = {q_tile};
-            typename L::Rows *const to[1] = {&u};
-            products<L, 1>(to, from, w, at);
+        if (queries)
             causal_products<L>(
                 q_tile, k_tile, 1, p.causal_k, at, [&](int row, int key, float x, float y) {
                     const float rate = shared.rates.a(is_short, row);
                     store_pair(shared.a + row * causal_ld<L> + key, rate * x, rate * y);
                 });
-        }
         set_rate(batch + 1, next_rate);
         exchange.receive();
 
