@@ -194,31 +194,6 @@ __device__ __forceinline__ void products(typename L::Rows *const (&z)[count],
                                             : sum[i][0][m][nt][e];
 }
 
-// z = x W + b for one row x, the first of z.
-template <class L>
-__device__ __forceinline__ void row_product(float (&z)[2][4], const typename L::E *x,
-                                            const typename L::State &w, const Place &at) {
-    using E = typename L::E;
-    float bias[2][2];
-    bias_of<L>(bias, w, at.t);
-#pragma unroll
-    for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            z[nt][e] = bias[nt][e & 1];
-#pragma unroll
-    for (int k = 0; k < L::kt; ++k) {
-        FragA<E> a;
-        load_a_row(a, x + 16 * k, at.lane);
-#pragma unroll
-        for (int nt = 0; nt < 2; ++nt) {
-            FragB<E> b;
-            b_of_transposed(b, w[2 * k], w[2 * k + 1], nt);
-            mma(z[nt], a, b);
-        }
-    }
-}
-
 // W += x^T p, b += sum p for 16 tokens, p being a factor of this warp's outputs. The matrix unit
 // cuts sums off where it should round them; over a long stream f32 would notice, so there the step
 // is added apart.
@@ -381,7 +356,7 @@ struct HeadNorm {
     }
 };
 
-// target - b = v - k - b at this thread's dims of 16 tokens; v: of the block's own dims
+// target - b = v - k - b at this thread's dims of 16 tokens
 template <class L>
 __device__ __forceinline__ void goals(float (&goal)[2][4], const typename L::E *k,
                                       const typename L::E *v, const HeadNorm &norm,
@@ -390,9 +365,8 @@ __device__ __forceinline__ void goals(float (&goal)[2][4], const typename L::E *
     for (int nt = 0; nt < 2; ++nt)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = at.g + 8 * half, dim = 8 * nt + 2 * at.t;
-            const float2 vv = floats(pair_at(v + row * (L::own + 8) + 16 * at.warp + dim)),
-                         kk = floats(pair_at(k + row * L::ld + at.col + dim));
+            const int from = (at.g + 8 * half) * L::ld + at.col + 8 * nt + 2 * at.t;
+            const float2 vv = floats(pair_at(v + from)), kk = floats(pair_at(k + from));
             goal[nt][2 * half] = vv.x - kk.x - norm.b[nt][0];
             goal[nt][2 * half + 1] = vv.y - kk.y - norm.b[nt][1];
         }

@@ -151,8 +151,24 @@ __global__ void __launch_bounds__(L::threads) linear_scan(const __grid_constant_
     };
     // The last key of mini-batch `batch` under the state after it.
     const auto put_after = [&](int batch) {
-        float z[2][4];
-        row_product<L>(z, shared.last_k + (batch & 1) * D, w, at);
+        float z[2][4], bias[2][2];
+        bias_of<L>(bias, w, at.t);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                z[nt][e] = bias[nt][e & 1];
+#pragma unroll
+        for (int k = 0; k < L::kt; ++k) {
+            FragA<E> a;
+            load_a_row(a, shared.last_k + (batch & 1) * D + 16 * k, at.lane);
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt) {
+                FragB<E> b;
+                b_of_transposed(b, w[2 * k], w[2 * k + 1], nt);
+                mma(z[nt], a, b);
+            }
+        }
         float sum[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int nt = 0; nt < 2; ++nt)

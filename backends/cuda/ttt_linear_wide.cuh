@@ -25,6 +25,9 @@ private:
           head_thread(rank * L::threads + thread) {}
 };
 
+// A block's columns of a tile, as rows of their own.
+template <class L> using OwnColumns = Linear<typename L::E, L::own, L::M>;
+
 template <class L> struct Exchange {
     static constexpr int head_warps = L::D / 16;
     static constexpr int row_parts = L::mt * head_warps * 128; // floats of sums of rows
@@ -73,6 +76,23 @@ template <class L> struct Exchange {
         close();
     }
 };
+
+// As goals, v being of a block's columns.
+template <class L>
+__device__ __forceinline__ void own_goals(float (&goal)[2][4], const typename L::E *k,
+                                          const typename L::E *v, const HeadNorm &norm,
+                                          const Place &at) {
+#pragma unroll
+    for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = at.g + 8 * half, dim = 8 * nt + 2 * at.t;
+            const float2 vv = floats(pair_at(v + row * OwnColumns<L>::ld + 16 * at.warp + dim)),
+                         kk = floats(pair_at(k + row * L::ld + at.col + dim));
+            goal[nt][2 * half] = vv.x - kk.x - norm.b[nt][0];
+            goal[nt][2 * half + 1] = vv.y - kk.y - norm.b[nt][1];
+        }
+}
 
 // Products of rows under the causal mask: put(i, j, x, y) with x_i y_j + `plus` for j and j + 1
 // where they are at most i + causal_k, else 0, for all tiles of 16 up to the diagonal. The block's

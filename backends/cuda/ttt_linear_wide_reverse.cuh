@@ -13,7 +13,7 @@ namespace ponder::cuda {
 
 template <class L> struct WideReverseShared {
     using E = typename L::E;
-    using Own = Linear<E, L::own, L::M>; // a block's own columns as rows of their own
+    using Own = OwnColumns<L>;
     E *k, *q, *v, *dy, *p, *du, *dz;
     E *products, *rated; // under the causal mask; with the queries' rates
     float *w, *dw;       // [own, D + 8], output by input, then the bias
@@ -111,7 +111,7 @@ __device__ __forceinline__ void add_wide_outer(float *w, const typename L::E *co
                                                const typename L::E *const (&p)[count],
                                                const Place &at) {
     using E = typename L::E;
-    constexpr int own_ld = L::own + 8;
+    constexpr int own_ld = OwnColumns<L>::ld;
     FragA<E> a[count][L::mt];
     FragB<E> ones;
     b_of_ones(ones, at.lane);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(L::threads, 1)
         return;
     using E = typename L::E;
     using Shared = WideReverseShared<L>;
-    using Own = typename Shared::Own;
+    using Own = OwnColumns<L>;
     constexpr int D = L::D, M = L::M, mt = L::mt;
     static_assert(Shared(nullptr).size <= 227 * 1024);
     const ClusterPlace<L> at;
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(L::threads, 1)
                 mma(products_p[i][1], a, b[1]);
             }
             float goal[2][4], sum[2][8] = {};
-            goals<L>(goal, shared.k + 16 * i * L::ld, shared.v + 16 * i * Own::ld, norm, at);
+            own_goals<L>(goal, shared.k + 16 * i * L::ld, shared.v + 16 * i * Own::ld, norm, at);
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt)
 #pragma unroll
@@ -381,7 +381,9 @@ __global__ void __launch_bounds__(L::threads, 1)
                             shared.p + (16 * m + at.g + 8 * half) * Own::ld + own + 8 * nt));
                         along += x.x * d[m][nt][2 * half] + x.y * d[m][nt][2 * half + 1];
                     }
-            da_last[is_short && n < M] += along / by;
+            const bool all = n == M;
+            da_last[0] += all ? along / by : 0.0f;
+            da_last[1] += all ? 0.0f : along / by;
         }
         if (!learns)
 #pragma unroll
@@ -414,7 +416,8 @@ __global__ void __launch_bounds__(L::threads, 1)
             RowSums::spread(mean_e, sum[6] / float(D), at);
             RowSums::spread(mean_eh, own_r * sum[7] / float(D), at);
             if (p.max_norm > 0)
-                goals<L>(goal, shared.k + 16 * m * L::ld, shared.v + 16 * m * Own::ld, norm, at);
+                own_goals<L>(goal, shared.k + 16 * m * L::ld, shared.v + 16 * m * Own::ld, norm,
+                             at);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = 16 * m + at.g + 8 * half;
@@ -473,7 +476,8 @@ __global__ void __launch_bounds__(L::threads, 1)
 #pragma unroll
             for (int m = 0; m < mt; ++m) {
                 float goal[2][4];
-                goals<L>(goal, shared.k + 16 * m * L::ld, shared.v + 16 * m * Own::ld, norm, at);
+                own_goals<L>(goal, shared.k + 16 * m * L::ld, shared.v + 16 * m * Own::ld, norm,
+                             at);
 #pragma unroll
                 for (int nt = 0; nt < 2; ++nt)
 #pragma unroll
@@ -493,7 +497,7 @@ __global__ void __launch_bounds__(L::threads, 1)
 #pragma unroll
         for (int m = 0; m < mt; ++m) {
             float goal[2][4], sum[2][8] = {};
-            goals<L>(goal, shared.k + 16 * m * L::ld, shared.v + 16 * m * Own::ld, norm, at);
+            own_goals<L>(goal, shared.k + 16 * m * L::ld, shared.v + 16 * m * Own::ld, norm, at);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = 16 * m + at.g + 8 * half;
@@ -546,7 +550,7 @@ __global__ void __launch_bounds__(L::threads, 1)
             RowSums::spread(mean_eh, own_eh, at);
             RowSums::spread(mean_dh, own_dh, at);
             RowSums::spread(along_h, own_along, at);
-            goals<L>(goal, shared.k + 16 * m * L::ld, shared.v + 16 * m * Own::ld, norm, at);
+            own_goals<L>(goal, shared.k + 16 * m * L::ld, shared.v + 16 * m * Own::ld, norm, at);
             if (at.head_warp == 0 && at.t < 2) {
                 const int row = 16 * m + at.g + 8 * at.t;
                 const float dc = -by * sum[5];

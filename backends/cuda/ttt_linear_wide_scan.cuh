@@ -1,12 +1,11 @@
 // ttt_linear on clusters: see ttt_linear.cuh and ttt_linear_wide.cuh. A mini-batch:
 //
 //   Z = K W + b, U = Q W + b; the norm's sums of Z go round, meanwhile A
-//   G, P; U += A P; W += K^T P, b += sum P; the sums of U go round, and of the last key under the
-//   new state, which the loss after the step is of
+//   G, P; U += A P; the sums of U go round, meanwhile W += K^T P, b += sum P
 //   y
 //
-// and one exchange more where the gradient's norm has a limit. The loss under the initial state has
-// clusters of its own.
+// and one exchange more where the gradient's norm has a limit. The loss after a step is of one more
+// row, the last key under the new state; that under the initial state has clusters of its own.
 #pragma once
 
 #include "ttt_linear_host.hpp"
@@ -17,7 +16,7 @@ namespace ponder::cuda {
 
 template <class L> struct WideScanShared {
     using E = typename L::E;
-    using Own = Linear<E, L::own, L::M>; // a block's own columns as rows of their own
+    using Own = OwnColumns<L>;
     static constexpr int stages = 2;
     E *k, *q, *v, *p, *a;
     float *c, *mean;
@@ -38,6 +37,31 @@ template <class L> struct WideScanShared {
         size = s.size();
     }
 };
+
+// z = x W + b for one row x, the first of z.
+template <class L>
+__device__ __forceinline__ void row_product(float (&z)[2][4], const typename L::E *x,
+                                            const typename L::State &w, const Place &at) {
+    using E = typename L::E;
+    float bias[2][2];
+    bias_of<L>(bias, w, at.t);
+#pragma unroll
+    for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            z[nt][e] = bias[nt][e & 1];
+#pragma unroll
+    for (int k = 0; k < L::kt; ++k) {
+        FragA<E> a;
+        load_a_row(a, x + 16 * k, at.lane);
+#pragma unroll
+        for (int nt = 0; nt < 2; ++nt) {
+            FragB<E> b;
+            b_of_transposed(b, w[2 * k], w[2 * k + 1], nt);
+            mma(z[nt], a, b);
+        }
+    }
+}
 
 // Of a block of the clusters that have the loss under the initial state.
 template <class L> struct WideErrorShared {
@@ -71,7 +95,7 @@ __global__ void __launch_bounds__(L::threads)
         return;
     using E = typename L::E;
     using Shared = WideScanShared<L>;
-    using Own = typename Shared::Own;
+    using Own = OwnColumns<L>;
     constexpr int D = L::D, M = L::M, mt = L::mt;
     const ClusterPlace<L> at;
     const int number = int(blockIdx.x) / L::split, scans = p.streams * p.heads;
@@ -138,14 +162,21 @@ __global__ void __launch_bounds__(L::threads)
     each_element<L>(w, at, [&](float &x, int in, int) { x -= shared.mean[in]; });
 
     float before[1] = {0}; // this thread's part of the error before each step
-    double after = 0;      // of thread 0
+    // The error after a step: this thread's part of the last key's sums, which go round with the
+    // next step's, as the first token's sums 4 to 7.
+    float last[8] = {};
+    double after = 0;
+    const auto add_after = [&](const float(&sum)[8]) {
+        const float r = inverse_root(sum[4] / float(D) + p.eps);
+        after += double(r * (r * sum[5] - 2 * sum[6]) + sum[7]);
+    };
 
     for (int batch = 0; batch < p.batches; ++batch) {
         const bool is_short = batch == p.batches - 1;
         const int n = is_short ? short_n : M;
         const int stage = batch % Shared::stages;
-        const E *const k_tile = shared.k + stage * L::tile, *const q_tile =
-                                                                shared.q + stage * L::tile;
+        const E *const k_tile = shared.k + stage * L::tile;
+        const E *const q_tile = shared.q + stage * L::tile;
         const E *const v_tile = shared.v + stage * Own::tile;
 
         wait_for_copies<0>();
@@ -172,7 +203,7 @@ __global__ void __launch_bounds__(L::threads)
 #pragma unroll
         for (int m = 0; m < mt; ++m) {
             float goal[2][4], sum[2][8] = {};
-            goals<L>(goal, k_tile + 16 * m * L::ld, v_tile + 16 * m * Own::ld, norm, at);
+            own_goals<L>(goal, k_tile + 16 * m * L::ld, v_tile + 16 * m * Own::ld, norm, at);
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt)
 #pragma unroll
@@ -199,7 +230,7 @@ __global__ void __launch_bounds__(L::threads)
             RowSums::spread(r, stats.r, at);
             RowSums::spread(mean_u, stats.mean_u, at);
             RowSums::spread(mean_uh, stats.mean_uh, at);
-            goals<L>(goal, k_tile + 16 * m * L::ld, v_tile + 16 * m * Own::ld, norm, at);
+            own_goals<L>(goal, k_tile + 16 * m * L::ld, v_tile + 16 * m * Own::ld, norm, at);
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt)
 #pragma unroll
@@ -242,7 +273,7 @@ __global__ void __launch_bounds__(L::threads)
             }
         sync_block(); // of P, a warp reads its own dims only; A is complete
 
-        if (queries)
+        if (queries) {
 #pragma unroll
             for (int i = 0; i < mt; ++i)
 #pragma unroll
@@ -255,6 +286,23 @@ __global__ void __launch_bounds__(L::threads)
                     mma(u[i][0], a, b[0]);
                     mma(u[i][1], a, b[1]);
                 }
+            exchange.open();
+#pragma unroll
+            for (int m = 0; m < mt; ++m) {
+                float sum[2][8] = {};
+                if (m == 0)
+#pragma unroll
+                    for (int i = 4; i < 8; ++i)
+                        sum[0][i] = last[i];
+#pragma unroll
+                for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        sum[e >> 1][0] += u[m][nt][e] * u[m][nt][e];
+                exchange.put_rows(m, sum[0], sum[1], at);
+            }
+            exchange.send();
+        }
         if (shared.rates.learns(is_short) != 0)
 #pragma unroll
             for (int m = 0; m < mt; ++m) {
@@ -265,15 +313,14 @@ __global__ void __launch_bounds__(L::threads)
         if (!queries)
             continue;
 
-        // The first token's other sums are those of the last key's error.
-        float last[8] = {};
         if (p.loss) {
-            float z_last[2][4];
-            row_product<L>(z_last, k_tile + (n - 1) * L::ld, w, at);
-            const E *const k_last = k_tile + (n - 1) * L::ld + at.col, *const v_last =
-                                                                           v_tile +
-                                                                           (n - 1) * Own::ld +
-                                                                           16 * at.warp;
+            float z[2][4];
+            row_product<L>(z, k_tile + (n - 1) * L::ld, w, at);
+            const E *const key = k_tile + (n - 1) * L::ld + at.col;
+            const E *const value = v_tile + (n - 1) * Own::ld + 16 * at.warp;
+#pragma unroll
+            for (int i = 4; i < 8; ++i)
+                last[i] = 0;
             if (at.g == 0)
 #pragma unroll
                 for (int nt = 0; nt < 2; ++nt)
@@ -281,40 +328,22 @@ __global__ void __launch_bounds__(L::threads)
                     for (int e = 0; e < 2; ++e) {
                         const int dim = 8 * nt + 2 * at.t + e;
                         const float goal =
-                            to_float(v_last[dim]) - to_float(k_last[dim]) - norm.b[nt][e];
-                        const float gz = norm.g[nt][e] * z_last[nt][e];
-                        last[4] += z_last[nt][e] * z_last[nt][e];
+                            to_float(value[dim]) - to_float(key[dim]) - norm.b[nt][e];
+                        const float gz = norm.g[nt][e] * z[nt][e];
+                        last[4] += z[nt][e] * z[nt][e];
                         last[5] += gz * gz;
                         last[6] += gz * goal;
                         last[7] += goal * goal;
                     }
         }
-        exchange.open();
-#pragma unroll
-        for (int m = 0; m < mt; ++m) {
-            float sum[2][8] = {};
-            if (m == 0)
-#pragma unroll
-                for (int i = 4; i < 8; ++i)
-                    sum[0][i] = last[i];
-#pragma unroll
-            for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    sum[e >> 1][0] += u[m][nt][e] * u[m][nt][e];
-            exchange.put_rows(m, sum[0], sum[1], at);
-        }
-        exchange.send();
         exchange.receive();
 #pragma unroll
         for (int m = 0; m < mt; ++m) {
             float sum[8], r[2];
             exchange.get_rows(sum, m, at);
             RowSums::spread(r, inverse_root(sum[0] / float(D) + p.eps), at);
-            if (m == 0 && p.loss && at.thread == 0) {
-                const float r_last = inverse_root(sum[4] / float(D) + p.eps);
-                after += double(r_last * (r_last * sum[5] - 2 * sum[6]) + sum[7]);
-            }
+            if (m == 0 && p.loss && at.thread == 0)
+                add_after(sum);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = 16 * m + at.g + 8 * half;
@@ -348,7 +377,9 @@ __global__ void __launch_bounds__(L::threads)
         });
     if (p.loss) {
         exchange.total(before, at);
+        exchange.total(last, at);
         if (at.rank == 0 && at.thread == 0) {
+            add_after(last);
             p.loss_part[head * 3 + 1] = before[0];
             p.loss_part[head * 3 + 2] = float(after);
             finish_loss(p, s, float(D));
