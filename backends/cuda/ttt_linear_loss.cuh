@@ -5,11 +5,10 @@
 
 namespace ponder::cuda {
 
-// Sum over mini-batches of the last token's error under the initial state; where several blocks
-// share them, over those of block `rank`. Each warp takes eight mini-batches at a time, a lane
-// D / 32 dims.
+// Sum over mini-batches of the last token's error under the initial state. Each warp takes eight
+// mini-batches at a time, a lane D / 32 dims.
 template <class L, int warps>
-__device__ float initial_error(const LinearParams &p, int head, const Place &at, int rank = 0) {
+__device__ float initial_error(const LinearParams &p, int head, const Place &at) {
     using E = typename L::E;
     constexpr int per = L::D / 32, group = 8;
     float *keys = reinterpret_cast<float *>(shared_memory()) + at.warp * L::D * group; // [D][8]
@@ -18,8 +17,7 @@ __device__ float initial_error(const LinearParams &p, int head, const Place &at,
     const E *k = static_cast<const E *>(p.k) + offset, *v = static_cast<const E *>(p.v) + offset;
     const float *w = p.w1 + int64_t(head) * L::D * L::D, *b = p.b1 + int64_t(head) * L::D;
     float total = 0;
-    for (int first = (rank * warps + at.warp) * group; first < p.batches;
-         first += L::split * warps * group) {
+    for (int first = at.warp * group; first < p.batches; first += warps * group) {
         sync_warp();
         for (int i = 0; i < group; ++i) {
             const int token = min((first + i + 1) * L::M, p.tokens) - 1;

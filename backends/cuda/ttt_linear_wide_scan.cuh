@@ -43,13 +43,8 @@ template <class L>
 __device__ __forceinline__ void row_product(float (&z)[2][4], const typename L::E *x,
                                             const typename L::State &w, const Place &at) {
     using E = typename L::E;
-    float bias[2][2];
+    float bias[2][2], sum[2][2][4] = {}; // two sums, so that fewer products wait in a row
     bias_of<L>(bias, w, at.t);
-#pragma unroll
-    for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            z[nt][e] = bias[nt][e & 1];
 #pragma unroll
     for (int k = 0; k < L::kt; ++k) {
         FragA<E> a;
@@ -58,34 +53,14 @@ __device__ __forceinline__ void row_product(float (&z)[2][4], const typename L::
         for (int nt = 0; nt < 2; ++nt) {
             FragB<E> b;
             b_of_transposed(b, w[2 * k], w[2 * k + 1], nt);
-            mma(z[nt], a, b);
+            mma(sum[k % 2][nt], a, b);
         }
     }
-}
-
-// Of a block of the clusters that have the loss under the initial state.
-template <class L> struct WideErrorShared {
-    static constexpr int keys = L::warps * L::D * 8; // see initial_error
-    static constexpr int size = (keys + L::split) * int(sizeof(float));
-};
-template <class L>
-__device__ __forceinline__ void wide_initial_error(const LinearParams &p, int head,
-                                                   const ClusterPlace<L> &at) {
-    cluster_arrive();
-    const float error = initial_error<L, L::warps>(p, head, at, at.rank);
-    float *const errors = reinterpret_cast<float *>(shared_memory()) + WideErrorShared<L>::keys;
-    cluster_wait(); // the cluster's blocks are there
-    if (at.thread == 0)
-        in_block(errors, 0)[at.rank] = error;
-    cluster_arrive();
-    cluster_wait();
-    if (at.rank == 0 && at.thread == 0) {
-        float sum = 0;
-        for (int i = 0; i < L::split; ++i)
-            sum += errors[i];
-        p.loss_part[head * 3] = sum;
-        finish_loss(p, head / p.heads, float(L::D));
-    }
+#pragma unroll
+    for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            z[nt][e] = sum[0][nt][e] + sum[1][nt][e] + bias[nt][e & 1];
 }
 
 template <class L>
@@ -100,7 +75,14 @@ __global__ void __launch_bounds__(L::threads)
     const ClusterPlace<L> at;
     const int number = int(blockIdx.x) / L::split, scans = p.streams * p.heads;
     if (number >= scans) {
-        wide_initial_error<L>(p, number - scans, at);
+        if (at.rank > 0) // one block has time enough
+            return;
+        const int head = number - scans;
+        const float error = initial_error<L, L::warps>(p, head, at);
+        if (at.thread == 0) {
+            p.loss_part[head * 3] = error;
+            finish_loss(p, head / p.heads, float(D));
+        }
         return;
     }
     const Shared shared(kept_shared_memory());
@@ -389,8 +371,9 @@ __global__ void __launch_bounds__(L::threads)
 }
 
 template <class L> size_t wide_scan_shared() {
-    const int size = WideScanShared<L>(nullptr).size;
-    return size_t(size > WideErrorShared<L>::size ? size : WideErrorShared<L>::size);
+    const size_t keys = size_t(L::warps * L::D * 8) * sizeof(float); // see initial_error
+    const size_t bytes = size_t(WideScanShared<L>(nullptr).size);
+    return bytes > keys ? bytes : keys;
 }
 
 } // namespace ponder::cuda
