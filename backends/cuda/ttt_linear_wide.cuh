@@ -1,7 +1,7 @@
 // TTT-Linear with a head on a cluster of blocks, sm_90, for states too large for one: block `rank`
 // has `own` of the outputs, and so the columns of V, y, P and their gradients that belong to them;
-// K and Q are sums over all inputs, which each block reads whole. What a token sums over outputs
-// goes from every warp to every block.
+// K and Q, whose products sum over inputs, each block reads whole. What sums a token's outputs, as
+// norms do, is sent by every warp to every block.
 //
 // Blocks write into a box of each other's shared memory, which serves one exchange after the other:
 // open() waits until all have read what came before, send() and receive() are the two halves of the

@@ -525,8 +525,8 @@ __global__ void __launch_bounds__(L::threads, 1)
             exchange.put_rows(m, sum[0], sum[1], at);
         }
         exchange.send();
-        // Of (du_i P_j), the own outputs' part, in the place of the products that were read last
-        // before this exchange.
+        // a_i / f (du_i P_j), the own outputs' part, in the place of products that nobody reads any
+        // more.
         causal_products<Own>(
             shared.du, shared.p, 0, p.causal_k, at, [&](int row, int key, float x, float y) {
                 const float a = shared.rates.a(is_short, row);
