@@ -19,6 +19,15 @@ int main(int argc, char **argv) {
         cases.push_back({1, 130, 1, 64, 64, type});
         cases.push_back({1, 100, 1, 32, 64, type, true, false, 0.1, 0.5});
         cases.push_back({1, 70, 1, 128, 64, type});
+        cases.push_back({1, 33, 2, 256, 16, type});
+        cases.push_back({2, 37, 1, 256, 16, type, true, false, 0.1, 0, -1});
+        cases.push_back({1, 50, 1, 256, 16, type, false, false, 0, 0.5});
+        cases.push_back({1, 7, 2, 256, 16, type, true, false, 0, 0.5});
+        cases.push_back({1, 300, 1, 256, 16, type, false, false, 0.1, 0, 0, false});
+        cases.push_back({2, 272, 1, 256, 16, type, true, false, 0, 0.5, -2, true, 4});
+        cases.push_back({1, 130, 2, 256, 64, type});
+        cases.push_back({2, 100, 1, 256, 64, type, true, false, 0.1, 0.5, -2});
+        cases.push_back({1, 20, 1, 256, 64, type, false, false, 0, 0.5, 0, false});
         cases.push_back({1, 300, 1, 32, 16, type, false, false, 0, 0, 0, false});
         cases.push_back({1, 90, 1, 64, 16, type, false, false, 0, 0, 0, true, 4});
         cases.push_back({1, 90, 1, 64, 16, type, true, false, 0, 0, -1, true, 4, 1});

@@ -1,4 +1,5 @@
-// ttt_linear as the module calls it. The scan is in ttt_linear_scan.cuh.
+// ttt_linear as the module calls it. The scan is in ttt_linear_scan.cuh, that on clusters in
+// ttt_linear_wide_scan.cuh.
 #include "ttt_linear_host.hpp"
 
 namespace ponder::cuda {
@@ -15,6 +16,8 @@ size_t ttt_linear_workspace(const TttLinearShape &shape) {
 const char *ttt_linear_misses(const TttLinearShape &shape) {
     if (const char *what = linear_misses(shape))
         return what;
+    if (is_wide(shape))
+        return visit_linear<LinearWideScan>(shape, [](auto kernels) { return kernels.misses(); });
     return visit_linear<LinearScan>(shape, [&](auto kernels) { return kernels.misses(shape); });
 }
 
@@ -27,12 +30,18 @@ cudaError_t ttt_linear(const TttLinearShape &shape, const TttLinearForward &t, v
     p.loss_part = static_cast<float *>(workspace);
     p.tickets = tickets;
     set_trace(p, shape, t.trace);
+    if (is_wide(shape))
+        return visit_linear<LinearWideScan>(shape,
+                                            [&](auto kernels) { return kernels.run(p, stream); });
     return visit_linear<LinearScan>(shape,
                                     [&](auto kernels) { return kernels.run(shape, p, stream); });
 }
 
 cudaError_t ttt_linear_states(const TttLinearShape &shape, const LinearParams &p,
                               cudaStream_t stream) {
+    if (is_wide(shape))
+        return visit_linear<LinearWideScan>(shape,
+                                            [&](auto kernels) { return kernels.run(p, stream); });
     return visit_linear<LinearScan>(shape,
                                     [&](auto kernels) { return kernels.states(shape, p, stream); });
 }

@@ -1,4 +1,5 @@
-// What the scan of TTT-Linear and its reverse share. One block has one head of one stream.
+// What the scan of TTT-Linear and its reverse share. One block has one head of one stream, but for
+// heads that a cluster of blocks shares (ttt_linear_wide.cuh).
 //
 // Notation, for one mini-batch of n tokens (ops.hpp: form, scale, token_i, lr_j):
 //   eta[i,j] = a_i c_j: official a_i = scale token_i, c_j = lr_j; PonderTTT a_i = 1,
@@ -48,24 +49,26 @@ __host__ __device__ inline int64_t trace_states(int64_t batches) {
     return (batches + trace_every - 1) / trace_every + 1;
 }
 
-template <class E_, int D_, int M_> struct Linear {
+// `split`: blocks that share a head, each having `own` of its outputs.
+template <class E_, int D_, int M_, int split_ = 1> struct Linear {
     using E = E_;
-    static constexpr int D = D_, M = M_;
-    static constexpr int ld = D + 8, warps = D / 16, threads = 2 * D;
+    static constexpr int D = D_, M = M_, split = split_, own = D / split;
+    static constexpr int ld = D + 8, warps = own / 16, threads = 32 * warps;
     static constexpr int mt = M / 16, kt = D / 16; // tiles of 16 tokens, of 16 dims
     static constexpr int tile = M * ld;            // elements
     static constexpr int tile_bytes = tile * int(sizeof(E));
-    static constexpr int64_t state_size = int64_t(2 * kt + 1) * threads * 4;
+    static constexpr int state_threads = threads * split;
+    static constexpr int64_t state_size = int64_t(2 * kt + 1) * state_threads * 4;
     using State = float[2 * kt + 1][4];
     using Rows = float[mt][2][4]; // of M tokens and a warp's 16 dims
 };
 
-// Where this thread stands.
+// Where this thread stands; `first`: the block's first dim.
 struct Place {
     int thread, warp, lane, g, t, col; // col: the warp's first dim
-    __device__ Place()
+    __device__ explicit Place(int first = 0)
         : thread(int(threadIdx.x)), warp(thread >> 5), lane(thread & 31), g(lane >> 2), t(lane & 3),
-          col(16 * warp) {}
+          col(first + 16 * warp) {}
 };
 
 // Rates of the tokens. `shared` has 3 M + 4 floats; a barrier has to follow.
@@ -259,6 +262,14 @@ struct RowSums {
     }
     static __device__ __forceinline__ void put(float *parts, const float (&low)[8],
                                                const float (&high)[8], const Place &at) {
+        *quad_at(parts, at.warp, at) = quad(low, high, at);
+    }
+    // What a thread puts, and where of its warp's parts.
+    static __device__ __forceinline__ float4 *quad_at(float *parts, int warp, const Place &at) {
+        return reinterpret_cast<float4 *>(parts + place(warp, at.g, at.t & 1) + 4 * (at.t >> 1));
+    }
+    static __device__ __forceinline__ float4 quad(const float (&low)[8], const float (&high)[8],
+                                                  const Place &at) {
         const bool odd = at.t & 1, upper = at.t & 2;
         float a[8], quad[4];
 #pragma unroll
@@ -267,8 +278,7 @@ struct RowSums {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             quad[i] = (upper ? a[4 + i] : a[i]) + from_lane_xor(upper ? a[i] : a[4 + i], 2);
-        *reinterpret_cast<float4 *>(parts + place(at.warp, at.g, odd) +
-                                    4 * (at.t >> 1)) = {quad[0], quad[1], quad[2], quad[3]};
+        return {quad[0], quad[1], quad[2], quad[3]};
     }
     // The same for the first `count` quantities, rounded to 10 bits: a product with ones and zeros
     // sums over the lanes of a token in one instruction, and leaves every lane the sum.
@@ -404,18 +414,20 @@ __device__ __forceinline__ float block_sum(float x, float *shared, const Place &
     return x;
 }
 
+// `thread` counts those of all blocks of a head.
 template <class L>
 __device__ __forceinline__ void store_state(float *to, const typename L::State &w, int thread) {
 #pragma unroll
     for (int j = 0; j < 2 * L::kt + 1; ++j)
-        *reinterpret_cast<float4 *>(to + (j * L::threads + thread) * 4) = {w[j][0], w[j][1],
-                                                                           w[j][2], w[j][3]};
+        *reinterpret_cast<float4 *>(to + (j * L::state_threads + thread) * 4) = {w[j][0], w[j][1],
+                                                                                 w[j][2], w[j][3]};
 }
 template <class L>
 __device__ __forceinline__ void load_state(typename L::State &w, const float *from, int thread) {
 #pragma unroll
     for (int j = 0; j < 2 * L::kt + 1; ++j) {
-        const float4 x = *reinterpret_cast<const float4 *>(from + (j * L::threads + thread) * 4);
+        const float4 x =
+            *reinterpret_cast<const float4 *>(from + (j * L::state_threads + thread) * 4);
         w[j][0] = x.x;
         w[j][1] = x.y;
         w[j][2] = x.z;

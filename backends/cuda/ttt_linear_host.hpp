@@ -39,9 +39,12 @@ inline void set_trace(LinearParams &p, const TttLinearShape &shape, void *trace)
                                           trace_size(shape, p.batches).states);
 }
 
+// Heads that are split over a cluster of blocks (ttt_linear_wide.cuh).
+inline bool is_wide(const TttLinearShape &s) { return s.head_dim == 256; }
+
 inline const char *linear_misses(const TttLinearShape &s) {
-    if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128)
-        return "the fused scan has head dims 32, 64 and 128";
+    if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128 && !is_wide(s))
+        return "the fused scan has head dims 32, 64, 128 and 256";
     if (s.mini_batch != 16 && s.mini_batch != 64)
         return "the fused scan has mini-batches of 16 and 64";
     // The compiler takes five minutes for these kernels, and nobody is known to want them.
@@ -73,6 +76,13 @@ inline const char *shared_misses(size_t bytes) {
     return bytes <= size_t(device.shared) ? nullptr
                                           : "a block's shared memory is too small for this shape";
 }
+inline const char *cluster_misses(size_t bytes) {
+    const char *what = shared_misses(bytes);
+    return what ? what
+           : DeviceLimits().major >= 9
+               ? nullptr
+               : "the fused scan needs clusters of blocks for this head dim";
+}
 
 // The kernels of one type and mini-batch: a file each, which the compiler takes long for.
 template <class E, int M> struct LinearScan {
@@ -84,6 +94,16 @@ template <class E, int M> struct LinearScan {
 template <class E, int M> struct LinearReverse {
     static cudaError_t run(const TttLinearShape &, const LinearParams &, cudaStream_t);
     static const char *misses(const TttLinearShape &);
+};
+
+// Those with a head on a cluster.
+template <class E, int M> struct LinearWideScan {
+    static cudaError_t run(const LinearParams &, cudaStream_t); // for the trace alone: no y
+    static const char *misses();
+};
+template <class E, int M> struct LinearWideReverse {
+    static cudaError_t run(const LinearParams &, cudaStream_t);
+    static const char *misses();
 };
 
 // visit(Linear<E, D, M>) for the shape's head dim

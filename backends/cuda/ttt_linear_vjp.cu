@@ -1,5 +1,5 @@
 // ttt_linear_vjp as the module calls it, and the sums over streams at its end. The reverse scan is
-// in ttt_linear_reverse.cuh.
+// in ttt_linear_reverse.cuh, that on clusters in ttt_linear_wide_reverse.cuh.
 #include "ttt_linear_host.hpp"
 
 namespace ponder::cuda {
@@ -60,6 +60,9 @@ size_t ttt_linear_vjp_workspace(const TttLinearShape &shape, bool has_trace) {
 const char *ttt_linear_vjp_misses(const TttLinearShape &shape) {
     if (const char *what = linear_misses(shape))
         return what;
+    if (is_wide(shape))
+        return visit_linear<LinearWideReverse>(shape,
+                                               [](auto kernels) { return kernels.misses(); });
     return visit_linear<LinearReverse>(shape, [&](auto kernels) { return kernels.misses(shape); });
 }
 
@@ -83,8 +86,12 @@ cudaError_t ttt_linear_vjp(const TttLinearShape &shape, const TttLinearBackward 
         if (const cudaError_t e = ttt_linear_states(shape, p, stream); e != cudaSuccess)
             return e;
     }
-    const cudaError_t e = visit_linear<LinearReverse>(
-        shape, [&](auto kernels) { return kernels.run(shape, p, stream); });
+    const cudaError_t e = is_wide(shape)
+                              ? visit_linear<LinearWideReverse>(
+                                    shape, [&](auto kernels) { return kernels.run(p, stream); })
+                              : visit_linear<LinearReverse>(shape, [&](auto kernels) {
+                                    return kernels.run(shape, p, stream);
+                                });
     if (e != cudaSuccess)
         return e;
     return linear_sum_parts({p.part, t.index, t.dg, t.db, t.dindex, p.streams, p.heads,

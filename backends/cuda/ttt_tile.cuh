@@ -121,6 +121,25 @@ __device__ __forceinline__ void load_b_transposed(FragB<float> (&b)[2], const fl
         set(b[i >> 2], i & 3, p[((i >> 1 & 1) * 8 + (i & 1)) * ld + (i >> 2) * 8]);
 }
 
+// The same two of rows in f32
+__device__ __forceinline__ void load_b(FragB<Bf16> (&b)[2], const float *s, int ld, int lane) {
+    const float *p = s + (lane >> 2) * ld + (lane & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 v = *reinterpret_cast<const float2 *>(p + (i >> 1) * 8 * ld + (i & 1) * 8);
+        b[i >> 1].x[i & 1] = pack_bf16(v.x, v.y);
+    }
+}
+__device__ __forceinline__ void load_b_transposed(FragB<Bf16> (&b)[2], const float *s, int ld,
+                                                  int lane) {
+    const float *p = s + (lane & 3) * 2 * ld + (lane >> 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float *from = p + (i & 1) * 8 * ld + (i >> 1) * 8;
+        b[i >> 1].x[i & 1] = pack_bf16(from[0], from[ld]);
+    }
+}
+
 // The result c[16,16] as a factor a
 __device__ __forceinline__ void a_of(FragA<Bf16> &a, const float (&c0)[4], const float (&c1)[4]) {
     a.x[0] = pack_bf16(c0[0], c0[1]);

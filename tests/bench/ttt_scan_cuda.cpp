@@ -2,8 +2,8 @@
 // them.
 //
 //     ttt_scan_cuda [--check] [--time] [--variants [--kernels 1245]]
-//                   [--small KERNEL [--forward] [--unlimited]] [--mlp [--short]] [--one CASE]
-//                   [--json FILE]
+//                   [--small KERNEL [--forward] [--unlimited]] [--mlp | --wide] [--short]
+//                   [--one CASE] [--json FILE]
 //
 // Times are medians over replays of a graph in which each call has inputs of its own, together
 // larger than the L2 cache, divided by the calls; `alone` is the median of single calls between
@@ -14,7 +14,8 @@
 // alike.
 // --small checks short scans of one kernel, for compute-sanitizer: the forward pass alone, without
 // the one that has a limit on the gradient's norm.
-// --mlp leaves the cases of TTT-MLP alone, --short of these the short ones.
+// --mlp leaves the cases of TTT-MLP alone, --wide those of heads of 256, --short of these the short
+// ones.
 #include "../ttt_scan_cases.hpp"
 
 #include <fstream>
@@ -30,27 +31,32 @@ std::vector<ScanCase> checks() {
     std::vector<ScanCase> cases;
     uint32_t seed = 5;
     const auto pick = [&](int n) { return int((seed = seed * 1664525u + 1013904223u) >> 16) % n; };
+    const auto add = [&](int64_t d, DType type, int tokens) {
+        for (const int64_t m : {16, 64})
+            for (const bool ponder : {false, true})
+                for (int i = 0; i < 3; ++i) {
+                    ScanCase c{1 + pick(3), 1 + pick(tokens), 1 + pick(4), d, m, type, ponder};
+                    if (i == 0) // one mini-batch or less
+                        c.t = 1 + pick(int(m));
+                    c.decay = pick(2) ? 0.1 : 0;
+                    c.limit = pick(3) ? 0 : 0.5;
+                    c.causal_k = pick(2) ? 0 : -pick(3);
+                    c.losses = pick(2) == 0;
+                    c.lr_scale = pick(2) ? 1 : 4;
+                    c.kernel = m == 16 && d != 256 ? i + 1 : 0;
+                    cases.push_back(c);
+                    if (type == DType::bf16 && m == 16 && d == 64)
+                        for (const int kernel : {4, 5}) {
+                            c.kernel = kernel;
+                            cases.push_back(c);
+                        }
+                }
+    };
     for (const DType type : {DType::f32, DType::bf16})
         for (const int64_t d : {32, 64, 128})
-            for (const int64_t m : {16, 64})
-                for (const bool ponder : {false, true})
-                    for (int i = 0; i < 3; ++i) {
-                        ScanCase c{1 + pick(3), 1 + pick(400), 1 + pick(4), d, m, type, ponder};
-                        if (i == 0) // one mini-batch or less
-                            c.t = 1 + pick(int(m));
-                        c.decay = pick(2) ? 0.1 : 0;
-                        c.limit = pick(3) ? 0 : 0.5;
-                        c.causal_k = pick(2) ? 0 : -pick(3);
-                        c.losses = pick(2) == 0;
-                        c.lr_scale = pick(2) ? 1 : 4;
-                        c.kernel = m == 16 ? i + 1 : 0;
-                        cases.push_back(c);
-                        if (type == DType::bf16 && m == 16 && d == 64)
-                            for (const int kernel : {4, 5}) {
-                                c.kernel = kernel;
-                                cases.push_back(c);
-                            }
-                    }
+            add(d, type, 400);
+    for (const DType type : {DType::f32, DType::bf16})
+        add(256, type, 200); // the reference takes long
     for (const DType type : {DType::f32, DType::bf16})
         cases.push_back({2, 2048, 3, 64, 16, type});
     for (const int kernel : {4, 5}) {
@@ -447,7 +453,7 @@ std::vector<Timing> time_mlp(Timer &timer, const ScanCase &c, bool few) {
 
 int main(int argc, char **argv) {
     bool check = false, time = false, variants = false, backward = true, limited = true;
-    bool mlp = false, few_tokens = false;
+    bool mlp = false, wide = false, few_tokens = false;
     int one = -1, small = -1;
     std::string json, kernels = "1245";
     for (int i = 1; i < argc; ++i) {
@@ -462,6 +468,7 @@ int main(int argc, char **argv) {
         if (a == "--small" && i + 1 < argc)
             small = std::atoi(argv[++i]);
         mlp |= a == "--mlp";
+        wide |= a == "--wide";
         few_tokens |= a == "--short";
         if (a == "--one" && i + 1 < argc)
             one = std::atoi(argv[++i]);
@@ -474,6 +481,10 @@ int main(int argc, char **argv) {
         if (mlp)
             std::erase_if(cases,
                           [&](const ScanCase &c) { return !c.mlp || (few_tokens && c.t != 25); });
+        if (wide)
+            std::erase_if(cases, [&](const ScanCase &c) {
+                return c.d != 256 || (few_tokens && c.t > 2 * c.m);
+            });
         good = check_scans(cases, true);
         std::printf("checks: %s\n", good ? "all good" : "FAILED");
     }
@@ -519,10 +530,16 @@ int main(int argc, char **argv) {
         cases.push_back({1, 2048, 12, 64, m, DType::f32});
         cases.back().mlp = true;
     }
+    for (const int64_t s : {1, 8})
+        for (const int64_t m : {16, 64})
+            cases.push_back({s, 2048, 4, 256, m, DType::bf16});
+    cases.push_back({1, 2048, 4, 256, 16, DType::f32});
     if (small >= 0 && !time && !variants && one < 0)
         return good ? 0 : 1;
     if (mlp)
         std::erase_if(cases, [](const ScanCase &c) { return !c.mlp; });
+    if (wide)
+        std::erase_if(cases, [](const ScanCase &c) { return c.d != 256; });
     Timer timer;
     if (variants) { // results are lines of JSON, one each
         std::ofstream out(json.empty() ? "/dev/null" : json, std::ios::app);

@@ -43,8 +43,8 @@ const char *cudaGetErrorString(cudaError_t e) {
     return e == cudaErrorInvalidConfiguration ? "a launch that no device takes" : "emulated";
 }
 
-// A device as sm_80 and later have them; few processors, so that small tests have enough blocks for
-// every kind of kernel.
+// A device as sm_80 and later have them, and with clusters; few processors, so that small tests have
+// enough blocks for every kind of kernel.
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = 1;
     return cudaSuccess;
@@ -54,7 +54,9 @@ cudaError_t cudaGetDevice(int *device) {
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
-    *value = which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? int(emulator::most_shared) : 8;
+    *value = which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? int(emulator::most_shared)
+             : which == cudaDevAttrComputeCapabilityMajor     ? 9
+                                                              : 8;
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
