@@ -172,14 +172,20 @@ private:
         return sum(error * error);
     }
 
-    __device__ __forceinline__ void flush() {
+    // The sums of the tile before, ahead of hand_out: who has all rows of P2 may send the next ones.
+    __device__ __forceinline__ void collect_pending() {
         if (pending < 0)
             return;
         if constexpr (split > 1)
             await(2);
         collect(1, outputs);
+        outputs[0] += pending_b2;
+    }
+    __device__ __forceinline__ void flush() {
+        if (pending < 0)
+            return;
         if (row < tokens_of(pending) && leads()) {
-            const Norm u(outputs[0] + pending_b2, p.eps);
+            const Norm u(outputs[0], p.eps);
             output(p.y, int64_t(pending) * M + row, pending_q + g * u.z + b);
         }
         pending = -1;
@@ -207,6 +213,7 @@ private:
             if (rank == split - 1)
                 await(0);
         }
+        collect_pending();
         flush();
         if (p.loss) {
             before = sum_of_lanes(before);
@@ -280,6 +287,7 @@ private:
             causal(c, 1);
             a_of(a1, c[0], c[1]);
         }
+        collect_pending();
         await(0);
         collect(0, own);
 
