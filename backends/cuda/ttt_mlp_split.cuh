@@ -172,7 +172,8 @@ private:
         return sum(error * error);
     }
 
-    // The sums of the tile before, ahead of hand_out: who has all rows of P2 may send the next ones.
+    // The sums of the tile before, ahead of hand_out: who has all rows of P2 may send the next
+    // ones.
     __device__ __forceinline__ void collect_pending() {
         if (pending < 0)
             return;
