@@ -595,11 +595,13 @@ bool needs_clusters(const TttMlpShape &s) {
 // Up to one and a half blocks a multiprocessor, as far as was measured; with 96 heads on 132 one
 // block a head is faster.
 bool on_clusters(const TttMlpShape &s) {
+    if (needs_clusters(s))
+        return true;
+    if (s.split)
+        return s.split > 1;
     const DeviceLimits device;
-    return needs_clusters(s) ||
-           (s.split ? s.split > 1
-                    : device.major >= 9 && s.streams * s.heads * mlp_most_split(s.head_dim) * 2 <=
-                                               device.processors * 3);
+    return device.major >= 9 &&
+           s.streams * s.heads * mlp_most_split(s.head_dim) * 2 <= device.processors * 3;
 }
 // visit(MlpSplitOf the shape's head dim)
 template <class Visit> auto visit_dim(const TttMlpShape &s, Visit visit) {
