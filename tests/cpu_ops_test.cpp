@@ -288,11 +288,13 @@ TEST_P(CpuOps, CrossEntropyInParts) {
         int64_t s, t, c, v;
         double far;
     };
-    for (const auto &[s, t, c, v, far] :
-         {Size{1, 200, 64, 1500, 0}, {2, 130, 72, 513, 0}, {1, 300, 96, 4096, 0},
-          {1, 203, 64, 1501, 100}, {1, 77, 200, 769, 500}}) {
-        const std::string what = shape_name(half, s, t) + " V=" + std::to_string(v) +
-                                 " far=" + std::to_string(int(far));
+    for (const auto &[s, t, c, v, far] : {Size{1, 200, 64, 1500, 0},
+                                          {2, 130, 72, 513, 0},
+                                          {1, 300, 96, 4096, 0},
+                                          {1, 203, 64, 1501, 100},
+                                          {1, 77, 200, 769, 500}}) {
+        const std::string what =
+            shape_name(half, s, t) + " V=" + std::to_string(v) + " far=" + std::to_string(int(far));
         const int64_t stride = (v + 63) / 64 * 64;
         const Tensor h = random(half, {s, t, c}, 2), table = random(half, {v, c}).frozen();
         const Tensor target = random_ids({s, t}, seed++, 0, int32_t(v));
@@ -597,8 +599,9 @@ TEST_P(CpuOps, TttLinear) {
                 }
 }
 
-// Head dims and mini-batches: of 64 and 16 or 64 the scans are fused.
-constexpr std::pair<int64_t, int64_t> mlp_scans[] = {{8, 16}, {20, 5}, {64, 16}, {64, 64}};
+// Head dims and mini-batches: of 64 and 16 or 64, and of 128 and 16, the scans are fused.
+constexpr std::pair<int64_t, int64_t> mlp_scans[] = {
+    {8, 16}, {20, 5}, {64, 16}, {64, 64}, {128, 16}};
 
 TEST_P(CpuOps, TttMlp) {
     if (on_host())

@@ -41,6 +41,14 @@ int main(int argc, char **argv) {
                 mlp.kernel = split;
                 cases.push_back(mlp);
             }
+        for (const int64_t t : {1, 25, 50, 300}) {
+            ScanCase mlp{t == 50 ? 2 : 1, t, t == 25 ? 2 : 1, 128, 16, type};
+            mlp.mlp = true;
+            mlp.losses = t != 300;
+            mlp.lr_scale = 10;
+            mlp.kernel = 8;
+            cases.push_back(mlp);
+        }
         for (const int64_t t : {1, 40, 64, 100, 145, 300}) {
             ScanCase mlp{t == 40 ? 2 : 1, t, t == 100 ? 2 : 1, 64, 64, type};
             mlp.mlp = true;

@@ -21,7 +21,7 @@ namespace {
 
 template <class E> struct Mlp {
     using L = Linear<E, 64, 16>;
-    static constexpr int D = mlp_dim, M = mlp_batch, F = mlp_inner, ld = D + 8, wide = F + 8;
+    static constexpr int D = 64, M = mlp_batch, F = 4 * D, ld = D + 8, wide = F + 8;
     static constexpr int warps = F / 16, threads = 32 * warps, quarters = warps / (D / 16);
     static constexpr int stages = 3;
     static constexpr int z_ld = D + 4;
@@ -519,7 +519,7 @@ private:
             to_b2[at.thread] = b2[at.thread];
     }
     __device__ __forceinline__ void trace_state(int64_t i, const float *b2) {
-        const MlpState to(p.trace_w, head, p.batches, i);
+        const MlpState<D> to(p.trace_w, head, p.batches, i);
         write_states(to.w1, to.b1, to.w2, to.b2, b2);
     }
 
@@ -589,29 +589,41 @@ cudaError_t run(const MlpParams &p, unsigned blocks_a_head, cudaStream_t stream)
                   stream, p);
 }
 
+bool needs_clusters(const TttMlpShape &s) {
+    return s.mini_batch == mlp_wide_batch || s.head_dim == 128;
+}
 // Up to one and a half blocks a multiprocessor, as far as was measured; with 96 heads on 132 one
 // block a head is faster.
 bool on_clusters(const TttMlpShape &s) {
+    if (needs_clusters(s))
+        return true;
+    if (s.split)
+        return s.split > 1;
     const DeviceLimits device;
-    return s.mini_batch == mlp_wide_batch ||
-           (s.split ? s.split > 1
-                    : device.major >= 9 &&
-                          s.streams * s.heads * mlp_most_split * 2 <= device.processors * 3);
+    return device.major >= 9 &&
+           s.streams * s.heads * mlp_most_split(s.head_dim) * 2 <= device.processors * 3;
+}
+// visit(MlpSplitOf the shape's head dim)
+template <class Visit> auto visit_dim(const TttMlpShape &s, Visit visit) {
+    return s.head_dim == 64 ? visit(MlpSplitOf<64>()) : visit(MlpSplitOf<128>());
 }
 
 } // namespace
 
 const char *ttt_mlp_misses(const TttMlpShape &s) {
-    if (s.head_dim != 64)
-        return "the fused MLP scan has head dim 64";
-    if (s.mini_batch == mlp_wide_batch && mlp_split(s) == 1)
-        return "the fused MLP scan needs clusters of blocks for mini-batches of 64";
+    if (s.head_dim != 64 && s.head_dim != 128)
+        return "the fused MLP scan has head dims 64 and 128";
     if (s.mini_batch != mlp_batch && s.mini_batch != mlp_wide_batch)
         return "the fused MLP scan has mini-batches of 16 and 64";
+    if (s.mini_batch == mlp_wide_batch && s.head_dim == 128)
+        return "for heads of 128 the fused MLP scan has mini-batches of 16 only";
+    if (needs_clusters(s) && mlp_split(s) == 1)
+        return "the fused MLP scan needs clusters of blocks for mini-batches of 64, heads of 128";
     if (s.tokens < 1 || s.streams < 1 || s.tokens > (1 << 24) || s.streams * s.heads > (1 << 24))
         return "too few or too many tokens, streams or heads for the fused scan";
-    const size_t bytes = s.type == TttType::bf16 ? mlp_shared<Bf16>() : mlp_shared<float>();
-    return shared_misses(bytes);
+    if (on_clusters(s))
+        return visit_dim(s, [&](auto kernels) { return kernels.misses(s); });
+    return shared_misses(s.type == TttType::bf16 ? mlp_shared<Bf16>() : mlp_shared<float>());
 }
 
 size_t ttt_mlp_workspace(const TttMlpShape &s) {
@@ -631,7 +643,7 @@ cudaError_t ttt_mlp(const TttMlpShape &s, const TttMlpForward &t, void *workspac
     if (t.trace)
         MlpTrace(s).set(p, t.trace);
     if (on_clusters(s))
-        return ttt_mlp_split(s, p, stream);
+        return visit_dim(s, [&](auto kernels) { return kernels.run(s, p, stream); });
     const unsigned blocks = t.loss ? 2 : 1;
     return s.type == TttType::bf16 ? run<Bf16>(p, blocks, stream) : run<float>(p, blocks, stream);
 }
@@ -641,7 +653,7 @@ cudaError_t ttt_mlp_states(const TttMlpShape &s, const MlpParams &reverse, cudaS
     p.y = nullptr;
     p.w_out = p.loss = nullptr;
     if (on_clusters(s))
-        return ttt_mlp_split(s, p, stream);
+        return visit_dim(s, [&](auto kernels) { return kernels.run(s, p, stream); });
     return s.type == TttType::bf16 ? run<Bf16>(p, 1, stream) : run<float>(p, 1, stream);
 }
 

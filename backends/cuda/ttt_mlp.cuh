@@ -10,26 +10,25 @@
 
 namespace ponder::cuda {
 
-constexpr int mlp_dim = 64, mlp_inner = 4 * mlp_dim;
 constexpr int mlp_batch = 16, mlp_wide_batch = 64;
-constexpr int64_t mlp_state = 2 * int64_t(mlp_dim) * mlp_inner + mlp_inner + mlp_dim;
+__host__ __device__ constexpr int64_t mlp_state(int64_t d) { return 8 * d * d + 5 * d; }
 
 struct MlpParams : LinearParams {
     const float *w2, *b2;
     float *w2_out, *b2_out;
-    void *trace_p1; // trace_p: P2 [S,H,T,D]; trace_w: [S,H,n,mlp_state]
+    void *trace_p1; // trace_p: P2 [S,H,T,D]; trace_w: [S,H,n,mlp_state(D)]
     // reverse
     const float *dw2_next, *db2_next;
     float *dw2, *db2;
 };
 
 // Where a state of the trace has its parts.
-struct MlpState {
+template <int D> struct MlpState {
     float *w1, *b1, *w2, *b2;
     __device__ explicit MlpState(float *at)
-        : w1(at), b1(w1 + mlp_dim * mlp_inner), w2(b1 + mlp_inner), b2(w2 + mlp_inner * mlp_dim) {}
+        : w1(at), b1(w1 + 4 * D * D), w2(b1 + 4 * D), b2(w2 + 4 * D * D) {}
     __device__ MlpState(float *trace, int head, int batches, int64_t i)
-        : MlpState(trace + (head * trace_states(batches) + i) * mlp_state) {}
+        : MlpState(trace + (head * trace_states(batches) + i) * mlp_state(D)) {}
 };
 
 // A result of 16 tokens by 16 units, for and from the trace.
@@ -95,9 +94,10 @@ struct MlpTrace {
         const size_t heads = size_t(s.streams * s.heads), size = s.type == TttType::bf16 ? 2 : 4;
         const int64_t batches = (s.tokens + s.mini_batch - 1) / s.mini_batch;
         const auto aligned = [](size_t n) { return (n + 255) / 256 * 256; };
-        p1 = aligned(heads * size_t(s.tokens) * mlp_dim * size);
-        states = p1 + aligned(heads * size_t(batches * s.mini_batch) * mlp_inner * size);
-        total = states + heads * size_t(trace_states(batches) * mlp_state) * sizeof(float);
+        p1 = aligned(heads * size_t(s.tokens * s.head_dim) * size);
+        states = p1 + aligned(heads * size_t(batches * s.mini_batch * 4 * s.head_dim) * size);
+        total =
+            states + heads * size_t(trace_states(batches) * mlp_state(s.head_dim)) * sizeof(float);
     }
     void set(MlpParams &p, void *trace) const {
         auto *const at = static_cast<unsigned char *>(trace);
@@ -116,19 +116,23 @@ inline MlpParams mlp_params(const TttMlpShape &s) {
     return p;
 }
 
+// Blocks of a head where it is on a cluster
+__host__ __device__ constexpr int mlp_most_split(int64_t d) { return int(d / 16); }
 // Blocks of a head in the reverse scan: clusters are sm_90's.
-constexpr int mlp_most_split = 4;
 inline int mlp_split(const TttMlpShape &s) {
-    return s.split ? s.split : DeviceLimits().major >= 9 ? mlp_most_split : 1;
+    return s.split ? s.split : DeviceLimits().major >= 9 ? mlp_most_split(s.head_dim) : 1;
 }
-// The reverse scan of one type.
-template <class E> struct MlpReverseOf {
+// The reverse scan of one type and head dim.
+template <class E, int D> struct MlpReverseOf {
     static cudaError_t run(const TttMlpShape &, const MlpParams &, cudaStream_t);
     static const char *misses(const TttMlpShape &);
 };
 
-// The scan on clusters.
-cudaError_t ttt_mlp_split(const TttMlpShape &, const MlpParams &, cudaStream_t);
+// The scan on clusters, of one head dim.
+template <int D> struct MlpSplitOf {
+    static cudaError_t run(const TttMlpShape &, const MlpParams &, cudaStream_t);
+    static const char *misses(const TttMlpShape &);
+};
 
 // The scan for its trace: without queries and losses.
 cudaError_t ttt_mlp_states(const TttMlpShape &, const MlpParams &, cudaStream_t);

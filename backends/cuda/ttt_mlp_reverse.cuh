@@ -12,12 +12,15 @@
 //   dk = P1 dW1'^T + dZ1 W1^T + B1^T Q - dtarget, dq = dy + dZQ1 W1^T + B1 K,   B1 as B2
 //   dW1 = dW1' + K^T dZ1 + Q^T dZQ1,  dW2 = dW2' + X^T dZ2 + XQ^T dU + dY^T P2
 //
-// State and gradient, 256 KiB for a head, are a multiprocessor's whole register file: on sm_90
-// blocks of a cluster share a head (ttt_mlp_units.cuh), 128 registers a thread for W1, W2 and their
-// gradients. Tests have it on one block too: there the compiler spills what does not fit, and in bf16
-// it wants 171 KiB of shared memory, more than 8.0 has. Sums are
-// exchanged three times a mini-batch: for Z2 and U, for dP2, and for dq and dk, which are read in
-// the next mini-batch; dU and dZ2 are handed out. So four waits.
+// State and gradient, 256 KiB for a head of 64, are a multiprocessor's whole register file: on
+// sm_90 blocks of a cluster share a head (ttt_mlp_units.cuh), 128 registers a thread for W1, W2 and
+// their gradients. Tests have it on one block too: there the compiler spills what does not fit, and
+// in bf16 it wants 171 KiB of shared memory, more than 8.0 has. Of heads of 128, on eight blocks,
+// W1 and W2 alone are 128 registers a thread; the gradients lie in shared memory, of each warp its
+// own units. In f32 that leaves no room to fetch a tile ahead.
+//
+// Sums are exchanged three times a mini-batch: for Z2 and U, for dP2, and for dq and dk, which are
+// read in the next mini-batch; dU and dZ2 are handed out. So four waits.
 //
 // A mini-batch of 64 is four tiles of 16 under one state, read backwards: C = sum K^T P and c = sum
 // P of each layer over the tiles before, which the queries of a tile see times their rates. C and c
@@ -30,18 +33,22 @@
 // and that of the state, which nobody reads before the next mini-batch, is added up beside it. That
 // and C lie in shared memory, of each warp its own units, as registers are full.
 //
-// Counted, a mini-batch of a head: 21 products of 16 x 64 x 256 and small ones, 11 MFLOP, 240
+// Counted, a mini-batch of a head of 64: 21 products of 16 x 64 x 256 and small ones, 11 MFLOP, 240
 // matrix instructions a warp (7,100 in the whole code); measured on an H200, one warp on a
 // scheduler: 15,000 cycles, two: hardly more. Latency is what limits, not the multiprocessor.
 #pragma once
 
 #include "ttt_mlp_units.cuh"
 
+#include <type_traits>
+
 namespace ponder::cuda {
 
 template <class X> struct MlpReverseShared {
     using E = typename X::E;
-    static constexpr int slots = X::tiles > 1 ? X::tiles : 2, kept_weights = X::tiles > 1 ? 4 : 0;
+    // tiles at a time: those of a mini-batch, else one ahead where there is room
+    static constexpr int slots = X::tiles > 1 ? X::tiles : X::D == 128 && sizeof(E) == 4 ? 1 : 2;
+    static constexpr int kept_weights = X::tiles > 1 ? 4 : X::D == 128 ? 2 : 0;
     E *tiles, *p1, *du, *dz;
     float4 *kept;
     float *da; // of each warp, as in linear_reverse
@@ -53,7 +60,7 @@ template <class X> struct MlpReverseShared {
     __host__ __device__ explicit MlpReverseShared(SharedLayout s) : exchange(s) {
         tiles = s.take<E>(slots * 3 * X::M * X::ld);
         p1 = s.take<E>(slots * X::threads * 8);
-        kept = s.take<float4>(kept_weights * 8 * X::threads);
+        kept = s.take<float4>(kept_weights * X::D / 8 * X::threads);
         da = s.take<float>(X::warps * X::batch);
         du = s.take<E>(X::M * X::ld);
         dz = s.take<E>(X::M * X::ld);
@@ -68,16 +75,18 @@ template <class X> struct MlpReverseShared {
 template <class X> class MlpReverseScan : MlpUnits<X, 2> {
     using Units = MlpUnits<X, 2>;
     using typename Units::E, typename Units::L, typename Units::Result, typename Units::Weight,
-        typename Units::Norm, typename Units::Loss;
-    using Units::D, Units::M, Units::F, Units::ld, Units::split;
-    using Units::each, Units::read, Units::fetch_rows, Units::gather_last_keys, Units::trace_at,
-        Units::output, Units::tokens_of, Units::ends_batch, Units::last_token;
-    using Units::mean, Units::goal_of, Units::goal_at;
-    using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out;
-    using Units::over_dims, Units::over_rows, Units::small, Units::put_product, Units::add,
-        Units::add_bias, Units::sum_rows, Units::scale_rows, Units::copy, Units::multiply,
-        Units::causal, Units::add_along, Units::activate, Units::start, Units::add_start,
-        Units::rows_of;
+        typename Units::Dims, typename Units::Norm, typename Units::Loss;
+    using Units::D, Units::M, Units::F, Units::ld, Units::split, Units::per;
+    using Units::get, Units::copy_weight, Units::each, Units::read, Units::fetch_rows,
+        Units::gather_last_keys, Units::trace_at, Units::output, Units::tokens_of,
+        Units::ends_batch, Units::last_token;
+    using Units::goal_of, Units::goal_at, Units::row_of;
+    using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out,
+        Units::leads;
+    using Units::over_dims, Units::over_units, Units::over_rows, Units::small, Units::put_product,
+        Units::add, Units::add_bias, Units::sum_rows, Units::scale_rows, Units::copy,
+        Units::multiply, Units::causal, Units::add_along, Units::activate, Units::start,
+        Units::add_start, Units::rows_of;
     using Units::p, Units::exchange, Units::at, Units::rank, Units::head, Units::stream, Units::h,
         Units::width, Units::short_n, Units::tiles, Units::row, Units::unit, Units::offset,
         Units::g, Units::b;
@@ -86,7 +95,7 @@ public:
     __device__ explicit MlpReverseScan(const MlpParams &p)
         : MlpReverseScan(p, MlpReverseShared<X>(kept_shared_memory())) {}
 
-    __device__ void run() {
+    __device__ __forceinline__ void run() {
         for (int number = tiles - 1; number > tiles - shared.slots; --number)
             fetch_tile(number);
         load_state(trace_states(p.batches) - 1);
@@ -114,8 +123,15 @@ public:
     }
 
 private:
+    // In registers, or in shared memory where these are full of the state
+    static constexpr bool far_gradient = D == 128;
+    using Gradient = std::conditional_t<far_gradient, KeptWeight<X>, Weight>;
+
     __device__ MlpReverseScan(const MlpParams &p, const MlpReverseShared<X> &shared)
-        : Units(p, shared.exchange, int(blockIdx.x) / split), shared(shared) {}
+        : Units(p, shared.exchange, int(blockIdx.x) / split), shared(shared) {
+        if constexpr (far_gradient)
+            dw1 = kept(gradient_1), dw2 = kept(gradient_2);
+    }
 
     // ---- memory
 
@@ -140,26 +156,19 @@ private:
         return shared.da[at.warp * X::batch + token];
     }
 
-    // What this warp keeps of a weight in shared memory
-    enum Kept { sums_1, sums_2, gradient_1, gradient_2 };
-    __device__ __forceinline__ float4 &kept(Kept which, int j) {
-        return shared.kept[(which * 8 + j) * X::threads + at.thread];
+    // What this warp keeps of weights in shared memory
+    enum Kept { gradient_1, gradient_2, sums_1, sums_2 };
+    __device__ __forceinline__ KeptWeight<X> kept(Kept which) {
+        return {shared.kept + which * (D / 8) * X::threads + at.thread};
     }
     __device__ __forceinline__ void keep(Kept which, const Weight &w) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-            kept(which, j) = {w[j][0], w[j][1], w[j][2], w[j][3]};
+        KeptWeight<X> to = kept(which);
+        copy_weight(to, w);
     }
-    __device__ __forceinline__ void recall(Weight &w, Kept which) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const float4 x = kept(which, j);
-            w[j][0] = x.x, w[j][1] = x.y, w[j][2] = x.z, w[j][3] = x.w;
-        }
-    }
+    __device__ __forceinline__ void recall(Weight &w, Kept which) { copy_weight(w, kept(which)); }
     // change(the gradient of the state before the mini-batch), which is dw where there is one tile
     template <class Change>
-    __device__ __forceinline__ void to_gradient(Kept which, Weight &dw, Change change) {
+    __device__ __forceinline__ void to_gradient(Kept which, Gradient &dw, Change change) {
         if constexpr (parts) {
             Weight w;
             recall(w, which);
@@ -170,7 +179,7 @@ private:
     }
 
     __device__ __forceinline__ void load_state(int64_t i) {
-        const MlpState from(p.trace_w, head, p.batches, i);
+        const MlpState<D> from(p.trace_w, head, p.batches, i);
         read(w1, bias1, w2, bias2, from.w1, from.b1, from.w2, from.b2);
     }
     __device__ __forceinline__ void load_gradient() {
@@ -182,7 +191,7 @@ private:
     }
 
     __device__ __forceinline__ float *last_row(int batch) const { // dk, dv
-        return p.last_rows + (int64_t(head) * p.batches + batch) * 2 * D + 2 * at.lane;
+        return p.last_rows + (int64_t(head) * p.batches + batch) * 2 * D + per * at.lane;
     }
     // dq and dk of the mini-batch before, whose sums have come.
     __device__ __forceinline__ void flush() {
@@ -192,13 +201,12 @@ private:
             await(2);
         collect(1, outputs);
         const int n = tokens_of(pending);
-        if (row < n) {
-            const float2 dk = {outputs[0].x + pending_dk.x, outputs[0].y + pending_dk.y},
-                         dq = {outputs[1].x + pending_dy.x, outputs[1].y + pending_dy.y};
+        if (row < n && leads()) {
+            const Dims dk = outputs[0] + pending_dk, dq = outputs[1] + pending_dy;
             output(p.dq, int64_t(pending) * M + row, dq);
             output(p.dk, int64_t(pending) * M + row, dk);
             if ((wanted & 1) && row == n - 1 && ends_batch(pending))
-                *reinterpret_cast<float2 *>(last_row(pending / X::tiles)) = dk;
+                store_dims(last_row(pending / X::tiles), dk);
         }
         pending = -1;
     }
@@ -206,8 +214,8 @@ private:
     // ---- the loss of rows of keys under the state that is in the registers now
 
     // of_token: `weight` |LN(z) - target|^2 / 2 of this warp's row; its dtarget and dkey.
-    __device__ __forceinline__ void probe(const E *keys, float2 goal, float of_token,
-                                          float2 &dtarget, float2 &dkey) {
+    __device__ __forceinline__ void probe(const E *keys, const Dims &goal, float of_token,
+                                          Dims &dtarget, Dims &dkey) {
         Result z, slope, dz1 = {};
         FragA<E> x, x_t;
         start(z, bias1);
@@ -216,21 +224,17 @@ private:
         a_of(x, z[0], z[1]);
         transpose(x_t, x, at.lane);
         put_product(0, x, w2);
-        float2 sum[1];
+        Dims sum[1];
         reduce(0, sum);
         await(0);
         flush();
         collect(0, sum);
-        const Loss loss(Norm({sum[0].x + bias2.x, sum[0].y + bias2.y}, p.eps), g, goal);
-        const float2 c = loss.centred(g);
-        const float by = of_token * loss.r;
-        hand_out(shared.dz, {by * c.x, by * c.y});
-        const float2 residual = {of_token * loss.residual.x, of_token * loss.residual.y};
-        dtarget = {-residual.x, -residual.y};
-        dg.x += residual.x * loss.h.x;
-        dg.y += residual.y * loss.h.y;
-        db.x += residual.x;
-        db.y += residual.y;
+        const Loss loss(Norm(sum[0] + bias2, p.eps), g, goal);
+        hand_out(shared.dz, of_token * loss.r * loss.centred(g));
+        const Dims residual = of_token * loss.residual;
+        dtarget = -1.0f * residual;
+        dg += residual * loss.h;
+        db += residual;
         await(1);
 
         over_dims(dz1, shared.dz, w2);
@@ -242,9 +246,7 @@ private:
         add(dw2, x_t, shared.dz);
         add(dw1, d_t, keys);
         add_bias(dbias1, d_t, 1);
-        const float2 sum_dz = sum_rows(shared.dz);
-        dbias2.x += sum_dz.x;
-        dbias2.y += sum_dz.y;
+        dbias2 += sum_rows(shared.dz);
         reduce(0, sum);
         await(0);
         collect(0, sum);
@@ -259,15 +261,14 @@ private:
             gather_last_keys(keys, first);
             const int batch = first + row;
             const bool valid = batch < p.batches;
-            float2 goal = {0, 0}, dtarget, dkey;
+            Dims goal = {}, dtarget, dkey;
             if (valid)
                 goal = goal_at(last_token(batch));
             probe(keys, goal, valid ? weight[0] : 0.0f, dtarget, dkey);
-            if (valid) {
+            if (valid && leads()) {
                 const float *rest = last_row(batch);
-                output(p.dk, last_token(batch),
-                       {rest[0] + dkey.x - dtarget.x, rest[1] + dkey.y - dtarget.y});
-                output(p.dv, last_token(batch), {rest[D] + dtarget.x, rest[D + 1] + dtarget.y});
+                output(p.dk, last_token(batch), dims_at<per>(rest) + dkey - dtarget);
+                output(p.dv, last_token(batch), dims_at<per>(rest + D) + dtarget);
             }
         }
     }
@@ -283,7 +284,7 @@ private:
         Weight s;
         float along = 0; // the step times its gradient, but for the biases'
         clear(s, sum1);
-        sum2 = {0, 0};
+        sum2 = {};
         for (int number = first; number <= last; ++number) {
             FragA<E> p1_t;
             load_rows(p1_t, p1_place(number));
@@ -314,14 +315,11 @@ private:
             a_of(x_t, z[0], z[1]);
             transpose(x_t, FragA<E>(x_t), at.lane);
             add(s, x_t, shared.tile(number, 2));
-            const float2 sum = sum_rows(shared.tile(number, 2));
-            sum2.x += sum.x;
-            sum2.y += sum.y;
+            sum2 += sum_rows(shared.tile(number, 2));
         }
         if (learns && !whole) {
             subtract(w2, s);
-            bias2.x -= sum2.x;
-            bias2.y -= sum2.y;
+            bias2 -= sum2;
         }
         along += product(s, dw2);
         keep(sums_2, s);
@@ -333,7 +331,7 @@ private:
                 for (int e = 0; e < 2; ++e)
                     along += sum1[nt][e] * dbias1[nt][e];
         if (row == 0)
-            along += sum2.x * dbias2.x + sum2.y * dbias2.y;
+            along += sum(sum2 * dbias2);
         (is_short && short_n < X::batch ? da_short : da_last) += along / shared.rates.f(is_short);
 
         keep(gradient_1, dw1);
@@ -347,12 +345,12 @@ private:
         if (!learns) {
             clear(dw1, dbias1);
             clear(dw2);
-            dbias2 = {0, 0};
+            dbias2 = {};
         }
     }
     static __device__ __forceinline__ void clear(Weight &w) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < D / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 w[j][e] = 0;
@@ -363,7 +361,7 @@ private:
     }
     static __device__ __forceinline__ void subtract(Weight &w, const Weight &s) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < D / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 w[j][e] -= s[j][e];
@@ -371,7 +369,7 @@ private:
     static __device__ __forceinline__ float product(const Weight &w, const Weight &s) {
         float sum = 0;
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < D / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 sum += w[j][e] * s[j][e];
@@ -401,25 +399,30 @@ private:
                        *const p2_tile = shared.tile(number, 2);
         const float by = shared.rates.f(is_short);
         const bool learns = parts || uniform(shared.rates.learns(is_short) != 0);
-        float2 own[2];
+        Dims own[2];
 
+        if constexpr (shared.slots == 1) {
+            sync_block(); // the tile before has been read
+            fetch_tile(number);
+        }
         wait_for_copies<0>();
         sync_block();
-        fetch_tile(number + 1 - shared.slots);
+        if constexpr (shared.slots > 1)
+            fetch_tile(number + 1 - shared.slots);
         const float rate[2] = {shared.rates.a(is_short, first + at.g),
                                shared.rates.a(is_short, first + at.g + 8)},
                     my_rate = shared.rates.a(is_short, first + row);
-        float2 dy = {0, 0}, v = {0, 0};
+        Dims dy = {}, v = {};
         float lr = 0, da[2] = {0, 0};
         if (row < n) {
-            const int64_t from = offset + token * width + 2 * at.lane;
+            const int64_t from = offset + token * width + per * at.lane;
             if (p.dy)
-                dy = floats(pair_at(static_cast<const E *>(p.dy) + from));
-            v = floats(pair_at(static_cast<const E *>(p.v) + from));
+                dy = dims_at<per>(static_cast<const E *>(p.dy) + from);
+            v = dims_at<per>(static_cast<const E *>(p.v) + from);
             lr = rate_at(p, (int64_t(stream) * p.tokens + token) * p.heads + h);
         }
-        const float2 goal = goal_of(floats(pair_at(k_tile + row * ld + 2 * at.lane)), v);
-        float2 dtarget = {0, 0}, dkey = {0, 0};
+        const Dims goal = goal_of(row_of(k_tile, row, at.lane), v);
+        Dims dtarget = {}, dkey = {};
         if ((wanted & 4) && ends)
             probe(k_tile, goal, row == n - 1 ? weight[2] : 0.0f, dtarget, dkey);
         if constexpr (parts)
@@ -489,9 +492,7 @@ private:
                 recall(s, sums_2);
                 add(s, step, p2_tile);
                 keep(sums_2, s);
-                const float2 sum = sum_rows(p2_tile);
-                sum2.x -= sum.x;
-                sum2.y -= sum.y;
+                sum2 -= sum_rows(p2_tile);
                 scale_rows(zq, rate);
                 a_of(xq_rated, zq[0], zq[1]);
                 transpose(xq_rated_t, xq_rated, at.lane);
@@ -499,9 +500,7 @@ private:
                 FragA<E> step = x_t;
                 negate(step);
                 add(w2, step, p2_tile);
-                const float2 sum = sum_rows(p2_tile);
-                bias2.x -= sum.x;
-                bias2.y -= sum.y;
+                bias2 -= sum_rows(p2_tile);
             }
             Result c;
             FragA<E> a;
@@ -545,10 +544,8 @@ private:
             add_along(to_last, c, dp1, 1 / by);
             rows_of(c, x);
             add_along(to_last, c, dx, 1 / by);
-            if (row < n) {
-                const float2 p2 = floats(pair_at(p2_tile + row * ld + 2 * at.lane));
-                to_last[0] += (p2.x * dbias2.x + p2.y * dbias2.y) / by;
-            }
+            if (row < n && leads())
+                to_last[0] += sum(row_of(p2_tile, row, at.lane) * dbias2) / by;
             (is_short && n < M ? da_short : da_last) += to_last[0] + to_last[1];
             if (!learns)
 #pragma unroll
@@ -562,25 +559,20 @@ private:
         collect(0, own);
 
         // dU
-        const Loss loss(Norm({own[0].x + bias2.x, own[0].y + bias2.y}, p.eps), g, goal);
+        const Loss loss(Norm(own[0] + bias2, p.eps), g, goal);
         {
-            float2 z = {own[1].x + bias2.x, own[1].y + bias2.y};
-            if (sums) {
-                z.x += my_rate * sum2.x;
-                z.y += my_rate * sum2.y;
-            }
+            Dims z = own[1] + bias2;
+            if (sums)
+                z += my_rate * sum2;
             const Norm u(z, p.eps);
-            const float2 e = {g.x * dy.x, g.y * dy.y};
-            const float mean_e = mean(e.x + e.y), mean_eh = mean(e.x * u.z.x + e.y * u.z.y);
-            dg.x += dy.x * u.z.x;
-            dg.y += dy.y * u.z.y;
-            db.x += dy.x;
-            db.y += dy.y;
-            const float2 du = {u.r * (e.x - mean_e - u.z.x * mean_eh),
-                               u.r * (e.y - mean_e - u.z.y * mean_eh)};
+            const Dims e = g * dy;
+            const float mean_e = mean(e), mean_eh = mean(e * u.z);
+            dg += dy * u.z;
+            db += dy;
+            const Dims du = u.r * (e - mean_e - mean_eh * u.z);
             hand_out(shared.du, du);
             if (sums) {
-                const float along = sum_of_lanes(du.x * sum2.x + du.y * sum2.y) / by;
+                const float along = sum_of_lanes(sum(du * sum2)) / by;
                 da[0] += at.lane == 4 * row ? along : 0;
                 da[1] += at.lane == 4 * (row - 8) ? along : 0;
             }
@@ -637,18 +629,14 @@ private:
                 over_rows(c, a_t, shared.du, k);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    FragB<E> y;
-                    if (learns) {
-                        b_of(y, dw2[2 * k + i], at.lane);
-                        mma(c[i], x, y);
-                    }
-                    b_of(y, w2[2 * k + i], at.lane);
-                    mma(c[i], dy1, y);
+                    if (learns)
+                        over_units(c[i], x, dw2, 2 * k + i);
+                    over_units(c[i], dy1, w2, 2 * k + i);
                     put(0, 2 * k + i, c[i]);
                 }
             }
         }
-        float2 dp[1];
+        Dims dp[1];
         reduce(0, dp);
         // What waits for no sums: dq, and of dX and dW2 the queries' parts
         FragA<E> b1_t;
@@ -669,57 +657,45 @@ private:
                 over_rows(to_q, b1, k_tile, k);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    FragB<E> y;
-                    b_of(y, w1[2 * k + i], at.lane);
-                    mma(to_q[i], dzq, y);
-                    if (sums) {
-                        b_of(y, s[2 * k + i], at.lane);
-                        mma(to_q[i], dzq_rated, y);
-                    }
+                    over_units(to_q[i], dzq, w1, 2 * k + i);
+                    if (sums)
+                        over_units(to_q[i], dzq_rated, s, 2 * k + i);
                     put(1, 2 * k + i, to_q[i]);
                 }
             }
         }
         small(dx, b2_t, xq_t);
         transpose(dy1_t, dy1, at.lane);
-        to_gradient(gradient_2, dw2, [&](Weight &w) {
-            add(w, xq_t, shared.du);
-            add(w, dy1_t, p2_tile);
+        to_gradient(gradient_2, dw2, [&](Gradient &w) {
+            add(w, {{xq_t, shared.du}, {dy1_t, p2_tile}});
         });
         await(0);
         collect(0, dp);
 
         // dG2, dZ2, dtarget
         {
-            if (learns) {
-                dp[0].x += dbias2.x;
-                dp[0].y += dbias2.y;
-            }
+            if (learns)
+                dp[0] += dbias2;
             const float c = -by * lr * loss.r;
-            const float2 u = {g.x * loss.residual.x, g.y * loss.residual.y}, hat = loss.h,
-                         raw = loss.centred(g), e = {c * dp[0].x, c * dp[0].y}; // e: r dG
-            const float mean_e = mean(e.x + e.y), mean_eh = mean(e.x * hat.x + e.y * hat.y),
-                        along = sum_of_lanes(dp[0].x * raw.x + dp[0].y * raw.y);
-            const float2 du = {e.x - mean_e - hat.x * mean_eh, e.y - mean_e - hat.y * mean_eh};
-            const float2 dh = {g.x * g.x * du.x - e.x * loss.mean_uh - u.x * mean_eh,
-                               g.y * g.y * du.y - e.y * loss.mean_uh - u.y * mean_eh};
-            const float mean_dh = mean(dh.x + dh.y),
-                        mean_dhh = mean(dh.x * hat.x + dh.y * hat.y) +
-                                   c * along * (1.0f / D); // dr r / D, dr = sum dG raw
+            const Dims u = g * loss.residual, hat = loss.h, raw = loss.centred(g),
+                       e = c * dp[0]; // r dG
+            const float mean_e = mean(e), mean_eh = mean(e * hat),
+                        along = sum_of_lanes(sum(dp[0] * raw));
+            const Dims du = e - mean_e - mean_eh * hat;
+            const Dims dh = g * g * du - loss.mean_uh * e - mean_eh * u;
+            const float mean_dh = mean(dh),
+                        mean_dhh =
+                            mean(dh * hat) + c * along * (1.0f / D); // dr r / D, dr = sum dG raw
             const float before = ends && row == n - 1 ? weight[1] : 0.0f;
-            hand_out(shared.dz, {loss.r * (dh.x - mean_dh - hat.x * mean_dhh + before * raw.x),
-                                 loss.r * (dh.y - mean_dh - hat.y * mean_dhh + before * raw.y)});
-            const float2 residual = {before * loss.residual.x, before * loss.residual.y};
-            dg.x += du.x * (loss.residual.x + g.x * hat.x) + residual.x * hat.x;
-            dg.y += du.y * (loss.residual.y + g.y * hat.y) + residual.y * hat.y;
-            db.x += du.x * g.x + residual.x;
-            db.y += du.y * g.y + residual.y;
-            dtarget.x -= g.x * du.x + residual.x;
-            dtarget.y -= g.y * du.y + residual.y;
-            if (row < n) {
+            hand_out(shared.dz, loss.r * (dh - mean_dh - mean_dhh * hat + before * raw));
+            const Dims residual = before * loss.residual;
+            dg += du * (loss.residual + g * hat) + residual * hat;
+            db += du * g + residual;
+            dtarget -= g * du + residual;
+            if (row < n && leads()) {
                 output(p.dv, token, dtarget);
                 if ((wanted & 1) && ends && row == n - 1)
-                    *reinterpret_cast<float2 *>(last_row(batch) + D) = dtarget;
+                    store_dims(last_row(batch) + D, dtarget);
                 if (at.lane == 0) {
                     const float dlr = -by * loss.r * along;
                     const int64_t to = (int64_t(stream) * p.tokens + token) * p.heads + h;
@@ -748,43 +724,32 @@ private:
             over_rows(c, b1_t, q_tile, k);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                FragB<E> y;
-                if (learns) {
-                    b_of(y, dw1[2 * k + i], at.lane);
-                    mma(c[i], p1, y);
-                }
-                b_of(y, w1[2 * k + i], at.lane);
-                mma(c[i], d, y);
+                if (learns)
+                    over_units(c[i], p1, dw1, 2 * k + i);
+                over_units(c[i], d, w1, 2 * k + i);
                 put(0, 2 * k + i, c[i]);
             }
         }
         float(&to_b1)[2][2] = parts ? gradient_b1 : dbias1;
-        float2 &to_b2 = parts ? gradient_b2 : dbias2;
-        to_gradient(gradient_2, dw2, [&](Weight &w) { add(w, x_t, shared.dz); });
-        to_gradient(gradient_1, dw1, [&](Weight &w) {
-            add(w, d_t, k_tile);
-            add(w, dzq_t, q_tile);
+        Dims &to_b2 = parts ? gradient_b2 : dbias2;
+        to_gradient(gradient_2, dw2, [&](Gradient &w) { add(w, x_t, shared.dz); });
+        to_gradient(gradient_1, dw1, [&](Gradient &w) {
+            add(w, {{d_t, k_tile}, {dzq_t, q_tile}});
         });
         add_bias(to_b1, d_t, 1);
         add_bias(to_b1, dzq_t, 1);
-        const float2 sum_dz = sum_rows(shared.dz), sum_du = sum_rows(shared.du);
-        to_b2.x += sum_dz.x + sum_du.x;
-        to_b2.y += sum_dz.y + sum_du.y;
+        to_b2 += sum_rows(shared.dz) + sum_rows(shared.du);
         if (sums) {
             add(dw1, dzq_rated_t, q_tile);
             add(dw2, xq_rated_t, shared.du);
             add_bias(dbias1, dzq_rated_t, 1);
-            for (int i = 0; i < M; ++i) {
-                const float2 du = floats(pair_at(shared.du + i * ld + 2 * at.lane));
-                const float a = shared.rates.a(is_short, first + i);
-                dbias2.x += a * du.x;
-                dbias2.y += a * du.y;
-            }
+            for (int i = 0; i < M; ++i)
+                dbias2 += shared.rates.a(is_short, first + i) * row_of(shared.du, i, at.lane);
         } else if constexpr (parts)
             take_gradient();
         pending = number;
         pending_dy = dy;
-        pending_dk = {dkey.x - dtarget.x, dkey.y - dtarget.y};
+        pending_dk = dkey - dtarget;
         reduce(1, outputs);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -807,14 +772,17 @@ private:
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
                     p.db1[int64_t(head) * F + unit + 8 * nt + 2 * at.t + e] = dbias1[nt][e];
-        if (row == 0)
-            *reinterpret_cast<float2 *>(p.db2 + int64_t(head) * D + 2 * at.lane) = dbias2;
+        if (row == 0 && leads())
+            store_dims(p.db2 + int64_t(head) * D + per * at.lane, dbias2);
 
         // The block's sums of dg, db and the rates' gradients
-        float *norms = exchange.parts; // [warps][2 D]
+        float *norms = exchange.parts; // [rows][2 D]
         sync_block();
-        *reinterpret_cast<float2 *>(norms + at.warp * 2 * D + 2 * at.lane) = dg;
-        *reinterpret_cast<float2 *>(norms + at.warp * 2 * D + D + 2 * at.lane) = db;
+        if (leads()) {
+            float *const to = norms + at.warp / X::sharers * 2 * D + per * at.lane;
+            store_dims(to, dg);
+            store_dims(to + D, db);
+        }
         const float last = block_sum<X::warps>(da_last, exchange.block, at);
         sync_block();
         const float of_short = block_sum<X::warps>(da_short, exchange.block, at);
@@ -823,8 +791,8 @@ private:
         for (int i = at.thread; i < 2 * D; i += X::threads) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < X::warps; ++w)
-                sum += norms[w * 2 * D + i];
+            for (int r = 0; r < X::rows; ++r)
+                sum += norms[r * 2 * D + i];
             part[i] = sum;
         }
         if (at.thread < X::batch) {
@@ -840,19 +808,20 @@ private:
 
     static constexpr bool parts = X::tiles > 1;
     const MlpReverseShared<X> shared;
-    Weight w1, w2, dw1, dw2;
+    Weight w1, w2;
+    Gradient dw1, dw2;
     float bias1[2][2], dbias1[2][2]; // at this thread's units of a result
-    float2 bias2, dbias2;            // at dims 2 lane and 2 lane + 1, as the rest
-    float2 dg = {0, 0}, db = {0, 0};
+    Dims bias2, dbias2;
+    Dims dg = {}, db = {};
     float weight[3] = {0, 0, 0};     // of the losses, as factors of |LN(z) - target|^2 / 2
     int wanted = 0;                  // bits: those that are not 0
     float da_last = 0, da_short = 0; // as in linear_reverse
     // Where mini-batches have several tiles: c, and the gradient of the state before, of which that
     // of W is in shared memory, as C is.
     float sum1[2][2], gradient_b1[2][2];
-    float2 sum2, gradient_b2;
+    Dims sum2, gradient_b2;
     int pending = -1;
-    float2 outputs[2] /* dk, dq */, pending_dy, pending_dk;
+    Dims outputs[2] /* dk, dq */, pending_dy, pending_dk;
 };
 
 template <class X>
@@ -862,31 +831,35 @@ __global__ void __launch_bounds__(X::threads, 1) mlp_reverse(const __grid_consta
 }
 
 template <class X> size_t mlp_reverse_shared() { return size_t(MlpReverseShared<X>(nullptr).size); }
-// In f32 one block has too little shared memory where there are no clusters.
-template <class E, class Visit> auto visit_split(const TttMlpShape &shape, Visit visit) {
-    if (shape.mini_batch == mlp_wide_batch)
-        return visit(MlpSplit<E, mlp_most_split, mlp_wide_batch / mlp_batch>());
-    if constexpr (sizeof(E) == 2)
-        if (mlp_split(shape) == 1)
-            return visit(MlpSplit<E, 1>());
-    return visit(MlpSplit<E, mlp_most_split>());
+// visit(MlpSplit of the shape). On one block, heads of 64 in bf16: in f32 that has too little
+// shared memory where there are no clusters.
+template <class E, int D, class Visit> auto visit_reverse(const TttMlpShape &shape, Visit visit) {
+    constexpr int split = mlp_most_split(D);
+    if constexpr (D == 64) {
+        if (shape.mini_batch == mlp_wide_batch)
+            return visit(MlpSplit<E, D, split, mlp_wide_batch / mlp_batch>());
+        if constexpr (sizeof(E) == 2)
+            if (mlp_split(shape) == 1)
+                return visit(MlpSplit<E, D, 1>());
+    }
+    return visit(MlpSplit<E, D, split>());
 }
 
-template <class E>
-cudaError_t MlpReverseOf<E>::run(const TttMlpShape &shape, const MlpParams &p,
-                                 cudaStream_t stream) {
-    return visit_split<E>(shape, [&](auto x) {
+template <class E, int D>
+cudaError_t MlpReverseOf<E, D>::run(const TttMlpShape &shape, const MlpParams &p,
+                                    cudaStream_t stream) {
+    return visit_reverse<E, D>(shape, [&](auto x) {
         using X = decltype(x);
         return launch(mlp_reverse<X>, unsigned(p.streams * p.heads * X::split), X::threads,
                       mlp_reverse_shared<X>(), stream, p, X::split);
     });
 }
 
-template <class E> const char *MlpReverseOf<E>::misses(const TttMlpShape &shape) {
+template <class E, int D> const char *MlpReverseOf<E, D>::misses(const TttMlpShape &shape) {
     if (sizeof(E) == 4 && mlp_split(shape) == 1)
         return "in f32 the fused gradient of the MLP scan needs clusters of blocks";
-    return visit_split<E>(shape,
-                          [](auto x) { return shared_misses(mlp_reverse_shared<decltype(x)>()); });
+    return visit_reverse<E, D>(
+        shape, [](auto x) { return shared_misses(mlp_reverse_shared<decltype(x)>()); });
 }
 
 } // namespace ponder::cuda

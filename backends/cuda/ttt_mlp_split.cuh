@@ -45,12 +45,13 @@ template <class X> struct MlpSplitShared {
 template <class X, bool traced> class MlpSplitScan : MlpUnits<X, 1> {
     using Units = MlpUnits<X, 1>;
     using typename Units::E, typename Units::L, typename Units::Result, typename Units::Weight,
-        typename Units::Norm, typename Units::Loss;
-    using Units::D, Units::M, Units::F, Units::ld, Units::split;
+        typename Units::Dims, typename Units::Norm, typename Units::Loss;
+    using Units::D, Units::M, Units::F, Units::ld, Units::split, Units::per;
     using Units::each, Units::read, Units::fetch_rows, Units::gather_last_keys, Units::trace_at,
         Units::output, Units::tokens_of, Units::ends_batch, Units::last_token;
-    using Units::goal_of, Units::goal_at;
-    using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out;
+    using Units::goal_of, Units::goal_at, Units::row_of;
+    using Units::meet, Units::await, Units::put, Units::reduce, Units::collect, Units::hand_out,
+        Units::leads;
     using Units::over_dims, Units::over_rows, Units::small, Units::over_units, Units::put_product,
         Units::add, Units::add_bias, Units::sum_rows, Units::scale_rows, Units::multiply,
         Units::causal, Units::activate, Units::start;
@@ -111,11 +112,11 @@ private:
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt)
                 store_pair(to_b1 + unit + 8 * nt + 2 * at.t, bias1[nt][0], bias1[nt][1]);
-        if (row == 0)
-            store_pair(to_b2 + 2 * at.lane, bias2.x, bias2.y);
+        if (row == 0 && leads())
+            store_dims(to_b2 + per * at.lane, bias2);
     }
     __device__ __forceinline__ void trace_state(int64_t i) {
-        const MlpState to(p.trace_w, head, p.batches, i);
+        const MlpState<D> to(p.trace_w, head, p.batches, i);
         write(to.w1, to.b1, to.w2, to.b2);
     }
 
@@ -162,29 +163,31 @@ private:
         deliver(last_sum(batch, rank) + 4 * at.thread, sum, exchange.deliveries, split - 1);
     }
     // By that warp, when the sums have come.
-    __device__ __forceinline__ float last_error(int batch, float2 goal) {
-        float2 z = bias2;
+    __device__ __forceinline__ float last_error(int batch, const Dims &goal) {
+        Dims z = bias2;
 #pragma unroll
-        for (int from = 0; from < split; ++from) {
-            const float2 x = *reinterpret_cast<const float2 *>(last_sum(batch, from) + 2 * at.lane);
-            z.x += x.x;
-            z.y += x.y;
-        }
-        const Norm norm(z, p.eps);
-        const float a = g.x * norm.z.x - goal.x, b = g.y * norm.z.y - goal.y;
-        return a * a + b * b;
+        for (int from = 0; from < split; ++from)
+            z += dims_at<per>(last_sum(batch, from) + per * at.lane);
+        const Dims error = g * Norm(z, p.eps).z - goal;
+        return sum(error * error);
     }
 
-    __device__ __forceinline__ void flush() {
+    // The sums of the tile before, ahead of hand_out: who has all rows of P2 may send the next
+    // ones.
+    __device__ __forceinline__ void collect_pending() {
         if (pending < 0)
             return;
         if constexpr (split > 1)
             await(2);
         collect(1, outputs);
-        if (row < tokens_of(pending)) {
-            const Norm u({outputs[0].x + pending_b2.x, outputs[0].y + pending_b2.y}, p.eps);
-            output(p.y, int64_t(pending) * M + row,
-                   {pending_q.x + g.x * u.z.x + b.x, pending_q.y + g.y * u.z.y + b.y});
+        outputs[0] += pending_b2;
+    }
+    __device__ __forceinline__ void flush() {
+        if (pending < 0)
+            return;
+        if (row < tokens_of(pending) && leads()) {
+            const Norm u(outputs[0], p.eps);
+            output(p.y, int64_t(pending) * M + row, pending_q + g * u.z + b);
         }
         pending = -1;
     }
@@ -211,18 +214,19 @@ private:
             if (rank == split - 1)
                 await(0);
         }
+        collect_pending();
         flush();
         if (p.loss) {
             before = sum_of_lanes(before);
             if (row == M - 1) {
                 after += last_error(p.batches, goal_at(p.tokens - 1));
                 after = sum_of_lanes(after);
-                if (at.lane == 0) {
+                if (at.lane == 0 && leads()) {
                     float *to = in_block(exchange.block, 0);
                     to[0] = before;
                     to[2] = after;
                 }
-            } else if (row == last_n - 1 && at.lane == 0)
+            } else if (row == last_n - 1 && at.lane == 0 && leads())
                 in_block(exchange.block, 0)[1] = before;
         }
     }
@@ -239,10 +243,10 @@ private:
         wait_for_copies<1>();
         sync_block();
         const E *const k_tile = shared.tile(number, 0), *const q_tile = shared.tile(number, 1);
-        float2 v = {0, 0};
+        Dims v = {};
         float lr = 0;
         if (row < n) {
-            v = floats(pair_at(static_cast<const E *>(p.v) + offset + token * width + 2 * at.lane));
+            v = dims_at<per>(static_cast<const E *>(p.v) + offset + token * width + per * at.lane);
             lr = rate_at(p, (int64_t(stream) * p.tokens + token) * p.heads + h);
         }
         if (traced && first == 0 && batch % trace_every == 0)
@@ -257,7 +261,7 @@ private:
         if (with_last)
             first_layer_of(x_last, shared.tile(number - 1, 0) + (M - 1) * ld);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < D / 8; ++j) {
             float c[4] = {};
             FragB<E> y;
             b_of(y, w2[j], at.lane);
@@ -269,7 +273,7 @@ private:
                 put_last(j, c_last);
             }
         }
-        float2 own[1];
+        Dims own[1];
         reduce(0, own, with_last && rank == split - 1 ? last_bytes : 0);
         if (with_last)
             reduce_last(batch);
@@ -284,25 +288,25 @@ private:
             causal(c, 1);
             a_of(a1, c[0], c[1]);
         }
+        collect_pending();
         await(0);
         collect(0, own);
 
         // G2, P2
         {
-            const float2 goal = goal_of(floats(pair_at(k_tile + row * ld + 2 * at.lane)), v);
-            const Loss loss(Norm({own[0].x + bias2.x, own[0].y + bias2.y}, p.eps), g, goal);
-            const float2 raw = loss.centred(g);
+            const Dims goal = goal_of(row_of(k_tile, row, at.lane), v);
+            const Loss loss(Norm(own[0] + bias2, p.eps), g, goal);
             const float c = -shared.rates.f(is_short) * lr * loss.r;
-            const float2 p2 = {c * raw.x, c * raw.y};
+            const Dims p2 = c * loss.centred(g);
             hand_out(shared.p2, p2);
-            if (traced && row < n)
-                store_pair(static_cast<E *>(p.trace_p) + (int64_t(head) * p.tokens + token) * D +
-                               2 * at.lane,
-                           p2.x, p2.y);
+            if (traced && row < n && leads())
+                store_dims(static_cast<E *>(p.trace_p) + (int64_t(head) * p.tokens + token) * D +
+                               per * at.lane,
+                           p2);
             if (with_last && row == M - 1)
                 after += last_error(batch, goal_last);
             if (ends && row == n - 1)
-                before += loss.residual.x * loss.residual.x + loss.residual.y * loss.residual.y;
+                before += sum(loss.residual * loss.residual);
             goal_last = goal;
         }
         flush();
@@ -366,12 +370,9 @@ private:
             }
             pending = number;
             pending_b2 = bias2;
-            if constexpr (parts) {
-                const float mine = shared.rates.a(is_short, first + row);
-                pending_b2.x += mine * sum2.x;
-                pending_b2.y += mine * sum2.y;
-            }
-            pending_q = floats(pair_at(q_tile + row * ld + 2 * at.lane));
+            if constexpr (parts)
+                pending_b2 += shared.rates.a(is_short, first + row) * sum2;
+            pending_q = row_of(q_tile, row, at.lane);
         }
         if constexpr (parts) {
             learn(s1, sum1, s2, sum2, p1_t, x_t, k_tile);
@@ -388,27 +389,25 @@ private:
     }
 
     __device__ __forceinline__ void learn(Weight &to_1, float (&to_b1)[2][2], Weight &to_2,
-                                          float2 &to_b2, const FragA<E> &p1_t, const FragA<E> &x_t,
+                                          Dims &to_b2, const FragA<E> &p1_t, const FragA<E> &x_t,
                                           const E *k_tile) {
         add(to_1, p1_t, k_tile);
         add_bias(to_b1, p1_t, 1);
         add(to_2, x_t, shared.p2);
-        const float2 sum = sum_rows(shared.p2);
-        to_b2.x += sum.x;
-        to_b2.y += sum.y;
+        to_b2 += sum_rows(shared.p2);
     }
     __device__ __forceinline__ void clear_sums() {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < D / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 s1[j][e] = s2[j][e] = 0;
         sum1[0][0] = sum1[0][1] = sum1[1][0] = sum1[1][1] = 0;
-        sum2 = {0, 0};
+        sum2 = {};
     }
     __device__ __forceinline__ void take_sums() {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < D / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 w1[j][e] += s1[j][e];
@@ -419,8 +418,7 @@ private:
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 bias1[nt][e] += sum1[nt][e];
-        bias2.x += sum2.x;
-        bias2.y += sum2.y;
+        bias2 += sum2;
     }
 
     // The last tokens of 16 mini-batches at a time.
@@ -436,20 +434,19 @@ private:
             activate(z);
             a_of(x, z[0], z[1]);
             put_product(0, x, w2);
-            float2 own[1];
+            Dims own[1];
             reduce(0, own);
             await(0);
             collect(0, own);
-            const Norm norm({own[0].x + bias2.x, own[0].y + bias2.y}, p.eps);
+            const Norm norm(own[0] + bias2, p.eps);
             if (first + row < p.batches) {
-                const float2 goal = goal_at(last_token(first + row));
-                const float e0 = g.x * norm.z.x - goal.x, e1 = g.y * norm.z.y - goal.y;
-                error += e0 * e0 + e1 * e1;
+                const Dims apart = g * norm.z - goal_at(last_token(first + row));
+                error += sum(apart * apart);
             }
             meet(); // the sums have been read
         }
         error = sum_of_lanes(error);
-        if (at.lane == 0)
+        if (at.lane == 0 && leads())
             in_block(shared.last, 0)[row] = error;
     }
 
@@ -458,21 +455,51 @@ private:
     const bool is_probe;
     Weight w1, w2, s1, s2; // s1, s2, sum1, sum2: where mini-batches have several tiles
     float sum1[2][2];
-    float2 sum2;
+    Dims sum2;
     float bias1[2][2]; // at this thread's units of a result
-    float2 bias2;
+    Dims bias2;
     float before = 0, after = 0;
     int pending = -1;
-    float2 outputs[1], pending_q, pending_b2, goal_last = {0, 0};
+    Dims outputs[1], pending_q, pending_b2, goal_last = {};
 };
 
+// Blocks of a multiprocessor that registers are kept few enough for
+template <class X>
+constexpr int mlp_split_blocks = X::D == 64 && sizeof(typename X::E) == 2 && X::tiles == 1 ? 3 : 1;
+
 template <class X, bool traced>
-__global__ void __launch_bounds__(X::threads, sizeof(typename X::E) == 2 && X::tiles == 1 ? 3 : 1)
+__global__ void __launch_bounds__(X::threads, mlp_split_blocks<X>)
     mlp_split_scan(const __grid_constant__ MlpParams p) {
     if constexpr (has_clusters)
         MlpSplitScan<X, traced>(p).run();
 }
 
 template <class X> size_t mlp_split_shared() { return size_t(MlpSplitShared<X>(nullptr).size); }
+
+// visit(MlpSplit of the shape); of heads of 128 there are mini-batches of 16
+template <int D, class Visit> auto visit_split_scan(const TttMlpShape &s, Visit visit) {
+    constexpr int split = mlp_most_split(D), tiles = mlp_wide_batch / mlp_batch;
+    if constexpr (D == 64)
+        if (s.mini_batch == mlp_wide_batch)
+            return s.type == TttType::bf16 ? visit(MlpSplit<Bf16, D, split, tiles>())
+                                           : visit(MlpSplit<float, D, split, tiles>());
+    return s.type == TttType::bf16 ? visit(MlpSplit<Bf16, D, split>())
+                                   : visit(MlpSplit<float, D, split>());
+}
+
+template <int D>
+cudaError_t MlpSplitOf<D>::run(const TttMlpShape &s, const MlpParams &p, cudaStream_t stream) {
+    return visit_split_scan<D>(s, [&](auto x) {
+        using X = decltype(x);
+        return launch(p.trace_w ? mlp_split_scan<X, true> : mlp_split_scan<X, false>,
+                      unsigned(p.streams * p.heads * X::split) * (p.loss ? 2 : 1), X::threads,
+                      mlp_split_shared<X>(), stream, p, X::split);
+    });
+}
+
+template <int D> const char *MlpSplitOf<D>::misses(const TttMlpShape &s) {
+    return visit_split_scan<D>(
+        s, [](auto x) { return shared_misses(mlp_split_shared<decltype(x)>()); });
+}
 
 } // namespace ponder::cuda

@@ -1,23 +1,27 @@
 // TTT-MLP with a head's hidden units shared out to warps of the blocks of a cluster, for the scan
-// and its reverse. Each of a head's 16 warps has 16 hidden units: their rows of W1 and W2 as [unit,
-// dim] in the registers of results of products, and everything along them. Sums over hidden units,
-// for [16 tokens, D], are exchanged: each warp puts its part in shared memory, its block's sum goes
-// to the block that has the token, where each of the head's warps has one token and does its norm.
+// and its reverse. Each of a head's D / 4 warps has 16 hidden units: their rows of W1 and W2 as
+// [unit, dim] in the registers of results of products, and everything along them. Sums over hidden
+// units, for [16 tokens, D], are exchanged: each warp puts its part in shared memory, its block's
+// sum goes to the block that has the token, where one of the head's warps has it and does its norm.
 // What follows of it for all is handed out, a row of a tile in every block.
+//
+// For D = 128 there are two warps for a token. Both do the same with it; what is sent or written is
+// either shared out to them or left to the first.
 #pragma once
 
 #include "cluster.cuh"
-#include "ttt_mlp.cuh"
+#include "ttt_mlp_dims.cuh"
 
 namespace ponder::cuda {
 
 // split_: blocks of a head; tiles_: of 16 tokens, of a mini-batch
-template <class E_, int split_, int tiles_ = 1> struct MlpSplit {
+template <class E_, int D_, int split_, int tiles_ = 1> struct MlpSplit {
     using E = E_;
-    using L = Linear<E, mlp_dim, mlp_batch>;
-    static constexpr int D = mlp_dim, M = mlp_batch, F = mlp_inner, ld = L::ld;
-    static constexpr int split = split_, warps = 16 / split, threads = 32 * warps;
-    static constexpr int tiles = tiles_, batch = M * tiles; // tokens of a mini-batch
+    using L = Linear<E, D_, mlp_batch>;
+    static constexpr int D = D_, M = mlp_batch, F = 4 * D, ld = L::ld;
+    static constexpr int split = split_, warps = F / 16 / split, threads = 32 * warps;
+    static constexpr int rows = M / split, sharers = warps / rows; // tokens of a block, their warps
+    static constexpr int tiles = tiles_, batch = M * tiles;        // tokens of a mini-batch
     static constexpr int row =
         split == 1 ? D + 4 : D + 8; // of parts; less memory, or no bank twice
 };
@@ -105,22 +109,28 @@ __device__ __forceinline__ void a_of_ones(FragA<float> &a) {
         set(a, i, 1.0f);
 }
 
+// A weight's part of a thread in shared memory, in the order of registers
+template <class X> struct KeptWeight { float4 *at; };
+
 template <class X, int most> class MlpUnits {
 protected:
     using E = typename X::E;
     using L = typename X::L;
-    using Result = float[2][4]; // of 16 tokens by 16 units, or by 16 tokens
-    using Weight = float[8][4]; // 16 units by D
+    using Result = float[2][4];        // of 16 tokens by 16 units, or by 16 tokens
+    using Weight = float[X::D / 8][4]; // 16 units by D
+    using Dims = cuda::Dims<X::D / 32>;
     static constexpr int D = X::D, M = X::M, F = X::F, ld = X::ld, split = X::split;
+    static constexpr int per = D / 32; // dims of a lane
 
     __device__ MlpUnits(const MlpParams &p, const MlpExchange<X, most> &exchange, int head)
         : p(p), exchange(exchange), rank(int(blockIdx.x) % split), head(head),
           stream(head / p.heads), h(head % p.heads), width(p.heads * D),
           short_n(p.tokens - (p.batches - 1) * X::batch), tiles((p.tokens + M - 1) / M),
-          last_n(p.tokens - (tiles - 1) * M), row(rank * X::warps + uniform(at.warp)),
-          unit(16 * row), offset(int64_t(stream) * p.tokens * width + h * D) {
-        g = *reinterpret_cast<const float2 *>(p.g + h * D + 2 * at.lane);
-        b = *reinterpret_cast<const float2 *>(p.b + h * D + 2 * at.lane);
+          last_n(p.tokens - (tiles - 1) * M), warp_of_head(rank * X::warps + uniform(at.warp)),
+          row(warp_of_head / X::sharers), unit(16 * warp_of_head),
+          offset(int64_t(stream) * p.tokens * width + h * D) {
+        g = dims_at<per>(p.g + h * D + per * at.lane);
+        b = dims_at<per>(p.b + h * D + per * at.lane);
         if (split > 1 && at.thread == 0)
             for (int i = 0; i < 3; ++i)
                 set_deliveries(exchange.deliveries + i);
@@ -128,17 +138,50 @@ protected:
 
     // ---- memory
 
-    // visit(element of a weight, of the bias; unit, dim)
-    template <class Visit> __device__ __forceinline__ void each(Weight &w, Visit visit) {
+    // Dims 8 j to 8 j + 7 of a weight
+    static __device__ __forceinline__ void get(float (&c)[4], const Weight &w, int j) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int e = 0; e < 4; ++e)
+            c[e] = w[j][e];
+    }
+    static __device__ __forceinline__ void set(Weight &w, int j, const float (&c)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            w[j][e] = c[e];
+    }
+    static __device__ __forceinline__ void get(float (&c)[4], const KeptWeight<X> &w, int j) {
+        const float4 x = w.at[j * X::threads];
+        c[0] = x.x, c[1] = x.y, c[2] = x.z, c[3] = x.w;
+    }
+    static __device__ __forceinline__ void set(const KeptWeight<X> &w, int j, const float (&c)[4]) {
+        w.at[j * X::threads] = {c[0], c[1], c[2], c[3]};
+    }
+    template <class To, class From>
+    static __device__ __forceinline__ void copy_weight(To &to, const From &from) {
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+            float c[4];
+            get(c, from, j);
+            set(to, j, c);
+        }
+    }
+
+    // visit(element of a weight, unit, dim)
+    template <class W, class Visit> __device__ __forceinline__ void each(W &w, Visit visit) {
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+            float c[4];
+            get(c, w, j);
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                visit(w[j][e], unit + at.g + 8 * (e >> 1), 8 * j + 2 * at.t + (e & 1));
+                visit(c[e], unit + at.g + 8 * (e >> 1), 8 * j + 2 * at.t + (e & 1));
+            set(w, j, c);
+        }
     }
-    __device__ __forceinline__ void read(Weight &to_1, float (&bias_1)[2][2], Weight &to_2,
-                                         float2 &bias_2, const float *w1, const float *b1,
-                                         const float *w2, const float *b2) {
+    template <class W>
+    __device__ __forceinline__ void read(W &to_1, float (&bias_1)[2][2], W &to_2, Dims &bias_2,
+                                         const float *w1, const float *b1, const float *w2,
+                                         const float *b2) {
         each(to_1, [&](float &x, int u, int dim) { x = w1 ? w1[dim * F + u] : 0.0f; });
         each(to_2, [&](float &x, int u, int dim) { x = w2 ? w2[u * D + dim] : 0.0f; });
 #pragma unroll
@@ -146,7 +189,7 @@ protected:
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 bias_1[nt][e] = b1 ? b1[unit + 8 * nt + 2 * at.t + e] : 0.0f;
-        bias_2 = {b2 ? b2[2 * at.lane] : 0.0f, b2 ? b2[2 * at.lane + 1] : 0.0f};
+        bias_2 = each_dim<per>([&](int i) { return b2 ? b2[per * at.lane + i] : 0.0f; });
     }
     // Of a tile in the stream's order
     __device__ __forceinline__ int tokens_of(int number) const {
@@ -160,12 +203,12 @@ protected:
     }
     // The last keys of 16 mini-batches from `first` on, zeros where there are none, into a tile
     __device__ __forceinline__ void gather_last_keys(E *tile, int first) {
-        const E *const k = static_cast<const E *>(p.k) + offset + 2 * at.lane;
+        const E *const k = static_cast<const E *>(p.k) + offset + per * at.lane;
         for (int i = at.warp; i < M; i += X::warps) {
-            float2 key = {0, 0};
+            Dims key = {};
             if (first + i < p.batches)
-                key = floats(pair_at(k + last_token(first + i) * width));
-            store_pair(tile + i * ld + 2 * at.lane, key.x, key.y);
+                key = dims_at<per>(k + last_token(first + i) * width);
+            store_dims(tile + i * ld + per * at.lane, key);
         }
         sync_block();
     }
@@ -188,36 +231,47 @@ protected:
                 at.lane) *
                8;
     }
-    __device__ __forceinline__ void output(const void *to, int64_t token, float2 x) const {
-        store_pair(static_cast<E *>(const_cast<void *>(to)) + offset + token * width + 2 * at.lane,
-                   x.x, x.y);
+    __device__ __forceinline__ void output(void *to, int64_t token, const Dims &x) const {
+        store_dims(static_cast<E *>(to) + offset + token * width + per * at.lane, x);
     }
 
     // ---- products
 
     // z (+)= x W, summed over dims: x [16, D]
-    __device__ __forceinline__ void over_dims(Result &z, const E *x, const Weight &w) {
+    template <class W>
+    __device__ __forceinline__ void over_dims(Result &z, const E *x, const W &w) {
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
             FragA<E> a;
+            float c[2][4];
             load_a(a, x + 16 * k, ld, at.lane);
+            get(c[0], w, 2 * k);
+            get(c[1], w, 2 * k + 1);
 #pragma unroll
             for (int nt = 0; nt < 2; ++nt) {
                 FragB<E> y;
-                b_of_transposed(y, w[2 * k], w[2 * k + 1], nt);
+                b_of_transposed(y, c[0], c[1], nt);
                 mma(z[nt], a, y);
             }
         }
+    }
+    // z += x W for dims 8 j to 8 j + 7, summed over this warp's units
+    template <class W>
+    __device__ __forceinline__ void over_units(float (&z)[4], const FragA<E> &x, const W &w,
+                                               int j) {
+        float c[4];
+        FragB<E> y;
+        get(c, w, j);
+        b_of(y, c, at.lane);
+        mma(z, x, y);
     }
     // visit(j, this warp's part of dims 8 j to 8 j + 7 of x W, summed over its units)
     template <class Visit>
     __device__ __forceinline__ void over_units(const FragA<E> &x, const Weight &w, Visit visit) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < D / 8; ++j) {
             float c[4] = {};
-            FragB<E> y;
-            b_of(y, w[j], at.lane);
-            mma(c, x, y);
+            over_units(c, x, w, j);
             visit(j, c);
         }
     }
@@ -241,15 +295,33 @@ protected:
             mma(z[nt], a, f);
         }
     }
-    // w += sign x y: x [16 units, 16 tokens], y a tile of tokens
-    __device__ __forceinline__ void add(Weight &w, const FragA<E> &x, const E *y) {
+    // Of a product x y over tokens: x [16 units, 16 tokens], y a tile of tokens
+    struct Outer {
+        const FragA<E> &x;
+        const E *y;
+    };
+    // w += their sum, one after the other
+    template <class W, int terms>
+    __device__ __forceinline__ void add(W &w, const Outer (&outer)[terms]) {
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
-            FragB<E> f[2];
-            load_b_transposed(f, y + 16 * k, ld, at.lane);
-            add_step(w[2 * k], x, f[0]);
-            add_step(w[2 * k + 1], x, f[1]);
+            FragB<E> f[terms][2];
+#pragma unroll
+            for (int n = 0; n < terms; ++n)
+                load_b_transposed(f[n], outer[n].y + 16 * k, ld, at.lane);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float c[4];
+                get(c, w, 2 * k + i);
+#pragma unroll
+                for (int n = 0; n < terms; ++n)
+                    add_step(c, outer[n].x, f[n][i]);
+                set(w, 2 * k + i, c);
+            }
         }
+    }
+    template <class W> __device__ __forceinline__ void add(W &w, const FragA<E> &x, const E *y) {
+        add(w, {{x, y}});
     }
     // The sums over tokens of x, given by its transpose
     __device__ __forceinline__ void add_bias(float (&bias)[2][2], const FragA<E> &x_t, float sign) {
@@ -263,14 +335,15 @@ protected:
             for (int e = 0; e < 2; ++e)
                 bias[nt][e] += sign * z[nt][e];
     }
-    __device__ __forceinline__ float2 sum_rows(const E *tile) {
-        float2 sum = {0, 0};
+    // This lane's dims of a row
+    static __device__ __forceinline__ Dims row_of(const E *tile, int row, int lane) {
+        return dims_at<per>(tile + row * ld + per * lane);
+    }
+    __device__ __forceinline__ Dims sum_rows(const E *tile) {
+        Dims sum = {};
 #pragma unroll
-        for (int i = 0; i < M; ++i) {
-            const float2 x = floats(pair_at(tile + i * ld + 2 * at.lane));
-            sum.x += x.x;
-            sum.y += x.y;
-        }
+        for (int i = 0; i < M; ++i)
+            sum += row_of(tile, i, at.lane);
         return sum;
     }
     // gelu of z in its place, where wanted with its slope and curve
@@ -396,12 +469,15 @@ protected:
     }
     // Of this warp's token: what block `from` sends
     __device__ __forceinline__ float *sum_at(int buffer, int from, int which) {
-        return exchange.sums + (((buffer * X::warps + at.warp) * split + from) * most + which) * D;
+        const int row = buffer * X::rows + at.warp / X::sharers;
+        return exchange.sums + ((row * split + from) * most + which) * D;
     }
+    // Whether what is this token's alone is written by this warp
+    __device__ __forceinline__ bool leads() const { return at.warp % X::sharers == 0; }
     // The block's sums of what was put go to the tokens' blocks, where `more` bytes are to come
     // beside them. `own` is this warp's token's where there is one block.
     template <int count>
-    __device__ __forceinline__ void reduce(int buffer, float2 (&own)[count], unsigned more = 0) {
+    __device__ __forceinline__ void reduce(int buffer, Dims (&own)[count], unsigned more = 0) {
         sync_block();
         const auto part = [&](int which, int token, int w) {
             return exchange.parts + ((which * X::warps + w) * M + token) * X::row;
@@ -409,130 +485,109 @@ protected:
         if constexpr (split == 1) {
 #pragma unroll
             for (int which = 0; which < count; ++which) {
-                own[which] = {0, 0};
+                own[which] = {};
 #pragma unroll
-                for (int w = 0; w < X::warps; ++w) {
-                    const float2 x =
-                        *reinterpret_cast<const float2 *>(part(which, row, w) + 2 * at.lane);
-                    own[which].x += x.x;
-                    own[which].y += x.y;
-                }
+                for (int w = 0; w < X::warps; ++w)
+                    own[which] += dims_at<per>(part(which, row, w) + per * at.lane);
             }
         } else {
             Deliveries *const to_all = exchange.deliveries + 2 * buffer;
             if (at.thread == 0)
-                announce(to_all, X::warps * split * count * D * unsigned(sizeof(float)) + more);
+                announce(to_all, X::rows * split * count * D * unsigned(sizeof(float)) + more);
+            constexpr int lanes = D / 4, at_once = 32 / lanes; // rows of 4 numbers a lane
 #pragma unroll
-            for (int i = 0; i < split * count / 2; ++i) { // two rows of 16 x 4 numbers at a time
-                const int at_row = 2 * i + at.lane / 16, which = at_row % count,
-                          to = at_row / count, dim = at.lane % 16 * 4;
-                float4 sum = {0, 0, 0, 0};
+            for (int i = 0; i < split * count / X::sharers / at_once; ++i) {
+                const int at_row = at_once * i + at.lane / lanes, which = at_row % count,
+                          to = at_row / count * X::sharers + at.warp % X::sharers,
+                          token = to * X::rows + at.warp / X::sharers, dim = at.lane % lanes * 4;
+                cuda::Dims<4> sum = {};
 #pragma unroll
-                for (int w = 0; w < X::warps; ++w) {
-                    const float4 x = *reinterpret_cast<const float4 *>(
-                        part(which, to * X::warps + at.warp, w) + dim);
-                    sum.x += x.x;
-                    sum.y += x.y;
-                    sum.z += x.z;
-                    sum.w += x.w;
-                }
-                deliver(sum_at(buffer, rank, which) + dim, sum, to_all, to);
+                for (int w = 0; w < X::warps; ++w)
+                    sum += dims_at<4>(part(which, token, w) + dim);
+                deliver(sum_at(buffer, rank, which) + dim, {sum.x[0], sum.x[1], sum.x[2], sum.x[3]},
+                        to_all, to);
             }
         }
     }
     // When they have come
-    template <int count> __device__ __forceinline__ void collect(int buffer, float2 (&own)[count]) {
+    template <int count> __device__ __forceinline__ void collect(int buffer, Dims (&own)[count]) {
         if constexpr (split > 1)
 #pragma unroll
             for (int which = 0; which < count; ++which) {
-                own[which] = {0, 0};
+                own[which] = {};
 #pragma unroll
-                for (int from = 0; from < split; ++from) {
-                    const float2 x = *reinterpret_cast<const float2 *>(sum_at(buffer, from, which) +
-                                                                       2 * at.lane);
-                    own[which].x += x.x;
-                    own[which].y += x.y;
-                }
+                for (int from = 0; from < split; ++from)
+                    own[which] += dims_at<per>(sum_at(buffer, from, which) + per * at.lane);
             }
     }
-    // This warp's token's row of a tile of every block
-    __device__ __forceinline__ void hand_out(E *tile, float2 x) {
+    // This token's row of a tile of every block
+    __device__ __forceinline__ void hand_out(E *tile, const Dims &x) {
         if constexpr (split == 1)
-            store_pair(tile + row * ld + 2 * at.lane, x.x, x.y);
+            store_dims(tile + row * ld + per * at.lane, x);
         else {
+            // Who has the row may send the next sums: all of the token's warps have read these.
+            if constexpr (X::sharers > 1)
+                sync_warps(1 + at.warp / X::sharers, 32 * X::sharers);
             if (at.thread == 0)
                 announce(exchange.deliveries + 1, M * D * unsigned(sizeof(E)));
             // Lanes have 16 bytes of one block's row each.
             constexpr int chunks = D * int(sizeof(E)) / 16, at_once = 32 / chunks;
             const int chunk = at.lane % chunks;
-            float4 words;
-            if constexpr (sizeof(E) == 2) {
-                const float both = float_of_bits(pack_bf16(x.x, x.y));
-                words = {from_lane(both, 4 * chunk), from_lane(both, 4 * chunk + 1),
-                         from_lane(both, 4 * chunk + 2), from_lane(both, 4 * chunk + 3)};
-            } else
-                words = {from_lane(x.x, 2 * chunk), from_lane(x.y, 2 * chunk),
-                         from_lane(x.x, 2 * chunk + 1), from_lane(x.y, 2 * chunk + 1)};
+            const float4 words = chunk_of_row<E>(x, chunk);
 #pragma unroll
-            for (int i = 0; i < split / at_once; ++i)
+            for (int i = 0; i < split / at_once / X::sharers; ++i)
                 deliver(tile + row * ld + chunk * (16 / int(sizeof(E))), words,
-                        exchange.deliveries + 1, i * at_once + at.lane / chunks);
+                        exchange.deliveries + 1,
+                        (i * X::sharers + at.warp % X::sharers) * at_once + at.lane / chunks);
         }
     }
 
-    // ---- one token on a warp, dims 2 lane and 2 lane + 1
+    // ---- one token on a warp
 
     struct Norm {
-        float2 z; // normalised
-        float r;  // 1 / std
-        __device__ __forceinline__ Norm(float2 x, float eps) : z(x) {
-            const float mean = sum_of_lanes(z.x + z.y) * (1.0f / D);
-            z.x -= mean;
-            z.y -= mean;
-            r = inverse_root(sum_of_lanes(z.x * z.x + z.y * z.y) * (1.0f / D) + eps);
-            z.x *= r;
-            z.y *= r;
+        Dims z;  // normalised
+        float r; // 1 / std
+        __device__ __forceinline__ Norm(const Dims &x, float eps) : z(x - mean(x)) {
+            r = inverse_root(mean(z * z) + eps);
+            z = r * z;
         }
     };
-    static __device__ __forceinline__ float mean(float x) { return sum_of_lanes(x) * (1.0f / D); }
     // Of h = LN's result before g and b, with u = g (g h + b - target).
     struct Loss {
-        float2 h, residual;
+        Dims h, residual;
         float r, mean_u, mean_uh;
-        __device__ __forceinline__ Loss(const Norm &norm, float2 g, float2 goal)
-            : h(norm.z), r(norm.r) {
-            residual = {g.x * h.x - goal.x, g.y * h.y - goal.y};
-            const float2 u = {g.x * residual.x, g.y * residual.y};
-            mean_u = mean(u.x + u.y);
-            mean_uh = mean(u.x * h.x + u.y * h.y);
+        __device__ __forceinline__ Loss(const Norm &norm, const Dims &g, const Dims &goal)
+            : h(norm.z), residual(g * h - goal), r(norm.r) {
+            const Dims u = g * residual;
+            mean_u = mean(u);
+            mean_uh = mean(u * h);
         }
         // u - mean(u) - h mean(u h): times r the loss's gradient
-        __device__ __forceinline__ float2 centred(float2 g) const {
-            return {g.x * residual.x - mean_u - h.x * mean_uh,
-                    g.y * residual.y - mean_u - h.y * mean_uh};
+        __device__ __forceinline__ Dims centred(const Dims &g) const {
+            return g * residual - mean_u - mean_uh * h;
         }
     };
     // target - b
-    __device__ __forceinline__ float2 goal_of(float2 k, float2 v) const {
-        return {v.x - k.x - b.x, v.y - k.y - b.y};
+    __device__ __forceinline__ Dims goal_of(const Dims &k, const Dims &v) const {
+        return v - k - b;
     }
 
-    __device__ __forceinline__ float2 goal_at(int64_t token) const {
-        const int64_t from = offset + token * width + 2 * at.lane;
-        return goal_of(floats(pair_at(static_cast<const E *>(p.k) + from)),
-                       floats(pair_at(static_cast<const E *>(p.v) + from)));
+    __device__ __forceinline__ Dims goal_at(int64_t token) const {
+        const int64_t from = offset + token * width + per * at.lane;
+        return goal_of(dims_at<per>(static_cast<const E *>(p.k) + from),
+                       dims_at<per>(static_cast<const E *>(p.v) + from));
     }
 
     const MlpParams &p;
     const MlpExchange<X, most> exchange;
     const Place at;
     const int rank, head, stream, h, width;
-    const int short_n;       // tokens of the last mini-batch
-    const int tiles, last_n; // of the stream; tokens of the last one
-    const int row, unit;     // this warp's token of a tile, its first hidden unit
+    const int short_n;                 // tokens of the last mini-batch
+    const int tiles, last_n;           // of the stream; tokens of the last one
+    const int warp_of_head, row, unit; // row: its token of a tile; unit: its first hidden unit
     const int64_t offset;
     unsigned phases = 0; // bits: the parity of the next
-    float2 g, b;         // at dims 2 lane and 2 lane + 1
+    Dims g, b;
 };
 
 } // namespace ponder::cuda

@@ -8,27 +8,30 @@ size_t aligned(int64_t floats) { return (size_t(floats) * sizeof(float) + 255) /
 
 size_t last_rows_size(const TttMlpShape &s) {
     const int64_t batches = (s.tokens + s.mini_batch - 1) / s.mini_batch;
-    return aligned(s.streams * s.heads * batches * 2 * mlp_dim);
+    return aligned(s.streams * s.heads * batches * 2 * s.head_dim);
 }
-size_t part_size(const TttMlpShape &s, int split) {
-    return aligned(s.streams * split * s.heads * (2 * mlp_dim + s.mini_batch));
+size_t part_size(const TttMlpShape &s) {
+    return aligned(s.streams * mlp_most_split(s.head_dim) * s.heads *
+                   (2 * s.head_dim + s.mini_batch));
 }
 
-template <class Visit> auto visit_type(const TttMlpShape &s, Visit visit) {
-    return s.type == TttType::bf16 ? visit(MlpReverseOf<Bf16>()) : visit(MlpReverseOf<float>());
+template <class Visit> auto visit_kernels(const TttMlpShape &s, Visit visit) {
+    if (s.type == TttType::bf16)
+        return s.head_dim == 64 ? visit(MlpReverseOf<Bf16, 64>())
+                                : visit(MlpReverseOf<Bf16, 128>());
+    return s.head_dim == 64 ? visit(MlpReverseOf<float, 64>()) : visit(MlpReverseOf<float, 128>());
 }
 
 } // namespace
 
 size_t ttt_mlp_vjp_workspace(const TttMlpShape &shape, bool has_trace) {
-    return part_size(shape, mlp_most_split) + last_rows_size(shape) +
-           (has_trace ? 0 : ttt_mlp_trace(shape));
+    return part_size(shape) + last_rows_size(shape) + (has_trace ? 0 : ttt_mlp_trace(shape));
 }
 
 const char *ttt_mlp_vjp_misses(const TttMlpShape &shape) {
     if (const char *what = ttt_mlp_misses(shape))
         return what;
-    return visit_type(shape, [&](auto kernels) { return kernels.misses(shape); });
+    return visit_kernels(shape, [&](auto kernels) { return kernels.misses(shape); });
 }
 
 cudaError_t ttt_mlp_vjp(const TttMlpShape &shape, const TttMlpBackward &t, void *workspace,
@@ -45,7 +48,7 @@ cudaError_t ttt_mlp_vjp(const TttMlpShape &shape, const TttMlpBackward &t, void 
     const int split = mlp_split(shape);
     auto *rest = static_cast<unsigned char *>(workspace);
     p.part = reinterpret_cast<float *>(rest);
-    rest += part_size(shape, mlp_most_split);
+    rest += part_size(shape);
     p.last_rows = reinterpret_cast<float *>(rest);
     rest += last_rows_size(shape);
     MlpTrace(shape).set(p, t.trace ? const_cast<void *>(t.trace) : rest);
@@ -53,11 +56,11 @@ cudaError_t ttt_mlp_vjp(const TttMlpShape &shape, const TttMlpBackward &t, void 
         if (const cudaError_t e = ttt_mlp_states(shape, p, stream); e != cudaSuccess)
             return e;
     const cudaError_t e =
-        visit_type(shape, [&](auto kernels) { return kernels.run(shape, p, stream); });
+        visit_kernels(shape, [&](auto kernels) { return kernels.run(shape, p, stream); });
     if (e != cudaSuccess)
         return e;
     return linear_sum_parts({p.part, t.index, t.dg, t.db, t.dindex, p.streams * split, p.heads,
-                             mlp_dim, int(shape.mini_batch), 0},
+                             int(shape.head_dim), int(shape.mini_batch), 0},
                             stream);
 }
 

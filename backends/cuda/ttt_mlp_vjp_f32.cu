@@ -1,3 +1,3 @@
 #include "ttt_mlp_reverse.cuh"
 
-template struct ponder::cuda::MlpReverseOf<float>;
+template struct ponder::cuda::MlpReverseOf<float, 64>;

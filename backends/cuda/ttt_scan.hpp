@@ -76,7 +76,8 @@ struct TttMlpShape {
     int64_t streams, tokens, heads, head_dim, mini_batch;
     TttType type, rate_type;
     double scale, eps;
-    // Blocks that share a head; 0: chosen by the device and the number of heads. For tests 1 and 4.
+    // Blocks that share a head; 0: chosen by the device, the head dim and the number of heads. For
+    // tests 1, and 4 or 8 with head dim 64 or 128.
     int32_t split = 0;
 };
 

@@ -63,15 +63,16 @@ std::vector<ScanCase> checks() {
         cases.push_back({1, 2048, 3, 64, 16, DType::bf16});
         cases.back().kernel = kernel;
     }
+    constexpr std::pair<int64_t, int64_t> mlp_scans[] = {{64, 16}, {64, 64}, {128, 16}};
     for (const DType type : {DType::f32, DType::bf16})
-        for (const int64_t m : {16, 64})
+        for (const auto &[d, m] : mlp_scans)
             for (const int64_t t : {1, 25, 50, 300, 2048}) {
-                ScanCase c{t == 50 || t == 2048 ? 1 : 2, t, t == 2048 ? 1 : 2, 64, m, type};
+                ScanCase c{t == 50 || t == 2048 ? 1 : 2, t, t == 2048 ? 1 : 2, d, m, type};
                 c.mlp = true;
                 c.losses = t != 300;
                 c.lr_scale = t == 2048 ? 1 : 10;
                 cases.push_back(c);
-                if (type == DType::bf16 && m == 16 && t != 2048)
+                if (type == DType::bf16 && d == 64 && m == 16 && t != 2048)
                     for (const int split : {4, 1}) {
                         c.kernel = split;
                         cases.push_back(c);
@@ -534,6 +535,12 @@ int main(int argc, char **argv) {
         for (const int64_t m : {16, 64})
             cases.push_back({s, 2048, 4, 256, m, DType::bf16});
     cases.push_back({1, 2048, 4, 256, 16, DType::f32});
+    for (const int64_t s : {1, 8}) {
+        cases.push_back({s, 2048, 6, 128, 16, DType::bf16});
+        cases.back().mlp = true;
+    }
+    cases.push_back({1, 2048, 6, 128, 16, DType::f32});
+    cases.back().mlp = true;
     if (small >= 0 && !time && !variants && one < 0)
         return good ? 0 : 1;
     if (mlp)

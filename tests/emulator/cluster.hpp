@@ -35,6 +35,7 @@ inline void announce(Deliveries *d, unsigned bytes) {
 inline void wait_for_deliveries(Deliveries *d, unsigned parity) {
     while ((d->phase & 1) == parity)
         emulator::yield();
+    emulator::maybe_stall();
 }
 inline void deliver(void *to, float4 x, Deliveries *d, int rank) {
     if (reinterpret_cast<uintptr_t>(to) % 16)
@@ -43,6 +44,7 @@ inline void deliver(void *to, float4 x, Deliveries *d, int rank) {
     Deliveries *there = in_block(d, rank);
     there->bytes -= int(sizeof x);
     end_phase(there);
+    emulator::maybe_stall();
 }
 
 } // namespace ponder::cuda

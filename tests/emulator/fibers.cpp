@@ -40,6 +40,15 @@ static void *scheduler = nullptr;
 
 void yield() { ponder_switch_stack(&thread->stack_pointer, scheduler); }
 
+void maybe_stall() {
+    static const char *const chance = std::getenv("PONDER_EMULATOR_STALLS");
+    static const uint32_t n = chance ? uint32_t(std::atoi(chance)) : 0;
+    static uint32_t random = n;
+    random = random * 1664525u + 1013904223u;
+    if (n > 0 && (random >> 16) % n == 0)
+        block->warps[thread->id / 32].rests = 5000;
+}
+
 static void entry() {
     (*block->cluster->body)();
     thread->done = true;
@@ -74,9 +83,12 @@ static void run_cluster(Cluster &c) {
             start(t, stacks[all.size()].get(), size);
             all.push_back(&t);
         }
-    for (size_t left = all.size(); left > 0;)
+    for (size_t left = all.size(); left > 0;) {
+        for (Block &b : c.blocks)
+            for (Warp &w : b.warps)
+                w.rests -= w.rests > 0;
         for (Thread *t : all) {
-            if (t->done)
+            if (t->done || t->block->warps[t->id / 32].rests > 0)
                 continue;
             thread = t;
             block = t->block;
@@ -84,6 +96,7 @@ static void run_cluster(Cluster &c) {
             ponder_switch_stack(&scheduler, t->stack_pointer);
             left -= t->done;
         }
+    }
 }
 
 void launch(const Config &c, const std::function<void()> &body) {

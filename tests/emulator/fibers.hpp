@@ -4,6 +4,9 @@
 // Exchanges and barriers are where fibers take turns. Shared memory starts as NaN, and what is
 // copied asynchronously arrives when it is waited for, so tests see results that nothing wrote,
 // missing waits for copies and most missing barriers; races in general are compute-sanitizer's.
+// With PONDER_EMULATOR_STALLS=n in the environment, one time in n, a warp of a cluster that has
+// sent something or waited for it rests, at random, for as long as others take for a tile. Results
+// must not change by it.
 #pragma once
 
 #include <cstddef>
@@ -40,6 +43,7 @@ using Slots = unsigned char[32][32]; // a value of each lane
 struct Warp {
     int lanes = 0, arrived = 0;
     unsigned generation = 0;
+    int rests = 0; // for so many turns of the others
     alignas(16) Slots slot[2];
 };
 
@@ -87,6 +91,8 @@ void launch(const Config &, const std::function<void()> &body);
 
 // To the next thread.
 void yield();
+// This thread's warp may rest, see above.
+void maybe_stall();
 
 inline unsigned lane() { return thread->id % 32; }
 

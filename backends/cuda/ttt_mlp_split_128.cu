@@ -1,0 +1,3 @@
+#include "ttt_mlp_split.cuh"
+
+template struct ponder::cuda::MlpSplitOf<128>;

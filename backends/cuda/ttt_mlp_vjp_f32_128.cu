@@ -1,0 +1,3 @@
+#include "ttt_mlp_reverse.cuh"
+
+template struct ponder::cuda::MlpReverseOf<float, 128>;
