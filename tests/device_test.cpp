@@ -40,13 +40,19 @@ const std::vector<Values> ahead_cases{
     {{"adapter", "lora"}, {"policy", "always"}},
     {{"adapter", "lora"}, {"policy", "always"}, {"steps", "3"}},
     {{"adapter", "lora"}, {"policy", "every:2"}, {"inner.optimizer", "sgd"}},
-    {{"adapter", "lora"}, {"policy", "random:0.5"}, {"steps", "2"}, {"budget.rate", "0.7"},
+    {{"adapter", "lora"},
+     {"policy", "random:0.5"},
+     {"steps", "2"},
+     {"budget.rate", "0.7"},
      {"budget.burst", "3"}},
     {{"adapter", "lora"}, {"policy", "first:0.5"}},
     {{"adapter", "lora"}, {"policy", "threshold:loss:5.05"}},
     {{"adapter", "lora"}, {"policy", "threshold:entropy:5"}, {"steps", "2"}},
     {{"adapter", "lora"}, {"policy", "threshold:update_norm:0.1"}},
-    {{"adapter", "lora"}, {"policy", "threshold:loss:0"}, {"steps", "3"}, {"budget.rate", "1.3"},
+    {{"adapter", "lora"},
+     {"policy", "threshold:loss:0"},
+     {"steps", "3"},
+     {"budget.rate", "1.3"},
      {"budget.burst", "4"}},
     {{"adapter", "lora"}, {"policy", "ema:loss:0.5"}},
     {{"adapter", "lora"}, {"policy", "ema:entropy:0.3"}, {"steps", "2"}},
@@ -200,9 +206,7 @@ TEST(DeviceMemory, ACancelledCallKeepsWhatItFinished) {
     session.feed(random_tokens(16 * 30, 31));
     ponder_call call{};
     call.struct_size = sizeof call;
-    call.progress = [](void *, uint64_t done, uint64_t) -> int32_t {
-        return done >= 16 * 10;
-    };
+    call.progress = [](void *, uint64_t done, uint64_t) -> int32_t { return done >= 16 * 10; };
     EXPECT_THROW(session.adapt(CallGuard(session.cancel_flag(), &call)), Error);
     const uint64_t chunks = session.info().chunks_scored;
     EXPECT_GE(chunks, 10u);
@@ -302,11 +306,11 @@ TEST(DeviceMemory, ATokenIsOneReplay) {
                      many.replays - few.replays, many.kernels - few.kernels,
                      many.downloads - few.downloads};
     };
-    for (const Values &values : std::initializer_list<Values>{
-             {{"adapter", "none"}},
-             {{"adapter", "lora"}},
-             {{"adapter", "lora"}, {"lora.layers", "last:1"}},
-             {{"adapter", "lora"}, {"policy", "skip"}}})
+    for (const Values &values :
+         std::initializer_list<Values>{{{"adapter", "none"}},
+                                       {{"adapter", "lora"}},
+                                       {{"adapter", "lora"}, {"lora.layers", "last:1"}},
+                                       {{"adapter", "lora"}, {"policy", "skip"}}})
         for (const size_t streams : {1, 3})
             EXPECT_EQ(each(values, streams), (Calls{1, 0, 1, 0, 1})) << values.back().second;
     // Of a mini-batch of two tokens.

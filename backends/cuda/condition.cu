@@ -22,9 +22,9 @@ struct Capture {
         unsigned long long id;
         const cudaError_t e =
             cudaStreamGetCaptureInfo(stream, &status, &id, &graph, &after, &edges, &count);
-        return e != cudaSuccess                            ? e
+        return e != cudaSuccess                          ? e
                : status == cudaStreamCaptureStatusActive ? cudaSuccess
-                                                           : cudaErrorStreamCaptureInvalidated;
+                                                         : cudaErrorStreamCaptureInvalidated;
     }
 };
 

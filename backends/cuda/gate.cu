@@ -59,8 +59,8 @@ __device__ bool wants_update(ponder_gate &g) {
     g.compared = g.threshold;
     const bool update = g.score > g.threshold;
     g.rate = __dadd_rn(__dmul_rn(1 - g.gain, g.rate), __dmul_rn(g.gain, double(update)));
-    g.threshold = __dadd_rn(
-        g.threshold, __dmul_rn(__dmul_rn(g.gain, g.rate - g.target), fabs(g.threshold)));
+    g.threshold =
+        __dadd_rn(g.threshold, __dmul_rn(__dmul_rn(g.gain, g.rate - g.target), fabs(g.threshold)));
     return update;
 }
 
@@ -73,8 +73,8 @@ __device__ void grant(ponder_gate &g) {
     g.budget_left -= double(g.granted);
 }
 
-// One block. The code is kept small: it has left the caches when the next chunk comes, and fetching it
-// takes most of the time.
+// One block. The code is kept small: it has left the caches when the next chunk comes, and fetching
+// it takes most of the time.
 __global__ void __launch_bounds__(gate_threads) gate_kernel(const GateArgs p) {
     constexpr int words = int(sizeof(ponder_gate) / sizeof(int32_t)), warps = gate_threads / 32;
     static_assert(words <= gate_threads);
@@ -198,7 +198,7 @@ int32_t plan_gate(const Call &call) {
     p.beta2 = call.attr(4);
     p.epsilon = call.attr(5);
     p.clip = call.attr(6);
-    p.steps = call.has(out + 1) ? int(call.count(out + 1)) - 1
+    p.steps = call.has(out + 1)   ? int(call.count(out + 1)) - 1
               : call.has(out + 2) ? int(call.dim(out + 2, 0))
                                   : 0;
     if (call.has(out + 2) && call.dim(out + 2, 0) != p.steps)
@@ -230,8 +230,7 @@ int32_t plan_commit(const Call &call) {
     return call.is(0, [=](const Run &run) {
         launch(run, commit_kernel, blocks, commit_threads, 0,
                has_norm ? run.at<const float>(0) : nullptr, run.at<const float>(1),
-               state_at(run, 3), run.at<ponder_gate>(out),
-               has_w ? run.at<const float>(2) : nullptr,
+               state_at(run, 3), run.at<ponder_gate>(out), has_w ? run.at<const float>(2) : nullptr,
                has_w ? run.at<float>(out + 1) : nullptr, n, beta1, beta2);
     });
 }

@@ -38,8 +38,8 @@ void drop_mailbox(ponder_device *, void *mailbox) { delete static_cast<Mailbox *
 
 int32_t send(ponder_device *device, void *mailbox, const void *buffer, size_t size) {
     const Mailbox &box = *static_cast<Mailbox *>(mailbox);
-    device->check(
-        cudaMemcpyAsync(box.pinned, buffer, size, cudaMemcpyDeviceToHost, device->stream), "send");
+    device->check(cudaMemcpyAsync(box.pinned, buffer, size, cudaMemcpyDeviceToHost, device->stream),
+                  "send");
     device->check(cudaEventRecord(box.arrived, device->stream), "send");
     return result(device);
 }

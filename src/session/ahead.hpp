@@ -43,7 +43,7 @@ private:
     std::deque<Sent> sent_;
     std::vector<Device::Mailbox> mailboxes_; // of chunk i: i modulo their number
     uint64_t first_sent_ = 0;
-    ponder_gate gate_{}; // as the last chunk left it
+    ponder_gate gate_{};     // as the last chunk left it
     bool on_device_ = false; // the stream's state is there
     uint64_t last_ns_ = 0;
 };

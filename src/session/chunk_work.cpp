@@ -18,8 +18,7 @@ struct NoCondition {}; // the device cannot make work depend on a flag
 } // namespace
 
 Session::ChunkWork::ChunkWork(Session &session, bool scheduled)
-    : s_(session), device_(session.model_->device()),
-      steps_(session.inside_ ? 1 : session.steps_) {
+    : s_(session), device_(session.model_->device()), steps_(session.inside_ ? 1 : session.steps_) {
     size_t end = 0;
     const auto part = [&](size_t count) {
         const size_t at = end;

@@ -1,5 +1,5 @@
-// gate, commit: whether a chunk is learned from, and whether what was learned is kept. The rules are
-// those of src/policy/policy.cpp and budget.hpp, for devices that decide without the host.
+// gate, commit: whether a chunk is learned from, and whether what was learned is kept. The rules
+// are those of src/policy/policy.cpp and budget.hpp, for devices that decide without the host.
 #include "backend/reference/kernel.hpp"
 
 #include <cstring>
