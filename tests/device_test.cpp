@@ -165,6 +165,8 @@ TEST(DeviceMemory, ChunksAheadAreThoseOfTheHost) {
             SCOPED_TRACE(values[0].second + " " + values.back().second + " " + dtype);
             const auto expected = calls(host, values);
             EXPECT_EQ(expected, calls(device, values));
+            if (std::string(dtype) != "f32")
+                continue;
             offset::control.no_conditions = true; // as with an old driver
             EXPECT_EQ(expected, calls(device, values));
             offset::control.no_conditions = false;

@@ -28,7 +28,9 @@ __device__ double unknown() { return nan(""); }
 __device__ double quantile(double *values, int count, double q) {
     if (count == 0)
         return 0;
+#pragma unroll 1
     for (int i = 1; i < count; ++i)
+#pragma unroll 1
         for (int j = i; j > 0 && values[j] < values[j - 1]; --j) {
             const double x = values[j];
             values[j] = values[j - 1];
@@ -86,6 +88,7 @@ __global__ void __launch_bounds__(gate_threads) gate_kernel(const GateArgs p) {
     if (thread < words)
         reinterpret_cast<int32_t *>(&g)[thread] = reinterpret_cast<const int32_t *>(p.from)[thread];
     double nll = 0, entropy = 0;
+#pragma unroll 1
     for (int t = thread; t < p.predictions; t += gate_threads) {
         nll += p.nll ? double(p.nll[t]) : 0;
         entropy += p.entropy ? double(p.entropy[t]) : 0;
@@ -123,11 +126,13 @@ __global__ void __launch_bounds__(gate_threads) gate_kernel(const GateArgs p) {
             g.accepted = 0;
             g.gradient_norm = g.update_norm = unknown();
             if (p.flags) {
+#pragma unroll 1
                 for (int k = 0; k < p.steps; ++k)
                     p.flags[k] = k < g.granted;
                 p.flags[p.steps] = g.granted == 0;
             }
             double power1 = g.power1, power2 = g.power2;
+#pragma unroll 1
             for (int k = 0; p.h && k < p.steps; ++k) {
                 float *const h = p.h + 8 * k;
                 power1 *= p.beta1;

@@ -526,7 +526,9 @@ __global__ void __launch_bounds__(L::threads, 1)
         }
         exchange.send();
         // a_i / f (du_i P_j), the own outputs' part, in the place of products that nobody reads any
-        // more.
+        // more. The cluster's barriers order what the block's own do here and below, but tools that
+        // look for races know the latter alone, which cost nothing beside them.
+        sync_block();
         causal_products<Own>(
             shared.du, shared.p, 0, p.causal_k, at, [&](int row, int key, float x, float y) {
                 const float a = shared.rates.a(is_short, row);
@@ -665,6 +667,7 @@ __global__ void __launch_bounds__(L::threads, 1)
             exchange.send();
             exchange.receive();
             if (m == mt - 1) { // none reads dW', and behind this the tiles
+                sync_block();
                 const E *const x[2] = {shared.k, shared.q}, *const y[2] = {shared.dz, shared.du};
                 add_wide_outer<L, false, 2>(shared.dw, x, y, at);
                 sync_block();

@@ -155,10 +155,11 @@ void attend(const Model &model, int64_t streams, int64_t tokens) {
              *model.device(), b.flops(segment), double(streams * tokens), [&] { b.run(segment); });
 }
 
-// TTT-MLP's scan with the gradients of all that it reads: as two calls, or composed of primitives.
-void scan_mlp(const std::shared_ptr<const Device> &device, int64_t streams, int64_t tokens,
-              bool composed) {
-    constexpr int64_t heads = 12, d = 64, m = 16;
+// A TTT scan with the gradients of all that it reads: as two calls, or composed of primitives. The
+// fused kernels want a multiple of four heads: three run on the plain ones.
+void scan(const std::shared_ptr<const Device> &device, bool mlp, int64_t heads, int64_t d,
+          int64_t streams, int64_t tokens, bool composed) {
+    constexpr int64_t m = 16;
     Graph g(DType::bf16);
     std::vector<Id> in;
     const auto input = [&](DType type, Shape shape) {
@@ -169,11 +170,15 @@ void scan_mlp(const std::shared_ptr<const Device> &device, int64_t streams, int6
     const Id q = input(g.act, rows), k = input(g.act, rows), v = input(g.act, rows),
              lr = input(g.act, {streams, tokens, heads}), index = input(g.wide, {m}),
              scale = input(g.wide, {heads, d}), shift = input(g.wide, {heads, d});
-    const std::vector<Id> state{
-        input(g.wide, {streams, heads, d, 4 * d}), input(g.wide, {streams, heads, 4 * d}),
-        input(g.wide, {streams, heads, 4 * d, d}), input(g.wide, {streams, heads, d})};
+    const int64_t hidden = mlp ? 4 * d : d;
+    std::vector<Id> state{input(g.wide, {streams, heads, d, hidden}),
+                          input(g.wide, {streams, heads, hidden})};
+    if (mlp) {
+        state.push_back(input(g.wide, {streams, heads, hidden, d}));
+        state.push_back(input(g.wide, {streams, heads, d}));
+    }
     TttScan form;
-    form.mlp = true;
+    form.mlp = mlp;
     form.scale = 0.1 / double(d);
     const TttResult r =
         (composed ? compose::ttt_scan : ttt_scan)(g, q, k, v, lr, index, scale, shift, state, form);
@@ -183,7 +188,8 @@ void scan_mlp(const std::shared_ptr<const Device> &device, int64_t streams, int6
     g.expose(r.y, "y");
     const size_t end = g.calls().size();
     const Bound b(std::move(g), {end}, device);
-    time("TTT-MLP scan and gradient, B=" + std::to_string(streams) +
+    time(std::string(mlp ? "TTT-MLP" : "TTT-Linear") + " scan and gradient, " +
+             std::to_string(heads) + " x " + std::to_string(d) + ", B=" + std::to_string(streams) +
              " T=" + std::to_string(tokens) + (composed ? ", composed" : ""),
          *device, b.flops(0), double(streams * tokens), [&] { b.run(0); });
     std::printf("    %zu calls, arena %.2f GB, workspace %.2f GB\n", end,
@@ -400,10 +406,15 @@ int main(int argc, char **argv) {
             time("TTT-Linear layer, SKIP", device, skip.flops(0), 512, [&] { skip.run(0); });
             time("TTT-Linear layer, UPDATE", device, b.flops(0), 512, [&] { b.run(0); });
         }
-        if (wanted("ttt-mlp"))
-            for (const int64_t streams : {1, 8})
+        if (wanted("scans"))
+            for (const int64_t streams : {1, 8}) {
                 for (const bool composed : {false, true})
-                    scan_mlp(model->device(), streams, 2048, composed);
+                    scan(model->device(), true, 12, 64, streams, 2048, composed);
+                for (const int64_t heads : {4, 3}) {
+                    scan(model->device(), true, heads, 128, streams, 2048, false);
+                    scan(model->device(), false, heads, 256, streams, 2048, false);
+                }
+            }
         if (wanted("batch")) {
             const Bound b = losses(*model, 16, 1024);
             time("SKIP, B=16 T=1024, losses", device, b.flops(0), 16384, [&] { b.run(0); });
