@@ -581,9 +581,7 @@ TEST_P(CpuOps, TttLinear) {
                 for (double form : {0.0, 1.0}) {
                     if (d == 256 && n.t > 65) // takes long
                         continue;
-                    // 4: fused scans; of 256 there are both
-                    const bool fused = !on_host() && !(d == 256 && n.s == 2);
-                    const int64_t heads = fused ? 4 : d == 64 ? 3 : 2;
+                    const int64_t heads = on_host() ? d == 64 ? 3 : 2 : n.s == 2 ? 3 : 4;
                     const int64_t c = heads * d, m = d == 20 ? 5 : 16;
                     const Shape rows = {n.s, n.t, c}, w = {n.s, heads, d, d}, b = {n.s, heads, d};
                     const Tensor lr = random(act, {n.s, n.t, heads});
@@ -674,9 +672,7 @@ TEST_P(CpuOps, TttLinearGradient) {
                     for (bool all : {true, false}) {
                         if (d == 256 && n.s == 3) // takes long
                             continue;
-                        // 4: fused scans; of 256 there are both
-                        const bool fused = !on_host() && !(d == 256 && n.s == 2);
-                        const int64_t heads = fused ? 4 : d == 64 ? 3 : 2;
+                        const int64_t heads = on_host() ? d == 64 ? 3 : 2 : n.s == 2 ? 3 : 4;
                         const int64_t c = heads * d, m = d == 20 ? 5 : 16;
                         const Shape rows = {n.s, n.t, c}, w = {n.s, heads, d, d};
                         const Shape b = {n.s, heads, d}, gates = {n.s, n.t, heads};

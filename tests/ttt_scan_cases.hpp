@@ -16,14 +16,16 @@ namespace ponder::test {
 class DeviceTensor {
 public:
     DeviceTensor() = default;
-    explicit DeviceTensor(const Tensor &host)
+    // shift: bytes by which it misses a round address.
+    explicit DeviceTensor(const Tensor &host, size_t shift = 0)
         : host_(host), bytes_(size_t(host.count()) * size_of(host.type)) {
         if (host.type == DType::none)
             return;
-        check(cudaMalloc(&data_, bytes_ ? bytes_ : 1));
+        check(cudaMalloc(&block_, shift + bytes_ + 1));
+        data_ = static_cast<std::byte *>(block_) + shift;
         check(cudaMemcpy(data_, host.block->data(), bytes_, cudaMemcpyHostToDevice));
     }
-    ~DeviceTensor() { cudaFree(data_); }
+    ~DeviceTensor() { cudaFree(block_); }
     DeviceTensor(const DeviceTensor &) = delete;
     DeviceTensor &operator=(const DeviceTensor &) = delete;
 
@@ -42,7 +44,7 @@ public:
 private:
     Tensor host_;
     size_t bytes_ = 0;
-    void *data_ = nullptr;
+    void *block_ = nullptr, *data_ = nullptr;
 };
 
 struct ScanCase {
@@ -157,14 +159,18 @@ private:
         return reference_.run(op, wide, results, attr);
     }
 
-    // A call's tensors on the device, inputs first.
+    // A call's tensors on the device, inputs first. Those of the parameters' gradients, three from
+    // output `anywhere` on, may lie at any number.
     class Call {
     public:
-        Call(const std::vector<Tensor> &in, const std::vector<Out> &out) : first_out_(in.size()) {
+        Call(const std::vector<Tensor> &in, const std::vector<Out> &out, size_t anywhere)
+            : first_out_(in.size()) {
             for (const Tensor &t : in)
                 tensor_.push_back(std::make_unique<DeviceTensor>(t));
-            for (const Out &o : out)
-                tensor_.push_back(std::make_unique<DeviceTensor>(Tensor(o.type, o.shape)));
+            for (size_t i = 0; i < out.size(); ++i)
+                tensor_.push_back(std::make_unique<DeviceTensor>(
+                    Tensor(out[i].type, out[i].shape),
+                    i >= anywhere && i < anywhere + 3 ? sizeof(float) : 0));
         }
         std::vector<void *> addresses() const {
             std::vector<void *> a;
@@ -232,7 +238,7 @@ private:
 
         const DeviceTensor trace{bytes_tensor(scan.trace(shape))},
             work{bytes_tensor(scan.workspace(shape))}, tickets{filled(DType::f32, {c.s}, 0)};
-        const Call call(in, out);
+        const Call call(in, out, out.size());
         F f = cuda::tensors_at<F>(call.addresses().data());
         f.trace = backward && c.s % 2 ? trace.data() : nullptr;
         const auto results = call.results(c.name(), [&] {
@@ -255,7 +261,7 @@ private:
         // has little left
         in.push_back(c.losses ? random(DType::f32, {c.s, 3}, 0.5 * double(c.t), double(c.t))
                               : filled(DType::f32, {c.s, 3}, 0));
-        const Call vjp(in, gradients);
+        const Call vjp(in, gradients, 4);
         const DeviceTensor vjp_work{bytes_tensor(scan.vjp_workspace(shape, f.trace != nullptr))};
         B b = cuda::tensors_at<B>(vjp.addresses().data());
         b.trace = f.trace;

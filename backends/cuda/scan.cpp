@@ -41,23 +41,20 @@ TttMlpShape mlp_shape(const Call &call) {
     return shape;
 }
 
-bool all_aligned(const Run &run, size_t count) {
+// Fused scans want their tensors at multiples of 16 bytes, but for the gradients of index, g and b,
+// which lie behind other parameters' in one flat vector, wherever that is: those are written number
+// by number. `anywhere`: the first of the three.
+bool all_aligned(const Run &run, size_t count, size_t anywhere) {
     for (size_t i = 0; i < count; ++i)
-        if (!aligned(run.at(i), 16))
+        if ((i < anywhere || i >= anywhere + 3) && !aligned(run.at(i), 16))
             return false;
     return true;
 }
 
-// Fast weights and gradients lie behind each other in flat vectors: with these sizes, each of them
-// starts at a multiple of 16 bytes, as the fused scans want it.
-bool stays_aligned(int64_t heads, int64_t mini_batch) {
-    return heads % 4 == 0 && mini_batch % 4 == 0;
-}
-
-template <class F> int32_t fused(const Call &call, size_t workspace, F queue) {
+template <class F> int32_t fused(const Call &call, size_t workspace, size_t anywhere, F queue) {
     const size_t tensors = call.op->n_in + call.op->n_out;
     return call.is(workspace, [=](const Run &run) {
-        if (all_aligned(run, tensors))
+        if (all_aligned(run, tensors, anywhere))
             run.device->check(queue(run), "ttt scan");
         else
             run.device->fail("ttt scan: an address is no multiple of 16 bytes");
@@ -69,10 +66,10 @@ template <class F> int32_t fused(const Call &call, size_t workspace, F queue) {
 int32_t plan_ttt_linear(const Call &call) {
     const TttLinearShape shape = linear_shape(call);
     if (!types_fit(call, {1, 2, 9}, {4, 5, 6, 7, 8, 10, 11, 12}) || ttt_linear_misses(shape) ||
-        !stays_aligned(shape.heads, shape.mini_batch) ||
         shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_linear(call);
-    return fused(call, ttt_linear_workspace(shape), [=](const Run &run) {
+    const size_t none = call.op->n_in + call.op->n_out;
+    return fused(call, ttt_linear_workspace(shape), none, [=](const Run &run) {
         return ttt_linear(shape, tensors_at<TttLinearForward>(run.buffer), run.workspace,
                           run.device->tickets, run.stream);
     });
@@ -81,10 +78,10 @@ int32_t plan_ttt_linear(const Call &call) {
 int32_t plan_ttt_mlp(const Call &call) {
     const TttMlpShape shape = mlp_shape(call);
     if (!types_fit(call, {1, 2, 11}, {4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16}) ||
-        ttt_mlp_misses(shape) || !stays_aligned(shape.heads, shape.mini_batch) ||
-        shape.streams > ponder_device::most_tickets)
+        ttt_mlp_misses(shape) || shape.streams > ponder_device::most_tickets)
         return plan_plain_ttt_mlp(call);
-    return fused(call, ttt_mlp_workspace(shape), [=](const Run &run) {
+    const size_t none = call.op->n_in + call.op->n_out;
+    return fused(call, ttt_mlp_workspace(shape), none, [=](const Run &run) {
         return ttt_mlp(shape, tensors_at<TttMlpForward>(run.buffer), run.workspace,
                        run.device->tickets, run.stream);
     });
@@ -94,10 +91,9 @@ int32_t plan_ttt_linear_vjp(const Call &call) {
     const TttLinearShape shape = linear_shape(call);
     if (call.op->n_in != 13 ||
         !types_fit(call, {1, 2, 9, 13, 14, 15}, {4, 5, 6, 7, 8, 10, 11, 12, 17, 18, 19, 20, 21}) ||
-        call.type(16) != call.type(3) || ttt_linear_vjp_misses(shape) ||
-        !stays_aligned(shape.heads, shape.mini_batch))
+        call.type(16) != call.type(3) || ttt_linear_vjp_misses(shape))
         return plan_plain_ttt_linear_vjp(call);
-    return fused(call, ttt_linear_vjp_workspace(shape, false), [=](const Run &run) {
+    return fused(call, ttt_linear_vjp_workspace(shape, false), call.out(4), [=](const Run &run) {
         return ttt_linear_vjp(shape, tensors_at<TttLinearBackward>(run.buffer), run.workspace,
                               run.stream);
     });
@@ -108,10 +104,9 @@ int32_t plan_ttt_mlp_vjp(const Call &call) {
     if (call.op->n_in != 17 ||
         !types_fit(call, {1, 2, 11, 17, 18, 19},
                    {4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 21, 22, 23, 24, 25, 26, 27}) ||
-        call.type(20) != call.type(3) || ttt_mlp_vjp_misses(shape) ||
-        !stays_aligned(shape.heads, shape.mini_batch))
+        call.type(20) != call.type(3) || ttt_mlp_vjp_misses(shape))
         return plan_plain_ttt_mlp_vjp(call);
-    return fused(call, ttt_mlp_vjp_workspace(shape, false), [=](const Run &run) {
+    return fused(call, ttt_mlp_vjp_workspace(shape, false), call.out(4), [=](const Run &run) {
         return ttt_mlp_vjp(shape, tensors_at<TttMlpBackward>(run.buffer), run.workspace,
                            run.stream);
     });

@@ -3,7 +3,8 @@
 // They compute ops ttt_linear, ttt_mlp and their vjp of src/tensor/ops.hpp; names and shapes are
 // those of the list. S streams, T tokens, C = H D width, H heads, M mini-batch. Rows are dense.
 // `type` is that of q, k, v, y and their gradients, `rate_type` that of lr and dlr; everything else
-// is f32. Pointers are the device's and 16-byte aligned; outputs must not overlap inputs.
+// is f32. Pointers are the device's and 16-byte aligned, but for dindex, dg and db, which may lie at
+// any number; outputs must not overlap inputs.
 //
 // `workspace` has at least ..._workspace bytes, 256-byte aligned, with any content. `tickets` is
 // S zeros, one array for calls that never overlap in time; each call leaves zeros behind.

@@ -168,8 +168,7 @@ ponder_gate Session::Ahead::state_of_stream() const {
     ponder_gate g{};
     if (!scheduled_)
         s_.policy_->to_device(g);
-    const bool chooses = !s_.inside_;
-    g.steps = chooses ? s_.steps_ : 1;
+    g.steps = s_.inside_ ? 1 : s_.steps_;
     g.budget_rate = s_.options_.number("budget.rate");
     g.budget_burst = s_.options_.number("budget.burst");
     g.budget_left = s_.budget_.off() ? 0 : s_.budget_.left();
