@@ -1,8 +1,10 @@
 // Sessions: causality, determinism, transactions, snapshots, budgets, policies.
+#include "expect_error.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 
 namespace ponder::test {
@@ -184,6 +186,27 @@ TEST(Snapshot, RefusesAnotherModelOptionsOrFormat) {
         bytes.assign(good.begin(), good.begin() + std::ptrdiff_t(cut));
         refuses(same, PONDER_E_FORMAT, "snap");
     }
+}
+
+// The controller's third value says how many first chunks it has seen; two signals follow.
+TEST(Snapshot, RefusesAStateThatIsNotThePolicys) {
+    const Options options = options_of({"lora", {{"policy", "ema:entropy:0.5"}}});
+    Session session(tiny_model("cpu", "f32"), options);
+    run(session, random_tokens(64, 1));
+    const std::vector<std::byte> good = session.save();
+    const uint64_t at =
+        SafeTensors::view(good, "snap").find("policy")->begin + 2 * sizeof(double);
+    double seen;
+    std::memcpy(&seen, good.data() + at, sizeof seen);
+    ASSERT_EQ(seen, 2);
+    for (const double wrong : {0.0, 1.0, -1.0, 9.0, 1e300, double(NAN)}) {
+        std::vector<std::byte> bytes = good;
+        std::memcpy(bytes.data() + at, &wrong, sizeof wrong);
+        expect_error(PONDER_E_FORMAT, {"snap", "'policy'", "ema"},
+                     [&] { session.load(bytes, "snap"); });
+        EXPECT_EQ(session.save(), good);
+    }
+    session.load(good, "snap");
 }
 
 TEST(Transaction, NormBoundRollsBack) {

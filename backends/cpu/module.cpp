@@ -104,36 +104,26 @@ size_t packed_bytes(ponder_device *device) { return device->packs.bytes(); }
 
 void refresh(ponder_device *device, const void *constant) { device->packs.refresh(constant); }
 
-constexpr ponder_backend descriptor = {
-    sizeof(ponder_backend),
-    PONDER_BACKEND_ABI,
-    "cpu",
-    PONDER_CPU_VERSION,
-    10,
-    1,
-    probe,
-    isa,
-    supports,
-    open,
-    close,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    plan,
-    run,
-    drop,
-    packed_bytes,
-    refresh,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-};
+constexpr ponder_backend descriptor = [] {
+    ponder_backend backend{};
+    backend.struct_size = sizeof(ponder_backend);
+    backend.abi = PONDER_BACKEND_ABI;
+    backend.name = "cpu";
+    backend.version = PONDER_CPU_VERSION;
+    backend.priority = 10;
+    backend.host_memory = 1;
+    backend.probe = probe;
+    backend.isa = isa;
+    backend.supports = supports;
+    backend.open = open;
+    backend.close = close;
+    backend.plan = plan;
+    backend.run = run;
+    backend.drop = drop;
+    backend.packed_bytes = packed_bytes;
+    backend.refresh = refresh;
+    return backend;
+}();
 
 } // namespace
 } // namespace ponder::cpu

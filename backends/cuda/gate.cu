@@ -3,6 +3,8 @@
 #include "launch.cuh"
 #include "ops.hpp"
 
+#include "ponder/gate_rule.h"
+
 #include <algorithm>
 
 namespace ponder::cuda {
@@ -23,57 +25,6 @@ struct GateArgs {
 };
 
 __device__ double unknown() { return nan(""); }
-
-// The values' order is not kept.
-__device__ double quantile(double *values, int count, double q) {
-    if (count == 0)
-        return 0;
-#pragma unroll 1
-    for (int i = 1; i < count; ++i)
-#pragma unroll 1
-        for (int j = i; j > 0 && values[j] < values[j - 1]; --j) {
-            const double x = values[j];
-            values[j] = values[j - 1];
-            values[j - 1] = x;
-        }
-    const double at = q * double(count - 1);
-    const int low = int(at), high = min(low + 1, count - 1);
-    return values[low] + (at - double(low)) * (values[high] - values[low]);
-}
-
-__device__ bool wants_update(ponder_gate &g) {
-    g.score = g.signals[g.signal];
-    g.compared = unknown();
-    g.calibrating = 0;
-    if (g.rule == PONDER_GATE_THRESHOLD) {
-        g.calibrating = isnan(g.score);
-        g.compared = g.threshold;
-        return g.calibrating || g.score > g.threshold;
-    }
-    if (g.seen < PONDER_GATE_FIRST) {
-        if (!isnan(g.score))
-            g.first[g.count++] = g.score;
-        if (++g.seen == PONDER_GATE_FIRST)
-            g.threshold = quantile(g.first, int(g.count), 1 - g.target);
-        g.calibrating = 1;
-        return true;
-    }
-    g.compared = g.threshold;
-    const bool update = g.score > g.threshold;
-    g.rate = __dadd_rn(__dmul_rn(1 - g.gain, g.rate), __dmul_rn(g.gain, double(update)));
-    g.threshold =
-        __dadd_rn(g.threshold, __dmul_rn(__dmul_rn(g.gain, g.rate - g.target), fabs(g.threshold)));
-    return update;
-}
-
-__device__ void grant(ponder_gate &g) {
-    g.granted = g.wanted;
-    if (isinf(g.budget_rate))
-        return;
-    g.budget_left = fmin(g.budget_burst, g.budget_left + g.budget_rate);
-    g.granted = min(g.wanted, int64_t(g.budget_left));
-    g.budget_left -= double(g.granted);
-}
 
 // One block. The code is kept small: it has left the caches when the next chunk comes, and fetching
 // it takes most of the time.
@@ -120,8 +71,8 @@ __global__ void __launch_bounds__(gate_threads) gate_kernel(const GateArgs p) {
                 g.calibrating = 0;
                 g.score = g.compared = unknown();
             } else {
-                g.wanted = wants_update(g) ? g.steps : 0;
-                grant(g);
+                const bool update = ponder_gate_decide(&g, g.signals[g.signal]);
+                ponder_gate_grant(&g, update ? g.steps : 0);
             }
             g.accepted = 0;
             g.gradient_norm = g.update_norm = unknown();

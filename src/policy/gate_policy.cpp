@@ -79,12 +79,13 @@ public:
         values.insert(values.end(), tracked.begin(), tracked.end());
         return values;
     }
-    void set_state(const std::vector<double> &values) override {
+    bool set_state(const std::vector<double> &values) override {
         const std::span<const double> all(values);
         if (all.empty() || !(all[0] >= 0 && all[0] <= double(all.size() - 1)) ||
             !tracker_.set_state(all.subspan(1 + size_t(all[0]))))
-            throw_error(PONDER_E_FORMAT, "gate state has %zu values", values.size());
+            return false;
         scores_.assign(all.begin() + 1, all.begin() + 1 + std::ptrdiff_t(all[0]));
+        return true;
     }
 
 private:

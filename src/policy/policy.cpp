@@ -1,6 +1,7 @@
 #include "policy/policy.hpp"
 
 #include "base/error.hpp"
+#include "ponder/gate_rule.h"
 
 #include <algorithm>
 #include <charconv>
@@ -10,28 +11,6 @@
 namespace ponder {
 
 namespace {
-
-// The signals that a device can read; the norm of a gradient is not known when it decides.
-bool signal_to_device(Signal signal, ponder_gate &g) {
-    switch (signal) {
-    case Signal::loss:
-        g.signal = PONDER_GATE_LOSS;
-        return true;
-    case Signal::entropy:
-        g.signal = PONDER_GATE_ENTROPY;
-        return true;
-    case Signal::reconstruction:
-        g.signal = PONDER_GATE_RECONSTRUCTION;
-        return true;
-    case Signal::update_norm:
-        g.signal = PONDER_GATE_UPDATE_NORM;
-        return true;
-    case Signal::gradient_norm:
-    case Signal::none:
-        break;
-    }
-    return false;
-}
 
 struct Always final : Policy {
     Decision decide(const Situation &, Random &) override { return {true}; }
@@ -67,94 +46,74 @@ struct Chance final : Policy {
     const double probability;
 };
 
-struct Threshold final : Policy {
-    Threshold(Signal signal, double threshold) : signal(signal), threshold(threshold) {}
+// Those that devices know too.
+class Ruled : public Policy {
+public:
+    explicit Ruled(Signal signal) : signal_(signal) {}
     Decision decide(const Situation &s, Random &) override {
-        const double score = s.signals.of(signal);
-        // A layer that decides before its first pass knows nothing yet and looks.
-        return {std::isnan(score) || score > threshold, std::isnan(score), score, threshold};
+        const bool update = ponder_gate_decide(&gate_, s.signals.of(signal_));
+        return {update, gate_.calibrating != 0, gate_.score, gate_.compared};
     }
-    Signal reads() const override { return signal; }
+    Signal reads() const override { return signal_; }
     bool to_device(ponder_gate &g) const override {
-        g.rule = PONDER_GATE_THRESHOLD;
-        g.threshold = threshold;
-        return signal_to_device(signal, g);
+        g = gate_;
+        switch (signal_) {
+        case Signal::loss:
+            g.signal = PONDER_GATE_LOSS;
+            return true;
+        case Signal::entropy:
+            g.signal = PONDER_GATE_ENTROPY;
+            return true;
+        case Signal::reconstruction:
+            g.signal = PONDER_GATE_RECONSTRUCTION;
+            return true;
+        case Signal::update_norm:
+            g.signal = PONDER_GATE_UPDATE_NORM;
+            return true;
+        case Signal::gradient_norm: // not known when a device decides
+        case Signal::none:
+            break;
+        }
+        return false;
     }
-    const Signal signal;
-    const double threshold;
+    void from_device(const ponder_gate &g) override { gate_ = g; }
+
+protected:
+    ponder_gate gate_{};
+
+private:
+    const Signal signal_;
 };
 
-// PonderTTT's controller (arXiv 2601.00894): a threshold from the first chunks' quantile, then
-// proportional control of the running rate r towards the target.
-struct Ema final : Policy {
-    static constexpr size_t calibration = 8;
-    static constexpr double gain = 0.1;
-
-    Ema(Signal signal, double rate) : signal(signal), target(rate), rate(rate) {}
-
-    Decision decide(const Situation &s, Random &) override {
-        const double score = s.signals.of(signal);
-        if (seen < calibration) {
-            if (!std::isnan(score))
-                first.push_back(score);
-            if (++seen == calibration)
-                threshold = quantile(1 - target);
-            return {true, true, score};
-        }
-        const Decision decision{score > threshold, false, score, threshold};
-        rate = (1 - gain) * rate + gain * decision.update;
-        threshold += gain * (rate - target) * std::abs(threshold);
-        return decision;
+struct Threshold final : Ruled {
+    Threshold(Signal signal, double threshold) : Ruled(signal) {
+        gate_.rule = PONDER_GATE_THRESHOLD;
+        gate_.threshold = threshold;
     }
+};
 
-    // Linear between order statistics.
-    double quantile(double q) {
-        if (first.empty())
-            return 0;
-        std::sort(first.begin(), first.end());
-        const double at = q * double(first.size() - 1);
-        const size_t low = size_t(at), high = std::min(low + 1, first.size() - 1);
-        return first[low] + (at - double(low)) * (first[high] - first[low]);
-    }
-
-    Signal reads() const override { return signal; }
-    bool to_device(ponder_gate &g) const override {
-        static_assert(calibration == PONDER_GATE_FIRST);
-        g.rule = PONDER_GATE_CONTROLLED;
-        g.target = target;
-        g.gain = gain;
-        g.rate = rate;
-        g.threshold = threshold;
-        g.seen = int64_t(seen);
-        g.count = int64_t(first.size());
-        std::copy(first.begin(), first.end(), g.first);
-        return signal_to_device(signal, g);
-    }
-    void from_device(const ponder_gate &g) override {
-        rate = g.rate;
-        threshold = g.threshold;
-        seen = size_t(g.seen);
-        first.assign(g.first, g.first + g.count);
+struct Ema final : Ruled {
+    Ema(Signal signal, double rate) : Ruled(signal) {
+        gate_.rule = PONDER_GATE_CONTROLLED;
+        gate_.target = gate_.rate = rate;
+        gate_.gain = 0.1;
     }
     std::vector<double> state() const override {
-        std::vector<double> values{rate, threshold, double(seen)};
-        values.insert(values.end(), first.begin(), first.end());
+        std::vector<double> values{gate_.rate, gate_.threshold, double(gate_.seen)};
+        values.insert(values.end(), gate_.first, gate_.first + gate_.count);
         return values;
     }
-    void set_state(const std::vector<double> &values) override {
-        if (values.size() < 3 || values.size() > 3 + calibration)
-            throw_error(PONDER_E_FORMAT, "policy state has %zu values", values.size());
-        rate = values[0];
-        threshold = values[1];
-        seen = size_t(std::clamp(values[2], 0.0, double(calibration)));
-        first.assign(values.begin() + 3, values.end());
+    bool set_state(const std::vector<double> &values) override {
+        const double count = double(values.size()) - 3;
+        if (count < 0 || !(values[2] >= count && values[2] <= PONDER_GATE_FIRST))
+            return false;
+        gate_.rate = values[0];
+        gate_.threshold = values[1];
+        gate_.seen = int64_t(values[2]);
+        gate_.count = int64_t(count);
+        std::copy(values.begin() + 3, values.end(), gate_.first);
+        return true;
     }
-
-    const Signal signal;
-    const double target;
-    double rate, threshold = 0;
-    size_t seen = 0;
-    std::vector<double> first;
 };
 
 // Greedy, and not causal: the steps that lower the loss of the coming chunks most at the price that
@@ -201,11 +160,12 @@ struct Oracle final : Policy {
         values.insert(values.end(), seen.begin(), seen.end());
         return values;
     }
-    void set_state(const std::vector<double> &values) override {
+    bool set_state(const std::vector<double> &values) override {
         if (values.empty())
-            throw_error(PONDER_E_FORMAT, "policy state is empty");
+            return false;
         spent = values[0];
         seen.assign(values.begin() + 1, values.end());
+        return true;
     }
 
     const double target;

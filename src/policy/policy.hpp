@@ -65,9 +65,9 @@ public:
     // ponder_gate has of the session. Returns whether it can; what became of the state comes back.
     virtual bool to_device(ponder_gate &) const { return false; }
     virtual void from_device(const ponder_gate &) {}
-    // Everything that changes over a stream.
+    // Everything that changes over a stream; false of values that are no state of this policy.
     virtual std::vector<double> state() const { return {}; }
-    virtual void set_state(const std::vector<double> &) {}
+    virtual bool set_state(const std::vector<double> &values) { return values.empty(); }
 };
 
 // Whether a policy of this text updates nothing, ever.

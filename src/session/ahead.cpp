@@ -79,11 +79,14 @@ bool Session::Ahead::queue_next(const CallGuard &guard) {
     sent.pass = pass(s_.inside_ && sent.told != 0);
     if (s_.inside_ && !scheduled_)
         sent.skipped = pass(false);
+    const ChunkWork::Kind kind{sent.pass, sent.skipped, sent.told};
+    if (!work_.expects(kind))
+        return false;
     s_.open_next(chunk);
     s_.upload_inputs();
     if (!on_device_)
         work_.write_state(state_of_stream());
-    if (!work_.queue({sent.pass, sent.skipped, sent.told}))
+    if (!work_.queue(kind))
         return false;
     on_device_ = true;
     work_.send(mailboxes_[(first_sent_ + sent_.size()) % most_under_way]);

@@ -133,11 +133,7 @@ Session::ChunkWork::Recorded &Session::ChunkWork::recorded(const Kind &kind) {
 }
 
 bool Session::ChunkWork::queue(const Kind &kind) {
-    if (impossible_)
-        return false;
     Recorded &r = recorded(kind);
-    if (r.seen++ == 0)
-        return false;
     if (kind.told > 0 && !s_.inside_)
         told(kind.told); // what it needs is planned before the queue is ours
     const Device::Queue queue(*device_);

@@ -22,8 +22,11 @@ public:
     ChunkWork(Session &session, bool scheduled);
     ~ChunkWork();
 
-    // Queues the work on the inputs that were uploaded. False: nothing is queued, as work of this
-    // kind is recorded when it comes for the second time, or cannot be.
+    // Whether work of this kind is expected to be queued: it is recorded when it comes for the second
+    // time.
+    bool expects(const Kind &kind) { return !impossible_ && recorded(kind).seen++ > 0; }
+    // Queues the work on the inputs that were uploaded. False: nothing is queued, as it cannot be
+    // recorded.
     bool queue(const Kind &kind);
     // What goes up before the first chunk and comes back with each.
     void write_state(const ponder_gate &gate) const;

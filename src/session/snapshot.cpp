@@ -181,7 +181,9 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
                                 counted(scored_tokens),  counted(updated), counted(steps_taken),
                                 counted(optimizer_steps)};
     auto restored = new_policy();
-    restored->set_state(policy);
+    if (!restored->set_state(policy))
+        throw_error(PONDER_E_FORMAT, "%s: tensor 'policy': %zu values that are no state of '%s'",
+                    name.c_str(), policy.size(), options_.text("policy").c_str());
 
     policy_ = std::move(restored);
     current_.all().write(fast.data(), fast.size());

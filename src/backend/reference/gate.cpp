@@ -1,6 +1,8 @@
-// gate, commit: whether a chunk is learned from, and whether what was learned is kept. The rules
-// are those of src/policy/policy.cpp and budget.hpp, for devices that decide without the host.
+// gate, commit: whether a chunk is learned from, and whether what was learned is kept, for devices
+// that decide without the host.
 #include "backend/reference/kernel.hpp"
+
+#include "ponder/gate_rule.h"
 
 #include <cstring>
 #include <limits>
@@ -24,49 +26,6 @@ private:
     int32_t *to_;
 };
 
-// Linear between order statistics.
-double quantile(double *values, int64_t count, double q) {
-    if (count == 0)
-        return 0;
-    std::sort(values, values + count);
-    const double at = q * double(count - 1);
-    const int64_t low = int64_t(at), high = std::min(low + 1, count - 1);
-    return values[low] + (at - double(low)) * (values[high] - values[low]);
-}
-
-bool wants_update(ponder_gate &g) {
-    g.score = g.signals[g.signal];
-    g.compared = unknown;
-    g.calibrating = 0;
-    if (g.rule == PONDER_GATE_THRESHOLD) {
-        g.calibrating = std::isnan(g.score);
-        g.compared = g.threshold;
-        return g.calibrating || g.score > g.threshold;
-    }
-    if (g.seen < PONDER_GATE_FIRST) {
-        if (!std::isnan(g.score))
-            g.first[g.count++] = g.score;
-        if (++g.seen == PONDER_GATE_FIRST)
-            g.threshold = quantile(g.first, g.count, 1 - g.target);
-        g.calibrating = 1;
-        return true;
-    }
-    g.compared = g.threshold;
-    const bool update = g.score > g.threshold;
-    g.rate = (1 - g.gain) * g.rate + g.gain * update;
-    g.threshold += g.gain * (g.rate - g.target) * std::abs(g.threshold);
-    return update;
-}
-
-void grant(ponder_gate &g) {
-    g.granted = g.wanted;
-    if (std::isinf(g.budget_rate))
-        return;
-    g.budget_left = std::min(g.budget_burst, g.budget_left + g.budget_rate);
-    g.granted = std::min(g.wanted, int64_t(g.budget_left));
-    g.budget_left -= double(g.granted);
-}
-
 template <class T> void gate(Args<T> &args) {
     State state(args.ids(3), args.ids_out(0));
     const int64_t predictions = args.attr_int(0), told = args.attr_int(1);
@@ -89,8 +48,8 @@ template <class T> void gate(Args<T> &args) {
         state->calibrating = 0;
         state->score = state->compared = unknown;
     } else {
-        state->wanted = wants_update(*state) ? state->steps : 0;
-        grant(*state);
+        const bool update = ponder_gate_decide(&*state, state->signals[state->signal]);
+        ponder_gate_grant(&*state, update ? state->steps : 0);
     }
     state->accepted = 0;
     state->gradient_norm = state->update_norm = unknown;
