@@ -477,8 +477,8 @@ TEST_P(CpuOps, Gates) {
             EXPECT_TRUE(same(a.first[i], b.first[i])) << i;
         for (const auto field :
              {&ponder_gate::threshold, &ponder_gate::rate, &ponder_gate::budget_left,
-              &ponder_gate::power1, &ponder_gate::power2, &ponder_gate::score, &ponder_gate::compared, &ponder_gate::gradient_norm,
-              &ponder_gate::update_norm})
+              &ponder_gate::power1, &ponder_gate::power2, &ponder_gate::score,
+              &ponder_gate::compared, &ponder_gate::gradient_norm, &ponder_gate::update_norm})
             EXPECT_TRUE(same(a.*field, b.*field)) << a.*field << " " << b.*field;
         for (const auto field :
              {&ponder_gate::seen, &ponder_gate::count, &ponder_gate::optimizer_steps,
@@ -502,16 +502,18 @@ TEST_P(CpuOps, Gates) {
                     Tensor state = tensor_of(g);
                     for (int chunk = 0; chunk < 30; ++chunk) {
                         const int64_t tokens = 5 + 40 * (chunk % 9);
-                        const double told = chunk % 10 == 7 ? double(steps) : chunk % 10 == 8 ? 0 : -1;
+                        const double told = chunk % 10 == 7   ? double(steps)
+                                            : chunk % 10 == 8 ? 0
+                                                              : -1;
                         const bool more = chunk % 3 != 0;
-                        const std::vector<Tensor> in{
-                            random(f32, {1, tokens}, 3), more ? random(f32, {1, tokens}, 3) : none(),
-                            more ? random(f32, {1, 3}, 1) : none(), state};
+                        const std::vector<Tensor> in{random(f32, {1, tokens}, 3),
+                                                     more ? random(f32, {1, tokens}, 3) : none(),
+                                                     more ? random(f32, {1, 3}, 1) : none(), state};
                         const std::vector<Out> out{{DType::i32, {words}},
                                                    told != 0 ? Out{DType::i32, {steps + 1}} : Out{},
                                                    told != 0 ? Out{f32, {steps, 8}} : Out{}};
-                        const std::vector<double> attr{double(tokens - 1), told, 0.01, 0.9, 0.99,
-                                                       1e-8, 0.5};
+                        const std::vector<double> attr{
+                            double(tokens - 1), told, 0.01, 0.9, 0.99, 1e-8, 0.5};
                         const auto ours = runner->run("gate", in, out, attr),
                                    expected = oracle->run("gate", in, out, attr);
                         expect_same(ours[0], expected[0]);
@@ -520,9 +522,12 @@ TEST_P(CpuOps, Gates) {
                             EXPECT_LE(relative_error(ours[2], expected[2]), 1e-6);
                         }
                         const int64_t n = 1000 + 77 * chunk;
+                        const Tensor norms = filled(f32, {steps}, 2);
+                        if (chunk % 5 == 4)
+                            reinterpret_cast<float *>(norms.block->data())[steps - 1] = NAN;
                         const std::vector<Tensor> update{
-                            more ? filled(f32, {1}, chunk % 5 == 4 ? NAN : 2) : none(),
-                            filled(f32, {1}, chunk % 4 == 3 ? 1.5 : 0.3), random(f32, {n}), ours[0]};
+                            more ? norms : none(), filled(f32, {1}, chunk % 4 == 3 ? 1.5 : 0.3),
+                            random(f32, {n}), ours[0]};
                         const std::vector<Out> kept{{DType::i32, {words}}, {f32, {n}}};
                         const auto taken = runner->run("commit", update, kept, {0.9, 0.99}),
                                    wanted = oracle->run("commit", update, kept, {0.9, 0.99});

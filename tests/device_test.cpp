@@ -2,6 +2,7 @@
 // reference backend: sessions, snapshots, gates' features, trainers; and what happens when such a
 // device runs out of memory or breaks.
 #include "device_runs.hpp"
+#include "expect_error.hpp"
 #include "offset_backend.hpp"
 #include "session/generate.hpp"
 
@@ -454,6 +455,56 @@ TEST(DeviceMemory, AFailureIsAStatus) {
         EXPECT_NE(std::string(e.what()).find("broken on purpose"), std::string::npos);
     }
     offset::control.broken = false;
+}
+
+// The device fails while four chunks are under way.
+TEST(DeviceMemory, AFailureUnderWayIsAStatusToo) {
+    const auto host = load("reference", "f32"), device = load("offset", "f32");
+    for (const Values &values :
+         std::initializer_list<Values>{{{"adapter", "lora"}, {"policy", "ema:loss:0.5"}},
+                                       {{"adapter", "ttt-linear"}, {"policy", "every:2"}}}) {
+        Session session(device, options_of(values));
+        session.feed(random_tokens(16 * 30, 12));
+        ponder_call call{};
+        call.struct_size = sizeof call;
+        call.progress = [](void *, uint64_t done, uint64_t) -> int32_t {
+            offset::control.broken = done >= 16 * 10;
+            return 0;
+        };
+        EXPECT_EQ(PONDER_E_BACKEND,
+                  thrown_status([&] { session.adapt(CallGuard(session.cancel_flag(), &call)); }));
+        EXPECT_TRUE(offset::control.broken);
+        offset::control.broken = false;
+        EXPECT_EQ(thrown_status([&] { session.losses(); }), PONDER_E_STATE);
+        session.reset();
+        const auto tokens = random_tokens(16 * 9, 13);
+        Session fresh(host, options_of(values));
+        for (Session *const each : {&session, &fresh}) {
+            each->feed(tokens);
+            each->adapt(no_limits(*each));
+        }
+        ASSERT_EQ(session.records().size(), fresh.records().size());
+        for (size_t i = 0; i < fresh.records().size(); ++i)
+            EXPECT_EQ(session.records()[i].loss_before, fresh.records()[i].loss_before) << i;
+    }
+}
+
+// A pass that the flush of another session's rest has made and lets go again.
+TEST(DeviceMemory, AChunksPassOutlivesThoseOfRests) {
+    const auto device = load("offset", "f32");
+    Session rests(device, options_of({{"adapter", "lora"}, {"chunk", "32"}, {"context", "32"}}));
+    const auto flush = [&](size_t tokens) {
+        rests.feed(random_tokens(tokens, uint64_t(tokens)));
+        rests.flush(no_limits(rests));
+    };
+    flush(16);
+    auto whole = std::make_unique<Session>(
+        device, options_of({{"adapter", "lora"}, {"chunk", "16"}, {"context", "16"}}));
+    whole->feed(random_tokens(16 * 6, 14));
+    whole->adapt(no_limits(*whole));
+    for (const size_t tokens : {5, 6, 7, 8, 9, 10})
+        flush(tokens);
+    whole.reset();
 }
 
 } // namespace

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -194,8 +195,7 @@ TEST(Snapshot, RefusesAStateThatIsNotThePolicys) {
     Session session(tiny_model("cpu", "f32"), options);
     run(session, random_tokens(64, 1));
     const std::vector<std::byte> good = session.save();
-    const uint64_t at =
-        SafeTensors::view(good, "snap").find("policy")->begin + 2 * sizeof(double);
+    const uint64_t at = SafeTensors::view(good, "snap").find("policy")->begin + 2 * sizeof(double);
     double seen;
     std::memcpy(&seen, good.data() + at, sizeof seen);
     ASSERT_EQ(seen, 2);
@@ -207,6 +207,39 @@ TEST(Snapshot, RefusesAStateThatIsNotThePolicys) {
         EXPECT_EQ(session.save(), good);
     }
     session.load(good, "snap");
+}
+
+TEST(Transaction, AScoreThatFailsChangesNothing) {
+    for (const Case &c : cases()) {
+        Session session(tiny_model("cpu", "f32"), options_of(c));
+        session.expect(8);
+        run(session, random_tokens(32 * 3, 6));
+        session.feed(random_tokens(5, 7));
+        const std::vector<std::byte> before = session.save();
+        const std::vector<float> losses(session.losses().begin(), session.losses().end());
+        ponder_call call{};
+        call.struct_size = sizeof call;
+        call.timeout_ns = 1;
+        EXPECT_EQ(PONDER_E_DEADLINE,
+                  thrown_status([&] { session.flush(CallGuard(session.cancel_flag(), &call)); }))
+            << c.name;
+        EXPECT_EQ(session.save(), before) << c.name;
+        EXPECT_TRUE(std::ranges::equal(session.losses(), losses)) << c.name;
+        call.timeout_ns = UINT64_MAX;
+        session.flush(CallGuard(session.cancel_flag(), &call));
+        EXPECT_EQ(session.losses().size(), 4u);
+    }
+}
+
+// It arrives between two chunks, while a layer's own update is taken.
+TEST(Transaction, ACancelIsNotLost) {
+    Session session(tiny_model("cpu", "f32"), options_of({"layer", {{"adapter", "ttt-linear"}}}));
+    session.feed(random_tokens(32 * 2, 6));
+    const CallGuard guard = no_limits(session);
+    ASSERT_TRUE(session.score(guard));
+    session.cancel();
+    session.learn(-1, guard);
+    EXPECT_EQ(PONDER_E_CANCELLED, thrown_status([&] { session.score(guard); }));
 }
 
 TEST(Transaction, NormBoundRollsBack) {

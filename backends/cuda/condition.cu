@@ -50,7 +50,10 @@ cudaError_t open_body(ponder_device *device, const int32_t *flag) {
                                                                cudaGraphCondAssignDefault);
         e != cudaSuccess)
         return e;
-    launch({nullptr, nullptr, device->stream, device}, set_condition, 1, 1, 0, condition, flag);
+    const Launch to({nullptr, nullptr, device->stream, device}, 1, 1, 0);
+    if (const cudaError_t e = cudaLaunchKernelEx(&to.config, set_condition, condition, flag);
+        e != cudaSuccess)
+        return e;
     if (const cudaError_t e = capture.of(device->stream); e != cudaSuccess)
         return e;
     cudaGraphNodeParams node = {};
@@ -92,7 +95,7 @@ cudaError_t close_body(ponder_device *device) {
 
 } // namespace
 
-// A driver that cannot is no failure of the device.
+// Where conditions are not to be had, that is no failure of the device.
 int32_t record_if(ponder_device *device, const int32_t *flag) {
     const cudaError_t e = open_body(device, flag);
     cudaGetLastError();

@@ -1,5 +1,5 @@
 // Work that a recording makes only where a flag in device memory is set: conditional nodes of a
-// CUDA graph, which drivers have from 12.4 on.
+// CUDA graph.
 #pragma once
 
 #include "ponder/backend.h"

@@ -105,13 +105,16 @@ __global__ void __launch_bounds__(gate_threads) gate_kernel(const GateArgs p) {
 }
 
 // All blocks see whether; one of them notes it down.
-__global__ void commit_kernel(const float *norm, const float *distance, const ponder_gate *from,
-                              ponder_gate *to, const float *fresh, float *w, int64_t n,
-                              double beta1, double beta2) {
+__global__ void commit_kernel(const float *norms, int steps, const float *distance,
+                              const ponder_gate *from, ponder_gate *to, const float *fresh,
+                              float *w, int64_t n, double beta1, double beta2) {
     wait_for_earlier();
-    const double gradient_norm = norm ? double(*norm) : unknown(), update_norm = double(*distance);
-    const bool accepted = (!norm || isfinite(gradient_norm)) && isfinite(update_norm) &&
-                          update_norm <= from->guard_norm;
+    const double gradient_norm = norms ? double(*norms) : unknown(),
+                 update_norm = double(*distance);
+    bool accepted = isfinite(update_norm) && update_norm <= from->guard_norm;
+#pragma unroll 1
+    for (int k = 0; k < steps && k < from->granted; ++k)
+        accepted = accepted && isfinite(norms[k]);
     if (accepted && w)
         for (int64_t i = int64_t(blockIdx.x) * commit_threads + threadIdx.x; i < n;
              i += int64_t(gridDim.x) * commit_threads)
@@ -178,14 +181,15 @@ int32_t plan_commit(const Call &call) {
     const size_t out = call.out(0);
     if (!is_state(call, 3) || !is_state(call, out))
         return PONDER_PLAN_NONE;
-    const bool has_norm = call.has(0), has_w = call.has(2) && call.has(out + 1);
+    const int steps = call.has(0) ? int(call.count(0)) : 0;
+    const bool has_w = call.has(2) && call.has(out + 1);
     const double beta1 = call.attr(0), beta2 = call.attr(1);
     const int64_t n = has_w ? call.count(2) : 0;
     const unsigned blocks =
         unsigned(std::clamp<int64_t>(n / (4 * commit_threads), 1, 4 * call.device->processors));
     return call.is(0, [=](const Run &run) {
         launch(run, commit_kernel, blocks, commit_threads, 0,
-               has_norm ? run.at<const float>(0) : nullptr, run.at<const float>(1),
+               steps > 0 ? run.at<const float>(0) : nullptr, steps, run.at<const float>(1),
                state_at(run, 3), run.at<ponder_gate>(out), has_w ? run.at<const float>(2) : nullptr,
                has_w ? run.at<float>(out + 1) : nullptr, n, beta1, beta2);
     });

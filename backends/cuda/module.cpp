@@ -166,7 +166,8 @@ int32_t probe(char *why, size_t size) {
         return no(why, size, "no device: libcuda.so.1, the driver's library, is not here");
     dlclose(driver);
     int count = 0;
-    if (const cudaError_t status = cudaGetDeviceCount(&count); status != cudaSuccess || count == 0) {
+    if (const cudaError_t status = cudaGetDeviceCount(&count);
+        status != cudaSuccess || count == 0) {
         cudaGetLastError();
         char text[200];
         std::snprintf(text, sizeof text, "no device: %s",
@@ -212,16 +213,16 @@ ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
     bool ok =
         device->check(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking), "stream");
     ok = ok && device->check(cudaMemPoolCreate(&device->pool, &properties), "memory pool");
-    ok = ok && device->check(cudaMemPoolSetAttribute(device->pool, cudaMemPoolAttrReleaseThreshold,
-                                                     &keep),
-                             "memory pool");
+    ok = ok && device->check(
+                   cudaMemPoolSetAttribute(device->pool, cudaMemPoolAttrReleaseThreshold, &keep),
+                   "memory pool");
     ok = ok && device->check(cudaMallocHost(&device->staging, ponder_device::staging_size),
                              "pinned memory");
     constexpr size_t ticket_bytes = ponder_device::most_tickets * sizeof(unsigned);
     void *tickets = nullptr;
-    ok = ok && device->check(cudaMallocFromPoolAsync(&tickets, ticket_bytes, device->pool,
-                                                     device->stream),
-                             "memory");
+    ok = ok && device->check(
+                   cudaMallocFromPoolAsync(&tickets, ticket_bytes, device->pool, device->stream),
+                   "memory");
     device->tickets = static_cast<unsigned *>(tickets);
     ok = ok && device->check(cudaMemsetAsync(tickets, 0, ticket_bytes, device->stream), "memory");
     if (ok && (blas().problem || blas().Create(&device->blas) != CUBLAS_STATUS_SUCCESS)) {
@@ -257,8 +258,8 @@ void release(ponder_device *device, void *buffer) {
 int32_t result(ponder_device *device) { return device->state->problem.empty() ? 0 : 1; }
 
 int32_t upload(ponder_device *device, void *buffer, const void *host, size_t size) {
-    device->check(
-        cudaMemcpyAsync(buffer, host, size, cudaMemcpyHostToDevice, device->stream), "upload");
+    device->check(cudaMemcpyAsync(buffer, host, size, cudaMemcpyHostToDevice, device->stream),
+                  "upload");
     return result(device);
 }
 
@@ -298,9 +299,9 @@ int32_t record(ponder_device *device) {
     const char *wanted = std::getenv("PONDER_CUDA_GRAPHS"); // 0: for profilers
     if (wanted && wanted[0] == '0')
         return 1;
-    return cudaStreamBeginCapture(device->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess
-               ? 0
-               : 1;
+    const cudaError_t e = cudaStreamBeginCapture(device->stream, cudaStreamCaptureModeThreadLocal);
+    cudaGetLastError(); // no failure of the device
+    return e == cudaSuccess ? 0 : 1;
 }
 
 void *record_end(ponder_device *device) {

@@ -17,7 +17,8 @@
  * kernels in the core; a device with its own memory may not.
  *
  * Growth: ops are found by name and version, so adding an op changes no struct.
- * Structs grow at the end only and start with their size.
+ * Structs grow at the end only and start with their size; a module with memory of its own has to be
+ * built with this header, others may be older.
  */
 #ifndef PONDER_BACKEND_H
 #define PONDER_BACKEND_H
@@ -104,9 +105,9 @@ typedef struct ponder_backend_host {
     void (*log)(void *user_data, int32_t level, const char *message);
 } ponder_backend_host;
 
-/* What decides on a stream's chunks where that happens on the device: the state of the ops `gate` and
- * `commit` (src/tensor/ops.hpp), in the device's memory. Doubles and 64-bit integers, so that it has
- * no gaps. */
+/* What decides on a stream's chunks, by the rule of gate_rule.h. Where that happens on the device it is
+ * the state of the ops `gate` and `commit` (src/tensor/ops.hpp), in the device's memory. Doubles and
+ * 64-bit integers, so that it has no gaps. */
 enum ponder_gate_rule {
     PONDER_GATE_THRESHOLD = 1, /* update where the signal is above the threshold, or unknown */
     PONDER_GATE_CONTROLLED = 2 /* the threshold follows the rate of updates */
@@ -149,7 +150,8 @@ typedef struct ponder_backend {
     int32_t priority;        /* the highest available one is `auto` */
     int32_t host_memory;     /* 1: buffers are host pointers and allocate.. are NULL. 0: addresses
                                 are the device's own, and calls run in the order they are made in
-                                one queue; only download and synchronize wait for it. */
+                                one queue; only download, synchronize, receive and
+                                group_sum wait for it. */
 
     /* 1 if it can run here; otherwise 0 and the reason in why[size]. */
     int32_t (*probe)(char *why, size_t size);
@@ -176,8 +178,8 @@ typedef struct ponder_backend {
                     char *why, size_t size);
     /* Runs task `task` of a planned call. buffers[n_in + n_out] are the addresses,
      * NULL for absent tensors; those of constants too, in the device's memory. No allocation, no
-     * failure, no floating-point exceptions. A device that fails here says so at the next
-     * download or synchronize. */
+     * failure, no floating-point exceptions. A device that fails here says so at the next call
+     * that waits for it. */
     void (*run)(void *kernel, void *const *buffers, void *workspace, uint32_t task);
     void (*drop)(void *kernel);
     /* Bytes that the device holds in packed weights now. */
@@ -186,8 +188,8 @@ typedef struct ponder_backend {
      * made again. No pass runs on it meanwhile. NULL: the device keeps no copies. */
     void (*refresh)(ponder_device *device, const void *constant);
 
-    /* Devices with their own memory. The core makes one call at a time on such a device,
-     * of these and of allocate, release, upload, download, plan and run. */
+    /* Devices with their own memory. The core makes one call at a time on such a device, of these,
+     * of all that follow, and of allocate, release, upload, download, plan and run. */
     int32_t (*copy)(ponder_device *device, void *to, const void *from, size_t size);
     int32_t (*clear)(ponder_device *device, void *buffer, size_t size); /* to zeros */
     int32_t (*synchronize)(ponder_device *device); /* waits until the queue is empty */

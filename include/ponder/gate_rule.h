@@ -1,5 +1,6 @@
 /* How a gate decides (struct ponder_gate): for modules whose devices decide by themselves and for
- * the core, which decides where they do not. Both get the same bits. */
+ * the core, which decides where they do not. Both get the same bits from the same signals; compilers
+ * that fuse products with sums have to be told not to (GCC on Arm: -ffp-contract=off). C99. */
 #ifndef PONDER_GATE_RULE_H
 #define PONDER_GATE_RULE_H
 
@@ -39,7 +40,7 @@ PONDER_GATE_FUNCTION double ponder_gate_quantile(double *values, int64_t count, 
             values[j - 1] = values[j];
             values[j] = larger;
         }
-    const double at = q * (double)(count - 1);
+    const double at = ponder_gate_product(q, (double)(count - 1));
     const int low = (int)at, high = low + 1 < (int)count ? low + 1 : low;
     return values[low] + ponder_gate_product(at - (double)low, values[high] - values[low]);
 }
@@ -72,15 +73,19 @@ PONDER_GATE_FUNCTION int ponder_gate_decide(ponder_gate *g, double score) {
     return update;
 }
 
-/* Grants what the token bucket has of the wanted steps. */
+/* A chunk's steps out of a token bucket: what it has of those that are wanted. */
+PONDER_GATE_FUNCTION int64_t ponder_gate_spend(double rate, double burst, double *left,
+                                               int64_t wanted) {
+    if (isinf(rate))
+        return wanted;
+    *left = fmin(burst, *left + rate);
+    const int64_t granted = (double)wanted > *left ? (int64_t)*left : wanted;
+    *left -= (double)granted;
+    return granted;
+}
 PONDER_GATE_FUNCTION void ponder_gate_grant(ponder_gate *g, int64_t wanted) {
-    g->wanted = g->granted = wanted;
-    if (isinf(g->budget_rate))
-        return;
-    g->budget_left = fmin(g->budget_burst, g->budget_left + g->budget_rate);
-    if ((double)wanted > g->budget_left)
-        g->granted = (int64_t)g->budget_left;
-    g->budget_left -= (double)g->granted;
+    g->wanted = wanted;
+    g->granted = ponder_gate_spend(g->budget_rate, g->budget_burst, &g->budget_left, wanted);
 }
 
 #undef PONDER_GATE_FUNCTION

@@ -18,6 +18,13 @@ const Session &session_of(const ponder_session *handle, const char *name = "sess
 CallGuard guard_of(Session &session, const ponder_call &call) {
     return CallGuard(session.cancel_flag(), &call);
 }
+// Made before any session's turn: time counts from the call's start, and each can be cancelled.
+std::vector<CallGuard> guards_of(const std::vector<Session *> &sessions, const ponder_call &call) {
+    std::vector<CallGuard> guards;
+    for (Session *session : sessions)
+        guards.push_back(guard_of(*session, call));
+    return guards;
+}
 
 } // namespace
 
@@ -85,8 +92,9 @@ ponder_status ponder_score(ponder_session *const *sessions, uint32_t count, uint
                             "sessions[%zu]: the last scored chunk has not been "
                             "learned",
                             i);
+        const std::vector<CallGuard> guards = guards_of(list, limits);
         for (size_t i = 0; i < list.size(); ++i) {
-            const bool scored = list[i]->score(guard_of(*list[i], limits));
+            const bool scored = list[i]->score(guards[i]);
             if (done)
                 done[i] = scored;
         }
@@ -101,8 +109,9 @@ ponder_status ponder_learn(ponder_session *const *sessions, uint32_t count, cons
         for (uint32_t i = 0; steps && i < count; ++i)
             if (steps[i] < 0 || steps[i] > 64)
                 throw_error(PONDER_E_ARGUMENT, "steps[%u] = %d is not in 0..64", i, steps[i]);
+        const std::vector<CallGuard> guards = guards_of(list, limits);
         for (size_t i = 0; i < list.size(); ++i)
-            list[i]->learn(steps ? steps[i] : -1, guard_of(*list[i], limits));
+            list[i]->learn(steps ? steps[i] : -1, guards[i]);
     });
 }
 

@@ -67,11 +67,11 @@ std::vector<std::string> module_files(const std::string &folder) {
 void probe(Backend &backend) {
     const ponder_backend *d = backend.descriptor;
     constexpr size_t host_part = offsetof(ponder_backend, copy);
-    if (d->struct_size < host_part ||
-        (!d->host_memory && d->struct_size < sizeof(ponder_backend)) ||
-        d->abi != PONDER_BACKEND_ABI) {
-        backend.reason = "module ABI " + std::to_string(d->abi) + ", this library needs " +
-                         std::to_string(PONDER_BACKEND_ABI);
+    const size_t least = d->host_memory ? host_part : sizeof(ponder_backend);
+    if (d->struct_size < least || d->abi != PONDER_BACKEND_ABI) {
+        backend.reason = "module ABI " + std::to_string(d->abi) + " with a descriptor of " +
+                         std::to_string(d->struct_size) + " bytes, this library needs " +
+                         std::to_string(PONDER_BACKEND_ABI) + " and " + std::to_string(least);
         backend.descriptor = nullptr;
         return;
     }

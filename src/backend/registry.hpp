@@ -68,10 +68,11 @@ public:
     void refresh_packed(const void *constant) const;
 
     // Memory that the device's kernels see. On the host that is the host's; elsewhere addresses
-    // mean nothing here, work is queued, and only download and synchronize wait for it. Any thread.
+    // mean nothing here, work is queued, and only download, synchronize, mailboxes and
+    // sums over a group wait for it. Any thread.
     bool on_host() const { return backend_->host_memory != 0; }
     uint32_t workers() const { return on_host() ? threads_->count() : 1; } // with a workspace each
-    void *allocate(size_t size) const; // PONDER_E_NO_MEMORY
+    void *allocate(size_t size) const;                                     // PONDER_E_NO_MEMORY
     void release(void *block, size_t size) const noexcept;
     void upload(void *to, const void *from, size_t size) const;
     void download(void *to, const void *from, size_t size) const;
@@ -100,9 +101,7 @@ public:
         bool record_if(const int32_t *flag) const {
             return device_.backend_->record_if(device_.device_, flag) == 0;
         }
-        bool record_end_if() const {
-            return device_.backend_->record_end_if(device_.device_) == 0;
-        }
+        bool record_end_if() const { return device_.backend_->record_end_if(device_.device_) == 0; }
         void replay(void *recording) const {
             device_.expect(device_.backend_->replay(device_.device_, recording));
         }
@@ -153,7 +152,7 @@ private:
     };
     using Move = int32_t (*ponder_backend::*)(ponder_device *, void *, const void *, size_t);
     void move(Move call, void *to, const void *from, size_t size) const;
-    void expect(int32_t result) const; // PONDER_E_BACKEND unless 0
+    void expect(int32_t result) const;                    // PONDER_E_BACKEND unless 0
     template <class Call> void in_group(Call call) const; // call(why, size)
     void *allocate_locked(size_t size) const;
     mutable std::mutex mutex_; // one call at a time where memory is not the host's

@@ -2,9 +2,9 @@
 // at most `burst`. Whatever a policy wants, steps never exceed burst + rate x chunks.
 #pragma once
 
+#include "ponder/gate_rule.h"
+
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
 
 namespace ponder {
 
@@ -12,14 +12,8 @@ class Budget {
 public:
     Budget(double rate, double burst) : rate_(rate), burst_(burst), left_(burst) {}
     bool off() const { return std::isinf(rate_); }
-    void next_chunk() { left_ = std::min(burst_, left_ + rate_); }
-    int64_t grant(int64_t wanted) const {
-        return off() ? wanted : std::min(wanted, int64_t(left_));
-    }
-    void spend(int64_t steps) {
-        if (!off())
-            left_ -= double(steps);
-    }
+    // Once a chunk.
+    int64_t grant(int64_t wanted) { return ponder_gate_spend(rate_, burst_, &left_, wanted); }
     double left() const { return off() ? rate_ : left_; }
     void set_left(double left) { left_ = std::clamp(left, 0.0, burst_); }
 

@@ -43,16 +43,15 @@ bool Session::Ahead::run(const CallGuard &guard, uint64_t total) {
             collect();
             guard.progress(total - s_.waiting_.size() - sent_.size() * size_t(s_.chunk_), total);
         }
+        settle();
     } catch (...) {
         try {
             settle();
-        } catch (const Error &) { // the device has failed, which is what is thrown already
-            sent_.clear();
-            on_device_ = false;
+        } catch (...) { // for the reason that is thrown already
+            lose();
         }
         throw;
     }
-    settle();
     if (any)
         guard.progress(total - s_.waiting_.size(), total);
     return any;
@@ -70,6 +69,7 @@ bool Session::Ahead::queue_next(const CallGuard &guard) {
         sent.record.steps_wanted = s_.decide(-1, sent.record);
         sent.told = sent.record.steps;
     }
+    work_.plan(sent.told);
     const int64_t all = s_.context_tokens(chunk) + chunk;
     const auto pass = [&](bool inside) {
         const auto p = s_.adapted_->pass(s_.shape(all, chunk, inside), true);
@@ -85,7 +85,7 @@ bool Session::Ahead::queue_next(const CallGuard &guard) {
     s_.open_next(chunk);
     s_.upload_inputs();
     if (!on_device_)
-        work_.write_state(state_of_stream());
+        work_.write_state(gate_ = state_of_stream());
     if (!work_.queue(kind))
         return false;
     on_device_ = true;
@@ -107,6 +107,7 @@ void Session::Ahead::settle() {
 // The oldest chunk under way becomes a record.
 void Session::Ahead::collect() {
     mailboxes_[first_sent_ % most_under_way].receive(results_.data(), work_.sent_bytes());
+    s_.append(sent_.front().record);
     ++first_sent_;
     const Sent sent = std::move(sent_.front());
     sent_.pop_front();
@@ -116,8 +117,16 @@ void Session::Ahead::collect() {
     const uint64_t now = now_ns();
     record.score_ns = now - last_ns_;
     last_ns_ = now;
-    s_.append(record);
     s_.finish(record);
+}
+
+// What is under way will not arrive: the device has failed. The stream has moved on, its last chunk
+// has no losses.
+void Session::Ahead::lose() {
+    sent_.clear();
+    on_device_ = false;
+    s_.open_ids_.clear();
+    s_.open_tokens_ = 0;
 }
 
 void Session::Ahead::fill(ponder_record &record, const Sent &sent) {
@@ -141,7 +150,8 @@ void Session::Ahead::fill(ponder_record &record, const Sent &sent) {
     record.entropy = s_.signals_.entropy = s_.mean(s_.entropy_);
     record.bytes = s_.arena_.size() + s_.workspace_.size();
     const bool updates = record.steps > 0;
-    if (s_.inside_ && updates) {
+    s_.ran_inside_ = s_.inside_ && updates;
+    if (s_.ran_inside_) {
         std::copy_n(results_.data() + at.reconstruction, 3, s_.reconstruction_);
         record.reconstruction = s_.signals_.reconstruction = s_.reconstruction_[1];
     }

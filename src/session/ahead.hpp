@@ -19,6 +19,7 @@ public:
     // Runs waiting chunks, as many as can go this way; false if none could. `total`: tokens that
     // the call found waiting.
     bool run(const CallGuard &guard, uint64_t total);
+    size_t workspace_bytes() const { return work_.workspace_bytes(); }
 
 private:
     static constexpr size_t most_under_way = 4; // chunks
@@ -32,6 +33,7 @@ private:
     bool queue_next(const CallGuard &guard);
     void collect();
     void settle();
+    void lose();
     void fill(ponder_record &record, const Sent &sent);
     ponder_gate state_of_stream() const;
     void state_to_stream();

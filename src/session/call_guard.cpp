@@ -12,8 +12,9 @@ uint64_t now_ns() {
 }
 
 CallGuard::CallGuard(std::atomic<bool> &cancel, const ponder_call *call)
-    : cancel_(cancel), call_(call),
-      deadline_ns_(call && call->timeout_ns ? now_ns() + call->timeout_ns : 0) {
+    : cancel_(cancel), call_(call) {
+    if (const uint64_t now = now_ns(); call && call->timeout_ns)
+        deadline_ns_ = call->timeout_ns < UINT64_MAX - now ? now + call->timeout_ns : UINT64_MAX;
     cancel_.store(false, std::memory_order_relaxed);
 }
 

@@ -21,7 +21,7 @@ public:
 private:
     std::atomic<bool> &cancel_;
     const ponder_call *call_;
-    uint64_t deadline_ns_;
+    uint64_t deadline_ns_ = 0;
     std::thread::id caller_ = std::this_thread::get_id();
 };
 

@@ -33,7 +33,7 @@ Session::ChunkWork::ChunkWork(Session &session, bool scheduled)
     at_.later = part(steps_ > 1 ? chunk : 0);
     at_.sent = end;
     at_.later_entropies = part(steps_ > 1 ? chunk : 0);
-    at_.norms = part(3);
+    at_.norms = part(size_t(steps_) + 1);
     at_.flags = part(size_t(steps_) + 1);
     at_.h = part(size_t(steps_) * 8);
     at_.total = end;
@@ -48,14 +48,19 @@ Session::ChunkWork::ChunkWork(Session &session, bool scheduled)
         observes_ = make_gate(0, 0, true);
 }
 
+void Session::ChunkWork::plan(int32_t told) {
+    if (told > 0 && !s_.inside_ && !told_.contains(told))
+        told_.emplace(told, make_gate(told, told, false));
+}
+
 Session::ChunkWork::~ChunkWork() { forget(); }
 
 void Session::ChunkWork::forget() {
+    const std::vector<Recorded> gone = std::exchange(recorded_, {}); // passes want the queue to go
     const Device::Queue queue(*device_);
-    for (const Recorded &r : recorded_)
+    for (const Recorded &r : gone)
         if (r.work)
             queue.drop(r.work);
-    recorded_.clear();
 }
 
 // told and what is decided as in the op; steps: flags and hyperparameters are wanted for so many.
@@ -91,7 +96,7 @@ Session::ChunkWork::CommitProgram Session::ChunkWork::make_commit() const {
     CommitCall &c = p.ids;
     const Shape all{int64_t(s_.current_.all().size())};
     if (!s_.inside_)
-        c.gradient_norm = g.external("gradient norm", g.wide, {1});
+        c.gradient_norms = g.external("gradient norms", g.wide, {steps_});
     c.distance = g.external("distance", g.wide, {1});
     if (!s_.inside_ || s_.carry_) {
         c.fresh = g.external("new weights", g.wide, all);
@@ -112,11 +117,18 @@ void Session::ChunkWork::write_state(const ponder_gate &gate) const {
     device_->upload(at(at_.state), &gate, sizeof gate);
 }
 
-const Session::ChunkWork::GateProgram &Session::ChunkWork::told(int32_t steps) {
-    const auto [at, fresh] = told_.try_emplace(steps);
-    if (fresh)
-        at->second = make_gate(steps, steps, false);
-    return at->second;
+size_t Session::ChunkWork::workspace_bytes() const {
+    size_t most = 0;
+    const auto add = [&](const std::unique_ptr<const Program> &program) {
+        if (program)
+            most = std::max(most, program->workspace_bytes());
+    };
+    add(decides_.program);
+    add(observes_.program);
+    add(commit_.program);
+    for (const auto &told : told_)
+        add(told.second.program);
+    return most;
 }
 
 Session::ChunkWork::Recorded &Session::ChunkWork::recorded(const Kind &kind) {
@@ -134,8 +146,6 @@ Session::ChunkWork::Recorded &Session::ChunkWork::recorded(const Kind &kind) {
 
 bool Session::ChunkWork::queue(const Kind &kind) {
     Recorded &r = recorded(kind);
-    if (kind.told > 0 && !s_.inside_)
-        told(kind.told); // what it needs is planned before the queue is ours
     const Device::Queue queue(*device_);
     if (!r.work) {
         impossible_ = !queue.can_record() || !queue.record();
@@ -193,7 +203,7 @@ void Session::ChunkWork::between(const Device::Queue &queue, const Kind &kind) c
             score(queue, pass, old, at_.later, at_.later_entropies);
         pass.program->enqueue(learn_segment, s_.bindings(pass, old), arena, workspace, queue);
         s_.rule_->enqueue_step(old.view(), s_.shadow_.view(), s_.gradient_.data(),
-                               at(at_.h + size_t(8 * k)), at(at_.norms + (k > 0)), workspace,
+                               at(at_.h + size_t(8 * k)), at(at_.norms + size_t(k)), workspace,
                                queue);
     };
     when(queue, kind, 0, [&] {
@@ -249,7 +259,7 @@ void Session::ChunkWork::gate(const Device::Queue &queue, const GateProgram &g) 
 
 // The update is the stream's where it is finite and near enough.
 void Session::ChunkWork::commit(const Device::Queue &queue) const {
-    const size_t distance = at_.norms + 2;
+    const size_t distance = at_.norms + size_t(steps_);
     s_.rule_->enqueue_distance(s_.shadow_.weights(), s_.current_.weights(), at(distance),
                                s_.workspace_.data(), queue);
     const CommitCall &c = commit_.ids;
@@ -258,7 +268,7 @@ void Session::ChunkWork::commit(const Device::Queue &queue) const {
         if (id != none)
             to[size_t(id)] = address;
     };
-    bind(c.gradient_norm, at(at_.norms));
+    bind(c.gradient_norms, at(at_.norms));
     bind(c.distance, at(distance));
     bind(c.fresh, s_.shadow_.all().data());
     bind(c.w, s_.current_.all().data());

@@ -22,8 +22,11 @@ public:
     ChunkWork(Session &session, bool scheduled);
     ~ChunkWork();
 
-    // Whether work of this kind is expected to be queued: it is recorded when it comes for the second
-    // time.
+    // Plans what work that is told so many steps needs besides its passes.
+    void plan(int32_t told);
+    size_t workspace_bytes() const; // of what is planned
+    // Whether work of this kind is expected to be queued: it is recorded when it comes for the
+    // second time.
     bool expects(const Kind &kind) { return !impossible_ && recorded(kind).seen++ > 0; }
     // Queues the work on the inputs that were uploaded. False: nothing is queued, as it cannot be
     // recorded.
@@ -38,7 +41,8 @@ public:
         size_t losses, entropies, reconstruction, state;
         size_t later; // losses before the last step
         size_t sent;  // the end of what is
-        size_t later_entropies, norms, flags, h, total;
+        size_t later_entropies, norms, flags, h,
+            total; // norms: of each step's gradient; the distance
     };
     const Layout &layout() const { return at_; }
 
@@ -76,7 +80,6 @@ private:
     template <class T = float> T *at(size_t place) const {
         return reinterpret_cast<T *>(memory_.data() + place);
     }
-    const GateProgram &told(int32_t steps);
 
     Session &s_;
     const std::shared_ptr<const Device> device_;

@@ -24,11 +24,9 @@ int32_t Session::decide(int32_t forced, ponder_record &record) {
     const int64_t each = inside_ ? 1 : chooses ? decision.steps : steps_;
     scale_ = decision.scale;
     const int64_t wanted = forced >= 0 ? forced : decision.update ? each : 0;
-    budget_.next_chunk();
-    const int64_t granted = adapted_->adapter().fast_count() == 0 ? 0 : budget_.grant(wanted);
+    const int64_t granted = budget_.grant(adapted_->adapter().fast_count() == 0 ? 0 : wanted);
     if (granted < wanted && !budget_.off())
         record.flags |= PONDER_RECORD_OVER_BUDGET;
-    budget_.spend(granted);
     record.steps = int32_t(granted);
     return int32_t(wanted);
 }
@@ -135,8 +133,8 @@ void Session::apply_scale() {
 void Session::learn_inside(ponder_record &record) {
     const uint64_t start = now_ns();
     if (record.steps > 0) {
-        const CallGuard unlimited(cancel_, nullptr);
-        ensure_tape(unlimited); // after a restore
+        std::atomic<bool> never{false};
+        ensure_tape(CallGuard(never, nullptr)); // after a restore
         apply_scale();
         rule_->distance(shadow_.weights(), current_.weights(), workspace_.data());
         record.update_norm = rule_->numbers(workspace_.data()).distance;

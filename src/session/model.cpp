@@ -90,9 +90,14 @@ std::shared_ptr<const Pass> Adapted::pass(const PassShape &shape, bool keep) con
     std::lock_guard lock(mutex_);
     if (const auto at = kept_.find(shape); at != kept_.end())
         return at->second;
-    for (const auto &pass : odd_)
-        if (pass->shape == shape)
+    for (auto at = odd_.begin(); at != odd_.end(); ++at)
+        if (auto pass = *at; pass->shape == shape) {
+            if (keep) {
+                kept_[shape] = pass;
+                odd_.erase(at);
+            }
             return pass;
+        }
     auto pass = std::make_shared<Pass>(
         Pass{shape, record_pass(model_.backbone(), *adapter_, shape), nullptr});
     pass->program = std::make_unique<Program>(std::move(pass->recording.graph),

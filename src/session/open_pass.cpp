@@ -1,6 +1,6 @@
 // The open chunk's pass: its buffers, where its inputs and outputs lie, and running it.
 #include "base/error.hpp"
-#include "session/session.hpp"
+#include "session/ahead.hpp"
 
 #include <algorithm>
 
@@ -39,6 +39,8 @@ void Session::reserve(const Pass &pass) {
     size_t each = pass.program->workspace_bytes();
     if (rule_)
         each = std::max(each, rule_->workspace_bytes());
+    if (ahead_)
+        each = std::max(each, ahead_->workspace_bytes());
     fit(workspace_, each * (alone_ ? 1 : device->workers()));
 }
 
@@ -129,8 +131,8 @@ std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat) {
         ensure_tape(unlimited);
         if (segment == learn_segment && open_pass_->recording.gradient.empty())
             break;
-        open_pass_->program->profile(segment, bindings(*open_pass_, current_), arena_.data(), workspace_.data(),
-                                     times);
+        open_pass_->program->profile(segment, bindings(*open_pass_, current_), arena_.data(),
+                                     workspace_.data(), times);
     }
     // The chunk's losses stay those of its own scoring.
     nll_ = nll;

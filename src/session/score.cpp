@@ -65,11 +65,11 @@ void Session::append(const ponder_record &record) {
 
 void Session::score_chunk(int64_t tokens, const CallGuard &guard) {
     const uint64_t start = now_ns();
+    Undo undo(*this);
     open_next(tokens);
     ponder_record record = new_record(tokens);
 
     ran_inside_ = tape_ = false;
-    Undo undo(*this);
     if (inside_ && !analysis_) {
         // The layer changes this chunk's own scores: decide on earlier chunks only.
         const uint64_t before = now_ns();

@@ -182,7 +182,7 @@ void Session::flush(const CallGuard &guard) {
 }
 
 std::span<const float> Session::losses() const {
-    if (chunks_ == 0)
+    if (open_tokens_ == 0)
         throw_error(PONDER_E_STATE, "no chunk has been scored");
     return {nll_.data(), size_t(open_tokens_) - 1};
 }

@@ -107,7 +107,8 @@
 //   adamw             w,g,m,v wide[n], h wide[8], gnorm wide[1] -> w',m',v'    as adam, with
 //                     w' = w - lr (update + h[7] w): decoupled decay, Loshchilov & Hutter 2019
 // decisions on chunks, where they are made on the device (ponder_gate in backend.h, as i32 words):
-//   gate              nll? wide[S,T], entropy? wide[S,T], reconstruction? wide[1,3], state i32[N] ->
+//   gate              nll? wide[S,T], entropy? wide[S,T], reconstruction? wide[1,3], state i32[N]
+//   ->
 //                     state', flags? i32[K+1], h? wide[K,8]
 //                     [predictions, told (-1: by the state's rule; 0: nothing is decided), lr,
 //                     beta1, beta2, eps, clip]
@@ -263,7 +264,8 @@ struct GateCall {
 };
 void gate(Graph &, const GateCall &call);
 struct CommitCall {
-    Id gradient_norm = none, distance, fresh = none, state, state2, w = none;
+    Id gradient_norms = none, distance, fresh = none, state, state2,
+       w = none;                 // norms: of each step
     double beta1 = 1, beta2 = 1; // of the optimizer whose steps were taken
 };
 void commit(Graph &, const CommitCall &call);

@@ -111,7 +111,7 @@ void gate(Graph &g, const GateCall &c) {
 }
 
 void commit(Graph &g, const CommitCall &c) {
-    g.add_call(commit_rule, {c.gradient_norm, c.distance, c.fresh, c.state}, {c.state2, c.w},
+    g.add_call(commit_rule, {c.gradient_norms, c.distance, c.fresh, c.state}, {c.state2, c.w},
                {c.beta1, c.beta2});
 }
 

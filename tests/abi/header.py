@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-HEADERS = ("ponder/ponder.h", "ponder/backend.h")
+HEADERS = ("ponder/ponder.h", "ponder/backend.h", "ponder/gate_rule.h")
 
 
 class Header:

@@ -73,12 +73,13 @@ template <class T> void gate(Args<T> &args) {
 
 template <class T> void commit(Args<T> &args) {
     State state(args.ids(3), args.ids_out(0));
-    const T *norm = args.in(0), *fresh = args.in(2);
+    const T *norms = args.in(0), *fresh = args.in(2);
     T *w = args.out(1);
-    state->gradient_norm = norm ? double(*norm) : unknown;
+    state->gradient_norm = norms ? double(norms[0]) : unknown;
     state->update_norm = double(*args.in(1));
-    state->accepted = (!norm || std::isfinite(state->gradient_norm)) &&
-                      std::isfinite(state->update_norm) && state->update_norm <= state->guard_norm;
+    state->accepted = std::isfinite(state->update_norm) && state->update_norm <= state->guard_norm;
+    for (int64_t k = 0; norms && k < std::min(state->granted, args['K']); ++k)
+        state->accepted &= std::isfinite(norms[k]);
     if (!state->accepted)
         return;
     state->signals[PONDER_GATE_UPDATE_NORM] = state->update_norm;
@@ -107,7 +108,7 @@ const Op gate_op = {"gate",
                     gate<double>,
                     check_gate};
 const Op commit_op = {"commit",
-                      "gradient_norm?:w[1] distance:w[1] fresh?:w[n] state:i[N] -> state:i[N] "
+                      "gradient_norms?:w[K] distance:w[1] fresh?:w[n] state:i[N] -> state:i[N] "
                       "w?:w[n]",
                       2,
                       commit<float>,
