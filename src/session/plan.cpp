@@ -68,7 +68,8 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     const bool own_memory = !backend.descriptor->host_memory; // holds the weights again
     plan.packed_weights =
         own_memory ? model.bytes()
-        : packs    ? with_packing_slack(model.packed_estimate(learn, adapter->lowest_layer())) : 0;
+        : packs    ? with_packing_slack(model.packed_estimate(learn, adapter->lowest_layer()))
+                   : 0;
     const uint64_t vector = adapter->fast_count() * sizeof(float);
     const uint64_t moments = !learn ? 0 : options.text("inner.optimizer") == "adam" ? 2 : 0;
     plan.fast_parameters = adapter->fast_count();
