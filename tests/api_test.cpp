@@ -494,34 +494,71 @@ TEST(ApiMemory, EveryAllocationMayFail) {
     ponder_runtime_destroy(runtime);
 }
 
+// On the reference backend, whose plan has no reserve.
 TEST(ApiMemory, TheLimitHoldsAndThePlanIsKept) {
+    ponder_model_options reference{};
+    reference.struct_size = sizeof reference;
+    reference.backend = "reference";
+    const TempDir trained;
+    {
+        ponder_runtime *runtime = make_runtime();
+        ponder_model *model = make_model(runtime);
+        ponder_options *o = make_options({{"chunk", "8"}, {"context", "16"}});
+        ponder_trainer *trainer = nullptr;
+        ASSERT_EQ(PONDER_OK,
+                  ponder_trainer_create(&trainer, model, PONDER_TRAIN_ADAPTER, o, nullptr));
+        ASSERT_EQ(PONDER_OK, ponder_trainer_export(trainer, trained.path().c_str(), nullptr));
+        ponder_trainer_destroy(trainer);
+        ponder_options_destroy(o);
+        ponder_model_release(model);
+        ponder_runtime_destroy(runtime);
+    }
+    const std::string folder = trained.path();
+    for (const auto &values :
+         std::initializer_list<std::vector<std::pair<const char *, const char *>>>{
+             {},
+             {{"chunk", "24"},
+              {"context", "64"}}, // the end of a stream reads 64 tokens, a chunk 48
+             {{"adapter", folder.c_str()}}}) {
+        ponder_runtime *runtime = make_runtime();
+        ponder_options *o = make_options(values);
+        ponder_memory_plan plan{};
+        plan.struct_size = sizeof plan;
+        EXPECT_STATUS(PONDER_OK, ponder_plan_memory(runtime, tiny, &reference, o, &plan, e), "");
+        EXPECT_GT(plan.total, plan.weights);
+        EXPECT_GT(plan.flops_step, 0u);
+        ponder_runtime_destroy(runtime);
+        ponder_runtime_options options{};
+        options.memory_limit = plan.total;
+        runtime = make_runtime(options);
+        ponder_model *model = nullptr;
+        EXPECT_STATUS(PONDER_OK, ponder_model_load(&model, runtime, tiny, &reference, nullptr, e),
+                      "");
+        ponder_session *session = nullptr;
+        EXPECT_STATUS(PONDER_OK, ponder_session_create(&session, model, o, e), "");
+        const auto ids = tokens(24 * 32 + 16);
+        EXPECT_STATUS(PONDER_OK, ponder_session_adapt(session, ids.data(), ids.size(), nullptr, e),
+                      "");
+        EXPECT_STATUS(PONDER_OK, ponder_session_flush(session, nullptr, e), "");
+        ponder_session_destroy(session);
+        ponder_model_release(model);
+        ponder_runtime_destroy(runtime);
+
+        options.memory_limit = plan.weights / 2;
+        runtime = make_runtime(options);
+        EXPECT_STATUS(PONDER_E_NO_MEMORY,
+                      ponder_model_load(&model, runtime, tiny, &reference, nullptr, e), "limit");
+        ponder_runtime_destroy(runtime);
+        ponder_options_destroy(o);
+    }
     ponder_runtime *runtime = make_runtime();
-    ponder_options *o = make_options();
+    ponder_options *o = make_options({{"chunk", "1000"}});
     ponder_memory_plan plan{};
     plan.struct_size = sizeof plan;
-    EXPECT_STATUS(PONDER_OK, ponder_plan_memory(runtime, tiny, nullptr, o, &plan, e), "");
-    EXPECT_GT(plan.total, plan.weights);
-    EXPECT_GT(plan.flops_step, 0u);
-    ponder_runtime_destroy(runtime);
-    ponder_runtime_options options{};
-    options.memory_limit = plan.total;
-    runtime = make_runtime(options);
-    ponder_model *model = make_model(runtime);
-    ponder_session *session = nullptr;
-    EXPECT_STATUS(PONDER_OK, ponder_session_create(&session, model, o, e), "");
-    const auto ids = tokens(32 * 5 + 3);
-    EXPECT_STATUS(PONDER_OK, ponder_session_adapt(session, ids.data(), ids.size(), nullptr, e), "");
-    EXPECT_STATUS(PONDER_OK, ponder_session_flush(session, nullptr, e), "");
-    ponder_session_destroy(session);
-    ponder_model_release(model);
-    ponder_runtime_destroy(runtime);
-
-    options.memory_limit = plan.weights / 2;
-    runtime = make_runtime(options);
-    EXPECT_STATUS(PONDER_E_NO_MEMORY, ponder_model_load(&model, runtime, tiny, nullptr, nullptr, e),
-                  "limit");
-    ponder_runtime_destroy(runtime);
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_plan_memory(runtime, tiny, nullptr, o, &plan, e),
+                  "positions");
     ponder_options_destroy(o);
+    ponder_runtime_destroy(runtime);
 }
 
 TEST(ApiThreads, TheHostsOwnPoolDoesTheWork) {
@@ -764,8 +801,8 @@ protected:
                                  {"lora.layers", "last:1"},
                                  {"train.warmup", "0"}});
         ids = tokens(200);
-        ASSERT_EQ(PONDER_OK, ponder_trainer_create(&trainer, model, PONDER_TRAIN_ADAPTER,
-                                                   training, nullptr));
+        ASSERT_EQ(PONDER_OK,
+                  ponder_trainer_create(&trainer, model, PONDER_TRAIN_ADAPTER, training, nullptr));
     }
     void TearDown() override {
         ponder_trainer_destroy(trainer);
@@ -828,14 +865,15 @@ TEST_F(Trainers, RefuseWhatTheyCannotUse) {
     EXPECT_EQ(none, nullptr);
 
     const ponder_stream short_one{ids.data(), 40}, null_one{nullptr, 96};
-    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_step(trainer, &short_one, 1, nullptr, nullptr, e),
-                  "two chunks");
-    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_step(trainer, &null_one, 1, nullptr, nullptr, e),
+    EXPECT_STATUS(PONDER_E_ARGUMENT,
+                  ponder_trainer_step(trainer, &short_one, 1, nullptr, nullptr, e), "two chunks");
+    EXPECT_STATUS(PONDER_E_ARGUMENT,
+                  ponder_trainer_step(trainer, &null_one, 1, nullptr, nullptr, e),
                   "streams[0].ids");
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_step(trainer, nullptr, 1, nullptr, nullptr, e),
                   "streams");
-    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_step(trainer, &short_one, 0, nullptr, nullptr, e),
-                  "no streams");
+    EXPECT_STATUS(PONDER_E_ARGUMENT,
+                  ponder_trainer_step(trainer, &short_one, 0, nullptr, nullptr, e), "no streams");
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_trainer_save(trainer, nullptr, nullptr, e), "path");
     EXPECT_STATUS(PONDER_E_NOT_FOUND, ponder_trainer_load(trainer, "/nowhere/x.ckpt", e),
                   "/nowhere/x.ckpt");

@@ -108,6 +108,20 @@ TEST(File, ReplaceIsAllOrNothing) {
                  [&] { replace_file(folder.file("no/x"), [](const Sink &) {}); });
 }
 
+TEST(File, ReplaceKeepsTheMode) {
+    TempDir folder;
+    const std::string path = folder.write("a", "old"), own = folder.file("own");
+    const auto mode = [](const std::string &of) {
+        return unsigned(std::filesystem::status(of).permissions());
+    };
+    std::filesystem::permissions(path, std::filesystem::perms(0640));
+    replace_file(path, [](const Sink &sink) { sink("new", 3); });
+    EXPECT_EQ(mode(path), 0640u);
+    replace_file(
+        own, [](const Sink &sink) { sink("own", 3); }, 0600);
+    EXPECT_EQ(mode(own), 0600u);
+}
+
 TEST(File, ReadsAreChecked) {
     TempDir folder;
     File file(folder.write("a", "0123456789"));

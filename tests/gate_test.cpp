@@ -338,6 +338,31 @@ void save_plain_adapter(const std::string &folder) {
     save_adapter(folder, "lora", backbone.hash(), options, *adapter, fast);
 }
 
+TEST(Snapshot, RefusesOtherContentOfTheAdaptersFolder) {
+    const TempDir folder;
+    const auto session = [&] {
+        save_plain_adapter(folder.path());
+        return std::make_unique<Session>(tiny_model("reference"),
+                                         gate_options({{"adapter", folder.path()}}));
+    };
+    const auto first = session(), same = session();
+    first->feed(random_tokens(16 * 3, 4));
+    first->adapt(no_limits(*first));
+    same->load(first->save(), "snapshot");
+    const std::string file = folder.path() + "/ponder.safetensors";
+    std::string bytes = read_file(file, 1 << 26);
+    bytes.back() = char(bytes.back() ^ 1);
+    replace_file(file, [&](const Sink &sink) { sink(bytes.data(), bytes.size()); });
+    Session other(tiny_model("reference"), gate_options({{"adapter", folder.path()}}));
+    expect_error(PONDER_E_MISMATCH, {"snapshot", "adapter"},
+                 [&] { other.load(first->save(), "snapshot"); });
+    // Steps that the host gave hold for a gate too.
+    Session steps(tiny_model("reference"),
+                  gate_options({{"adapter", folder.path()}, {"steps", "1"}}));
+    expect_error(PONDER_E_MISMATCH, {"snapshot", "options"},
+                 [&] { steps.load(other.save(), "snapshot"); });
+}
+
 class Trained : public ::testing::Test {
 protected:
     Trained() {
@@ -567,6 +592,13 @@ TEST_F(Trained, HostileFoldersAreRefused) {
 }
 
 // ---- The oracle
+
+TEST(Oracle, HasNoLayersThatLearnInside) {
+    expect_error(PONDER_E_ARGUMENT, {"oracle:0.5"}, [&] {
+        Session(tiny_model("reference"),
+                gate_options({{"adapter", "ttt-linear"}, {"policy", "oracle:0.5"}}));
+    });
+}
 
 TEST(Oracle, SpendsItsTargetAndSaysThatItIsNotCausal) {
     const std::vector<int32_t> ids = random_tokens(16 * 16, 5);

@@ -224,6 +224,33 @@ TEST(Cache, IsInTheMemoryPlan) {
             }
 }
 
+// Sessions that generated together do not keep the memory of all of them when they part.
+TEST(Cache, OfAGroupGoesWithIt) {
+    for (const Case &c : {cases()[1], cases()[3]}) {
+        SCOPED_TRACE(c.name);
+        const auto &model = tiny_model("reference");
+        const auto memory = model->runtime().memory;
+        constexpr size_t count = 8;
+        std::vector<std::unique_ptr<Session>> sessions;
+        std::vector<Session *> list;
+        for (size_t i = 0; i < count; ++i) {
+            sessions.push_back(std::make_unique<Session>(model, options_of(c)));
+            list.push_back(sessions.back().get());
+        }
+        const std::vector<Generation> wishes(count, wish(random_tokens(10, 2), 4));
+        const uint64_t before = memory->in_use();
+        const std::vector<Written> together = generate(list, wishes);
+        const uint64_t all = memory->in_use() - before;
+        for (size_t left = count - 1; left > 0; --left) {
+            list.pop_back(); // stays alive, and its text with it
+            const auto again = generate(list, {wishes.begin(), wishes.begin() + long(left)});
+            EXPECT_EQ(again[0].ids, together[0].ids);
+            EXPECT_LE(memory->in_use() - before, 4 * all) << left;
+        }
+        EXPECT_EQ(generate(*sessions.back(), wishes[0]).ids, together[0].ids);
+    }
+}
+
 TEST(Decode, ThreadsDoNotMatter) {
     for (const char *dtype : {"f32", "bf16"}) {
         std::vector<Written> all;

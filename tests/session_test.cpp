@@ -242,6 +242,27 @@ TEST(Transaction, ACancelIsNotLost) {
     EXPECT_EQ(PONDER_E_CANCELLED, thrown_status([&] { session.score(guard); }));
 }
 
+TEST(Transaction, ProfilesCanBeCancelledAndChangeNothing) {
+    Session session(tiny_model("cpu", "f32"), options_of({"lora", {}}));
+    run(session, random_tokens(32 * 3, 6));
+    const std::vector<std::byte> before = session.save();
+    const CallGuard guard = no_limits(session);
+    EXPECT_FALSE(session.profile(learn_segment, 2, guard).empty());
+    EXPECT_EQ(session.save(), before);
+    session.cancel();
+    EXPECT_EQ(PONDER_E_CANCELLED, thrown_status([&] { session.profile(score_segment, 2, guard); }));
+    EXPECT_EQ(session.save(), before);
+}
+
+TEST(Stream, LengthsAreCounts) {
+    Session session(tiny_model("cpu", "f32"), options_of({"lora", {{"policy", "first:0.5"}}}));
+    EXPECT_EQ(PONDER_E_ARGUMENT, thrown_status([&] { session.expect(UINT64_MAX); }));
+    EXPECT_EQ(PONDER_E_STATE, thrown_status([&] { session.require_length(); }));
+    session.expect(uint64_t(1) << 53);
+    session.require_length();
+    session.fork();
+}
+
 TEST(Transaction, NormBoundRollsBack) {
     Options options = options_of({"lora", {{"guard.norm", "1e-6"}}});
     Session session(tiny_model("cpu", "f32"), options);

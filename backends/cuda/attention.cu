@@ -1,6 +1,6 @@
 // attention: o_i = sum_{j<=i} p_ij v_j, p_ij = exp(q_i k_j / sqrt(D) - lse_i). Scores never leave
-// the chip: a block takes some queries and walks the keys before them. bf16 on tensor cores for D of
-// 32, 64 and 128; anything else plainly.
+// the chip: a block takes some queries and walks the keys before them. bf16 on tensor cores for D
+// of 32, 64 and 128; anything else plainly.
 #include "attention_sm90.hpp"
 #include "attention_walk.cuh"
 #include "launch.cuh"
@@ -23,7 +23,7 @@ __global__ __launch_bounds__(128 * SPLIT) void attention_kernel(const bf16 *qkv,
     const int head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % walk_warps;
     const int64_t stride = 3 * int64_t(width), s = blockIdx.z;
     const bf16 *const q = qkv + s * tokens * stride + head * D, *const k = q + width,
-                     *const v = k + width;
+                      *const v = k + width;
     wait_for_earlier();
     Found<D> found;
     if (!walk<D, SPLIT>(
@@ -61,8 +61,8 @@ __global__ void plain_kernel(const T *qkv, T *o, float *lse, int tokens, int wid
     float *const q = cell, *const out = q + plain_queries * (d + 1),
                  *const k = out + plain_queries * (d + 1), *const v = k + plain_keys * (d + 1),
                  *const p = v + plain_keys * (d + 1),
-                 *const top = p + plain_queries * (plain_keys + 1), *const sum = top + plain_queries,
-                 *const shrink = sum + plain_queries;
+                 *const top = p + plain_queries * (plain_keys + 1),
+                 *const sum = top + plain_queries, *const shrink = sum + plain_queries;
     const int first = blockIdx.x * plain_queries, head = blockIdx.y, lane = threadIdx.x % 32;
     const int64_t s = blockIdx.z, stride = 3 * int64_t(width);
     const T *const from = qkv + s * tokens * stride + int64_t(head) * d;
@@ -141,10 +141,9 @@ void queue_tiles(const Run &run, int64_t streams, int64_t heads, int64_t tokens,
         return attention_tiles(run, run.at<const bf16>(0), run.at<bf16>(1), run.at<float>(2),
                                streams, heads, tokens);
     const dim3 grid(blocks_for(tokens, walk_queries), unsigned(heads), unsigned(streams));
-    walk_by_split<D>(grid, tokens, run.device->processors,
-                     [&]<int SPLIT>(std::integral_constant<int, SPLIT>) {
-                         queue_tiles<D, SPLIT>(run, grid, tokens, width);
-                     });
+    walk_by_split<D>(grid, tokens, *run.device, [&]<int SPLIT>(std::integral_constant<int, SPLIT>) {
+        queue_tiles<D, SPLIT>(run, grid, tokens, width);
+    });
 }
 
 } // namespace
@@ -173,8 +172,8 @@ int32_t plan_attention(const Call &call) {
             plain_kernel<<<dim3(blocks_for(tokens, plain_queries), unsigned(heads),
                                 unsigned(streams)),
                            plain_threads, memory, run.stream>>>(
-                run.at<const T>(0), run.at<T>(1), run.at<float>(2), int(tokens), int(width),
-                int(d), 1 / sqrtf(float(d)));
+                run.at<const T>(0), run.at<T>(1), run.at<float>(2), int(tokens), int(width), int(d),
+                1 / sqrtf(float(d)));
         });
     });
 }

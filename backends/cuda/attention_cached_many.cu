@@ -68,10 +68,9 @@ template <int D, int SPLIT> void queue(const Run &run, const CachedShape &s, dim
 
 template <int D> void queue(const Run &run, const CachedShape &s) {
     const dim3 grid(blocks_for(s.tokens, walk_queries), unsigned(s.heads), unsigned(s.streams));
-    walk_by_split<D>(grid, s.places, run.device->processors,
-                     [&]<int SPLIT>(std::integral_constant<int, SPLIT>) {
-                         queue<D, SPLIT>(run, s, grid);
-                     });
+    walk_by_split<D>(
+        grid, s.places, *run.device,
+        [&]<int SPLIT>(std::integral_constant<int, SPLIT>) { queue<D, SPLIT>(run, s, grid); });
 }
 
 } // namespace

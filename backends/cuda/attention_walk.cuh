@@ -141,12 +141,13 @@ __device__ __forceinline__ bool walk(std::byte *memory, Found<D> &found, int pas
 
 // On the host: launch(SPLIT) for a grid of blocks that see up to `keys` keys.
 template <int D, class F>
-void walk_by_split(dim3 grid, int64_t keys, int processors, F &&launch) {
+void walk_by_split(dim3 grid, int64_t keys, const ponder_device &device, F &&launch) {
     const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
     if constexpr (D <= 64) {
-        if (keys > 2 * walk_keys && blocks <= processors)
+        if (keys > 2 * walk_keys && blocks <= device.processors &&
+            walk_memory<D, 4> <= size_t(device.shared))
             return launch(std::integral_constant<int, 4>());
-        if (keys > walk_keys && blocks <= 2 * processors)
+        if (keys > walk_keys && blocks <= 2 * device.processors)
             return launch(std::integral_constant<int, 2>());
     }
     launch(std::integral_constant<int, 1>());

@@ -21,7 +21,8 @@ struct Tile {
     int64_t rows, stride;
     Tile(int64_t all, int64_t vocabulary, size_t element) {
         stride = (vocabulary + 63) / 64 * 64;
-        const int64_t fit = int64_t(logits_limit / (size_t(stride) * element));
+        constexpr int64_t most = 65535 / 128 * 128; // blocks in a grid's second dimension
+        const int64_t fit = std::min(most, int64_t(logits_limit / (size_t(stride) * element)));
         rows = std::min(all, std::max<int64_t>(128, fit / 128 * 128));
     }
     size_t bytes(size_t element) const {
@@ -62,8 +63,8 @@ struct Running {
 };
 
 template <class P>
-__global__ void rows_kernel(const float *logits, const int32_t *target, float *nll,
-                            float *entropy, P *p, int64_t vocabulary, int64_t stride) {
+__global__ void rows_kernel(const float *logits, const int32_t *target, float *nll, float *entropy,
+                            P *p, int64_t vocabulary, int64_t stride) {
     __shared__ Running cell[threads / 32];
     const int64_t r = blockIdx.x;
     const float *l = logits + r * stride;
@@ -171,12 +172,12 @@ __global__ void last_words(const L *dl, const L *h, float *dtable, int64_t rows,
 }
 
 // The vocabulary as products take it: rounded up to whole rows of a tile where the table is a
-// weight, which ends in zeros (ponder_device::slack). The library is several times slower for odd
+// weight, which ends in zeros (ponder_device::slack()). The library is several times slower for odd
 // numbers.
 int64_t rounded(const Call &call, size_t table, const Tile &tile, int64_t vocabulary) {
     const size_t row = size_t(call.dim(table, 1)) * size_of(call.type(table));
-    return call.op->constant[table] &&
-                   size_t(tile.stride - vocabulary) * row <= ponder_device::slack
+    return call.op->constant[table] && size_t(tile.stride - vocabulary) * row <=
+                                           ponder_device::slack(size_t(vocabulary) * row)
                ? tile.stride
                : vocabulary;
 }
@@ -209,9 +210,9 @@ int32_t plan_cross_entropy(const Call &call) {
     if (call.type(0) == PONDER_DTYPE_BF16 && !call.has_out(2) &&
         head_losses_fit(*call.device, rows, width, vocabulary))
         return call.is(head_losses_workspace(rows, vocabulary), [=](const Run &run) {
-            head_losses(run, run.at<const bf16>(0), run.at<const bf16>(1),
-                        run.at<const int32_t>(2), run.at<float>(3), run.at<float>(4), nullptr,
-                        nullptr, rows, width, vocabulary);
+            head_losses(run, run.at<const bf16>(0), run.at<const bf16>(1), run.at<const int32_t>(2),
+                        run.at<float>(3), run.at<float>(4), nullptr, nullptr, rows, width,
+                        vocabulary);
         });
     const Tile tile(rows, vocabulary, sizeof(float));
     const int64_t columns = rounded(call, 1, tile, vocabulary);
@@ -225,19 +226,20 @@ int32_t plan_cross_entropy(const Call &call) {
     const size_t logits = tile.bytes(sizeof(float));
     return by_types(call.type(0), keeps ? call.type(5) : PONDER_DTYPE_F32,
                     [&]<class H, class P>(H, P) {
-        return call.is(logits + products.workspace(), [=](const Run &run) {
-            float *l = reinterpret_cast<float *>(run.workspace);
-            each_tile(rows, tile.rows, [&](int64_t first, int64_t n) {
-                products.of(n, tile.rows)
-                    .run(run, run.at<const H>(0) + first * width, run.at(1), l, nullptr, nullptr,
-                         run.workspace + logits);
-                rows_kernel<<<unsigned(n), threads, 0, run.stream>>>(
-                    l, run.at<const int32_t>(2) + first, run.at<float>(3) + first,
-                    run.at<float>(4) + first,
-                    keeps ? run.at<P>(5) + first * vocabulary : nullptr, vocabulary, tile.stride);
-            });
-        });
-    });
+                        return call.is(logits + products.workspace(), [=](const Run &run) {
+                            float *l = reinterpret_cast<float *>(run.workspace);
+                            each_tile(rows, tile.rows, [&](int64_t first, int64_t n) {
+                                products.of(n, tile.rows)
+                                    .run(run, run.at<const H>(0) + first * width, run.at(1), l,
+                                         nullptr, nullptr, run.workspace + logits);
+                                rows_kernel<<<unsigned(n), threads, 0, run.stream>>>(
+                                    l, run.at<const int32_t>(2) + first, run.at<float>(3) + first,
+                                    run.at<float>(4) + first,
+                                    keeps ? run.at<P>(5) + first * vocabulary : nullptr, vocabulary,
+                                    tile.stride);
+                            });
+                        });
+                    });
 }
 
 int32_t plan_cross_entropy_vjp(const Call &call) {

@@ -12,7 +12,7 @@ namespace ponder::cuda {
 
 // bf16 copies of small f32 constants (biases), made again when the constant has changed.
 struct Narrow {
-    const float *from; // in device memory
+    const float *from; // in device memory; null until a run has asked for it
     void *to;
     size_t count;
 };

@@ -15,8 +15,9 @@ namespace ponder::cuda {
 namespace {
 
 #define PONDER_NCCL(DO)                                                                            \
-    DO(GetUniqueId) DO(CommInitRankConfig) DO(CommGetAsyncError) DO(AllReduce) DO(CommAbort)       \
-    DO(CommDestroy) DO(GetErrorString)
+    DO(GetUniqueId)                                                                                \
+    DO(CommInitRankConfig) DO(CommGetAsyncError) DO(AllReduce) DO(CommAbort) DO(CommDestroy)       \
+        DO(GetErrorString)
 
 struct Nccl {
     const char *problem = nullptr; // why it cannot be used
@@ -141,8 +142,10 @@ int32_t group_sum(ponder_device *device, float *values, size_t count, double pat
             abandon(device);
             return fail(why, size, "sum over the group", cudaGetErrorString(done));
         }
-        if (nccl().CommGetAsyncError(group, &state) == ncclSuccess && state == ncclSuccess &&
-            left.over())
+        if (const ncclResult_t asked = nccl().CommGetAsyncError(group, &state);
+            asked != ncclSuccess)
+            state = asked;
+        else if (state == ncclSuccess && left.over())
             state = ncclInProgress;
         std::this_thread::yield();
     }

@@ -48,6 +48,8 @@ struct Call {
     ponder_plan *plan;
     char *why;
     size_t why_size;
+    // PONDER_PLAN_FAILED, for this reason.
+    int32_t failed(const char *reason) const;
 
     size_t out(size_t i) const { return op->n_in + i; } // index of an output among the tensors
     bool has(size_t i) const {
@@ -89,7 +91,9 @@ template <class F> auto by_types(int32_t a, int32_t b, F f) {
 }
 inline size_t size_of(int32_t dtype) { return dtype == PONDER_DTYPE_BF16 ? 2 : 4; }
 
-inline unsigned blocks_for(int64_t items, int64_t each) { return unsigned((items + each - 1) / each); }
+inline unsigned blocks_for(int64_t items, int64_t each) {
+    return unsigned((items + each - 1) / each);
+}
 inline bool aligned(const void *p, size_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 #ifdef __CUDACC__

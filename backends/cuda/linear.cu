@@ -10,8 +10,7 @@ namespace ponder::cuda {
 namespace {
 
 // For shapes where the library's epilogue has no kernel.
-template <class Y>
-__global__ void add_bias_kernel(Y *y, const float *b, int64_t n, int64_t width) {
+template <class Y> __global__ void add_bias_kernel(Y *y, const float *b, int64_t n, int64_t width) {
     const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     if (i < n)
         y[i] = from_float<Y>(to_float(y[i]) + b[i % width]);
@@ -43,6 +42,9 @@ int32_t plan_linear(const Call &call) {
     }
     const bool narrow_bias = has_bias && !bias_apart && product.result() == PONDER_DTYPE_BF16;
     const void *constant = has_bias ? call.op->constant[2] : nullptr;
+    if ((narrow_bias && constant && !keep_narrow(call.device, constant, width)) ||
+        (narrow_weight && !keep_narrow(call.device, weight, weight_count)))
+        return call.failed("no memory for a copy in bf16");
     const size_t bias_bytes =
         narrow_bias && !constant ? (size_t(width) * sizeof(bf16) + 255) / 256 * 256 : 0;
     return by_type(call.type(4), [&]<class Y>(Y) {
@@ -52,14 +54,14 @@ int32_t plan_linear(const Call &call) {
             const float *b = run.at<const float>(2);
             const void *bias = b;
             if (narrow_bias && constant) {
-                bias = narrow(run, constant, b, width);
+                bias = narrow(run, constant, b);
             } else if (narrow_bias) {
                 convert(run, b, reinterpret_cast<bf16 *>(run.workspace), width);
                 bias = run.workspace;
             }
             const void *w = run.at(1);
             if (narrow_weight)
-                w = narrow(run, weight, run.at<const float>(1), weight_count);
+                w = narrow(run, weight, run.at<const float>(1));
             product.run(rest, run.at(0), w, run.at(4), bias, run.at(3));
             if (bias_apart)
                 add_bias_kernel<<<blocks_for(rows * width, 256), 256, 0, run.stream>>>(
@@ -86,9 +88,10 @@ int32_t plan_linear_gelu(const Call &call) {
     const std::shared_ptr<const Product> product = call.device->products().get(shape);
     if (!product->fast())
         return PONDER_PLAN_NONE;
+    if (has_bias && !keep_narrow(call.device, constant, width))
+        return call.failed("no memory for a copy in bf16");
     return call.is(product->workspace(), [=](const Run &run) {
-        const void *bias =
-            has_bias ? narrow(run, constant, run.at<const float>(2), width) : nullptr;
+        const void *bias = has_bias ? narrow(run, constant, run.at<const float>(2)) : nullptr;
         product->run(run, run.at(0), run.at(1), run.at(3), bias, nullptr, run.workspace,
                      keeps ? run.at(4) : nullptr);
     });
@@ -134,6 +137,9 @@ int32_t plan_linear_group(const Call &call) {
     }
     if (wide.empty() || !product_group_fit(*call.device, rows, depth, all, narrow_one.width))
         return PONDER_PLAN_NONE;
+    for (const Member &m : wide)
+        if (m.constant && !keep_narrow(call.device, m.constant, depth * m.width))
+            return call.failed("no memory for a copy in bf16");
     std::vector<bool> results(count);
     for (size_t i = 0; i < wide.size(); ++i)
         results[i] = call.type(wide[i].y) == PONDER_DTYPE_F32;
@@ -144,7 +150,7 @@ int32_t plan_linear_group(const Call &call) {
             const Member &m = wide[i];
             const bf16 *w = run.at<const bf16>(m.w);
             if (m.constant)
-                w = narrow(run, m.constant, run.at<const float>(m.w), depth * m.width);
+                w = narrow(run, m.constant, run.at<const float>(m.w));
             g.member[i] = {w,           m.has_bias ? run.at<const float>(m.b) : nullptr,
                            run.at(m.y), int(m.width),
                            results[i],  m.form == 1};
@@ -178,9 +184,8 @@ int32_t plan_matmul(const Call &call) {
     shape.stride_c = m * n;
     const TypedProduct product(call, shape, call.type(0), call.type(1), call.count(0),
                                call.count(1));
-    return call.is(product.workspace(), [=](const Run &run) {
-        product.run(run, run.at(0), run.at(1), run.at(2));
-    });
+    return call.is(product.workspace(),
+                   [=](const Run &run) { product.run(run, run.at(0), run.at(1), run.at(2)); });
 }
 
 namespace {
@@ -198,9 +203,8 @@ int32_t plan_tn(const Call &call, bool sum) {
     }
     const TypedProduct product(call, shape, call.type(0), call.type(1), call.count(0),
                                call.count(1));
-    return call.is(product.workspace(), [=](const Run &run) {
-        product.run(run, run.at(0), run.at(1), run.at(2));
-    });
+    return call.is(product.workspace(),
+                   [=](const Run &run) { product.run(run, run.at(0), run.at(1), run.at(2)); });
 }
 
 } // namespace

@@ -5,7 +5,9 @@
 #include "device_state.hpp"
 #include "group.hpp"
 #include "mailbox.hpp"
+#include "on_gpu.hpp"
 #include "ops.hpp"
+#include "pools.hpp"
 
 #include <algorithm>
 #include <cstdio>
@@ -34,8 +36,10 @@ ponder_device::~ponder_device() {
         cudaStreamSynchronize(stream);
         cudaStreamDestroy(stream);
     }
-    if (pool)
+    if (pool) {
+        ponder::cuda::remove_pool(pool);
         cudaMemPoolDestroy(pool);
+    }
 }
 
 ponder::cuda::Products &ponder_device::products() const { return state->products; }
@@ -175,7 +179,7 @@ int32_t probe(char *why, size_t size) {
         return no(why, size, text);
     }
     int major = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current_gpu());
     if (major < 8)
         return no(why, size, "no device: compute capability 8.0 or more is needed");
     return 1;
@@ -184,7 +188,7 @@ int32_t probe(char *why, size_t size) {
 const char *isa() {
     static const std::string name = [] {
         cudaDeviceProp properties;
-        if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess)
+        if (cudaGetDeviceProperties(&properties, current_gpu()) != cudaSuccess)
             return std::string("none");
         char text[320];
         std::snprintf(text, sizeof text, "sm_%d%d (%s)", properties.major, properties.minor,
@@ -200,10 +204,11 @@ ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
     auto device = std::make_unique<ponder_device>();
     if (host)
         std::memcpy(&device->host, host, std::min<size_t>(host->struct_size, sizeof *host));
-    int id = 0;
-    cudaGetDevice(&id);
+    const int id = current_gpu();
+    device->id = id;
     cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, id);
     cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, id);
+    cudaDeviceGetAttribute(&device->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
     const char *tf32 = std::getenv("PONDER_CUDA_TF32");
     device->tf32 = tf32 && tf32[0] == '1';
     cudaMemPoolProps properties = {};
@@ -213,6 +218,8 @@ ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
     bool ok =
         device->check(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking), "stream");
     ok = ok && device->check(cudaMemPoolCreate(&device->pool, &properties), "memory pool");
+    if (ok)
+        add_pool(device->pool);
     ok = ok && device->check(
                    cudaMemPoolSetAttribute(device->pool, cudaMemPoolAttrReleaseThreshold, &keep),
                    "memory pool");
@@ -239,15 +246,12 @@ ponder_device *open(const ponder_backend_host *host, char *why, size_t size) {
 void close(ponder_device *device) { delete device; }
 
 void *allocate(ponder_device *device, size_t size) {
-    void *block = nullptr;
-    const size_t whole = size + ponder_device::slack;
-    if (cudaMallocFromPoolAsync(&block, whole, device->pool, device->stream) != cudaSuccess) {
-        cudaGetLastError(); // running out is no failure of the device
-        return nullptr;
-    }
-    device->check(cudaMemsetAsync(static_cast<std::byte *>(block) + size, 0, ponder_device::slack,
-                                  device->stream),
-                  "clear");
+    const size_t slack = ponder_device::slack(size);
+    void *const block = device->block(size + slack);
+    if (block)
+        device->check(
+            cudaMemsetAsync(static_cast<std::byte *>(block) + size, 0, slack, device->stream),
+            "clear");
     return block;
 }
 
@@ -343,6 +347,7 @@ int32_t plan(ponder_device *device, const ponder_op_call *op, ponder_plan *out, 
 void run(void *kernel, void *const *buffers, void *workspace, uint32_t) {
     const Planned &planned = *static_cast<const Planned *>(kernel);
     ponder_device *const device = planned.device;
+    const OnGpu here(device);
     planned.kernel->run({buffers, static_cast<std::byte *>(workspace), device->stream, device});
     device->check(cudaGetLastError(), "kernel");
     DeviceState &state = *device->state;
@@ -379,36 +384,41 @@ constexpr ponder_backend descriptor = {
     .isa = isa,
     .supports = supports,
     .open = open,
-    .close = close,
-    .allocate = allocate,
-    .release = release,
-    .upload = upload,
-    .download = download,
-    .plan = plan,
+    .close = on_gpu<close>,
+    .allocate = on_gpu<allocate>,
+    .release = on_gpu<release>,
+    .upload = on_gpu<upload>,
+    .download = on_gpu<download>,
+    .plan = on_gpu<plan>,
     .run = run,
     .drop = drop,
     .packed_bytes = packed_bytes,
-    .refresh = refresh,
-    .copy = copy,
-    .clear = clear,
-    .synchronize = synchronize,
+    .refresh = on_gpu<refresh>,
+    .copy = on_gpu<copy>,
+    .clear = on_gpu<clear>,
+    .synchronize = on_gpu<synchronize>,
     .problem = problem,
-    .record = record,
-    .record_end = record_end,
-    .replay = replay,
-    .drop_recording = drop_recording,
-    .group_key = group_key,
-    .group_join = group_join,
-    .group_sum = group_sum,
-    .record_if = record_if,
-    .record_end_if = record_end_if,
-    .mailbox = mailbox,
-    .drop_mailbox = drop_mailbox,
-    .send = send,
-    .receive = receive,
+    .record = on_gpu<record>,
+    .record_end = on_gpu<record_end>,
+    .replay = on_gpu<replay>,
+    .drop_recording = on_gpu<drop_recording>,
+    .group_key = on_gpu<group_key>,
+    .group_join = on_gpu<group_join>,
+    .group_sum = on_gpu<group_sum>,
+    .record_if = on_gpu<record_if>,
+    .record_end_if = on_gpu<record_end_if>,
+    .mailbox = on_gpu<mailbox>,
+    .drop_mailbox = on_gpu<drop_mailbox>,
+    .send = on_gpu<send>,
+    .receive = on_gpu<receive>,
 };
 
 } // namespace
+
+int32_t Call::failed(const char *reason) const {
+    no(why, why_size, reason);
+    return PONDER_PLAN_FAILED;
+}
 
 int32_t Call::planned(size_t workspace, Kernel *kernel) const {
     auto planned = std::make_unique<Planned>(std::unique_ptr<Kernel>(kernel), device);

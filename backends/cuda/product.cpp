@@ -17,9 +17,9 @@ cudaDataType_t type_of(int32_t dtype) {
 void set_batch(cublasLtMatrixLayout_t layout, int64_t count, int64_t stride) {
     const int32_t batch = int32_t(count);
     blas().MatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
-                                     sizeof batch);
+                                    sizeof batch);
     blas().MatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
-                                     sizeof stride);
+                                    sizeof stride);
 }
 
 size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -85,10 +85,10 @@ Product::Product(ponder_device *device, const ProductShape &shape) : shape_(shap
             set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, type);
         }
     }
-    const auto layout = [&](cublasLtMatrixLayout_t &to, int32_t dtype, int64_t rows, int64_t columns,
-                            int64_t ld, int64_t stride) {
+    const auto layout = [&](cublasLtMatrixLayout_t &to, int32_t dtype, int64_t rows,
+                            int64_t columns, int64_t ld, int64_t stride) {
         blas().MatrixLayoutCreate(&to, type_of(dtype), uint64_t(columns), uint64_t(rows),
-                                   ld ? ld : columns);
+                                  ld ? ld : columns);
         if (s.batch > 1)
             set_batch(to, s.batch, stride);
     };
@@ -178,8 +178,8 @@ Product::Choice Product::choose(ponder_device *device, uint32_t alignment, bool 
         for (int r = 0; r < repeat + 1; ++r) {
             if (r == 1)
                 cudaEventRecord(start, device->stream); // the first one warms up
-            works = works && queue(candidate, device, a, b, c, bias, c, scratch, c) ==
-                                 CUBLAS_STATUS_SUCCESS;
+            works = works &&
+                    queue(candidate, device, a, b, c, bias, c, scratch, c) == CUBLAS_STATUS_SUCCESS;
         }
         cudaEventRecord(stop, device->stream);
         float ms = 0;
@@ -201,28 +201,30 @@ cublasStatus_t Product::queue(const Choice &choice, ponder_device *device, const
                               const void *b, void *c, const void *bias, const void *add,
                               std::byte *workspace, void *kept) const {
     if (shape_.keep)
-        blas().MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
-                                       &kept, sizeof kept);
+        blas().MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &kept,
+                                      sizeof kept);
     if (shape_.bias)
         blas().MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
-                                       sizeof bias);
+                                      sizeof bias);
     const float one = 1, beta = shape_.add ? 1 : 0;
-    return blas().Matmul(device->blas, operation_, &one, b, b_, a, a_, &beta,
-                          shape_.add ? add : c, c_, c, c_, &choice.algorithm, workspace,
-                          choice.workspace, device->stream);
+    return blas().Matmul(device->blas, operation_, &one, b, b_, a, a_, &beta, shape_.add ? add : c,
+                         c_, c, c_, &choice.algorithm, workspace, choice.workspace, device->stream);
 }
 
 void Product::run(const Run &run, const void *a, const void *b, void *c, const void *bias,
                   const void *add, std::byte *workspace, void *kept) const {
     const bool multiples = ponder::cuda::aligned(a, 16) && ponder::cuda::aligned(b, 16) &&
-                           ponder::cuda::aligned(c, 16) && (!shape_.add || ponder::cuda::aligned(add, 16));
+                           ponder::cuda::aligned(c, 16) &&
+                           (!shape_.add || ponder::cuda::aligned(add, 16));
     if (multiples && few_fit(shape_))
         return few_product(run, shape_, a, b, c, bias, add, kept);
     const Choice &choice = multiples ? aligned_ : any_;
+    if (!choice.found && (shape_.gelu || shape_.keep))
+        return run.device->fail("product: addresses have to be multiples of 16");
     if (!choice.found)
         return plain_product(shape_, a, b, c, bias, add, run.stream);
-    const cublasStatus_t status = queue(choice, run.device, a, b, c, bias, add,
-                                        workspace ? workspace : run.workspace, kept);
+    const cublasStatus_t status =
+        queue(choice, run.device, a, b, c, bias, add, workspace ? workspace : run.workspace, kept);
     if (status != CUBLAS_STATUS_SUCCESS)
         run.device->fail((std::string("cublasLtMatmul: ") + blas().GetStatusName(status)).c_str());
 }

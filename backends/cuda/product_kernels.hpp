@@ -1,5 +1,5 @@
-// The shapes of products, and what is around the library's: kernels for those that it does not take,
-// and conversions of operands.
+// The shapes of products, and what is around the library's: kernels for those that it does not
+// take, and conversions of operands.
 #pragma once
 
 #include "kernel.hpp"
@@ -14,7 +14,7 @@ struct ProductShape {
     int64_t m, n, k;
     bool ta = false, tb = false; // a is [k,m], b is [n,k]
     int32_t operands = PONDER_DTYPE_F32, result = PONDER_DTYPE_F32;
-    bool bias = false, add = false; // bias: of the result's type
+    bool bias = false, add = false;  // bias: of the result's type
     bool gelu = false, keep = false; // gelu of the sum; keep: the sum too, dense
     int64_t batch = 1, stride_a = 0, stride_b = 0, stride_c = 0;
     int64_t lda = 0, ldb = 0, ldc = 0;
@@ -36,8 +36,10 @@ void gelu_vjp(const Run &run, const bf16 *dy, const bf16 *x, bf16 *dx, int64_t c
 // rest, x) for a second, in each row or, stacked, each for all rows. width % 8 == 0, y aligned.
 void split(const float *x, bf16 *y, int64_t rows, int64_t width, bool stacked, bool second,
            cudaStream_t stream);
-// narrow.cpp: the bf16 copy of a constant vector that lies at `from` on the device; made when first
-// asked for by run(), which is never in a recording the first time.
-const bf16 *narrow(const Run &run, const void *constant, const float *from, int64_t count);
+// narrow.cpp: bf16 copies of constants. Their memory is had at planning, where there may be none:
+// then false. What lies at `from` on the device is converted when a run first asks, which is never
+// in a recording.
+bool keep_narrow(ponder_device *device, const void *constant, int64_t count);
+const bf16 *narrow(const Run &run, const void *constant, const float *from);
 
 } // namespace ponder::cuda

@@ -326,8 +326,8 @@ PONDER_API ponder_status ponder_session_reset(ponder_session *session, ponder_er
 PONDER_API ponder_status ponder_session_fork(ponder_session **out, const ponder_session *session,
                                              ponder_error *error);
 
-/* Declares how many chunks this stream will have: first:P needs it (PONDER_E_STATE), gates
- * and oracles spend by it. 0 = unknown. Reset clears it. */
+/* Declares how many chunks this stream will have, at most 2^53: first:P needs it
+ * (PONDER_E_STATE), gates and oracles spend by it. 0 = unknown. Reset clears it. */
 PONDER_API ponder_status ponder_session_expect(ponder_session *session, uint64_t chunks,
                                                ponder_error *error);
 /* Appends tokens; computes nothing. Ids outside the vocabulary refuse the whole call. At
@@ -357,12 +357,14 @@ PONDER_API ponder_status ponder_score(ponder_session *const *sessions, uint32_t 
                                       ponder_error *error);
 /* Decides K for the chunk just scored and takes K steps on it. steps = NULL: the policy
  * decides; else steps[i] >= 0 replaces its wish (the budget still holds). TTT layers
- * decided before scoring and commit here. Sessions without a scored chunk are left alone. */
+ * decided before scoring and commit here. Sessions without a scored chunk are left alone. If
+ * one session fails, those before it have learned. */
 PONDER_API ponder_status ponder_learn(ponder_session *const *sessions, uint32_t count,
                                       const int32_t *steps, const ponder_call *call,
                                       ponder_error *error);
-/* Adaptive forward: feed, then score and learn every full chunk. On cancel or deadline the
- * chunks finished so far stay, the rest waits in the session. On a device with its own memory
+/* Adaptive forward: feed, then score and learn every full chunk. Once the ids are taken they
+ * stay: on cancel, deadline or another failure of the work the chunks finished so far count and
+ * the rest waits in the session, so go on with count 0. On a device with its own memory
  * a few chunks are queued ahead and the device decides on them, if the policy is none of
  * `adapter`, `oracle` and those that read gradient_norm, and neither record.loss_after nor
  * analysis is set; results are those of ponder_score and ponder_learn. ids may be NULL with
@@ -390,8 +392,9 @@ PONDER_API ponder_status ponder_session_records(const ponder_session *session, u
 PONDER_API void ponder_session_cancel(const ponder_session *session);
 
 /* Snapshots: everything needed to go on bit for bit, waiting tokens and open chunk
- * included. They contain traces of what was read. Refused (PONDER_E_MISMATCH) by a session
- * of another model, dtype or option set. The file is replaced atomically. */
+ * included. They contain traces of what was read: a new file is its owner's alone (mode 0600).
+ * Refused (PONDER_E_MISMATCH) by a session of another model, dtype, option set or content of
+ * the adapter's folder. The file is replaced atomically. */
 PONDER_API ponder_status ponder_session_save(const ponder_session *session, const char *path,
                                              ponder_error *error);
 PONDER_API ponder_status ponder_session_load(ponder_session *session, const char *path,
@@ -480,7 +483,8 @@ typedef struct ponder_generation_result {
  * again from position 0 on. TTT layers learn from the text while it is generated, in a copy of their
  * weights, and take no part where the policy is skip. Keys and values stay in the session: a
  * prompt that begins like the last text costs only what is new in it. Reset and load forget them.
- * They take 2 * layers * width * context numbers of the model's dtype, from the first call on.
+ * They take 2 * layers * width * context numbers of the model's dtype, from the first call on;
+ * when sessions that generated together part, up to twice that until the others generate again.
  *
  * On error, cancel and deadline, `result` is untouched, and tokens handed over by then stay valid.
  * result and call may be NULL. */
@@ -656,7 +660,7 @@ typedef struct ponder_profile_entry {
 } ponder_profile_entry;
 
 /* Runs the passes of the chunk scored last `repeat` times, each op call timed apart (no chains
- * across ops), fast weights untouched. `count` receives the number of entries;
+ * across ops), fast weights untouched; ponder_session_cancel ends it. `count` receives the number of entries;
  * PONDER_E_BUFFER if capacity is below, PONDER_E_STATE before the first chunk. */
 PONDER_API ponder_status ponder_session_profile(ponder_session *session, uint32_t repeat,
                                                 ponder_profile_entry *entries, size_t capacity,

@@ -109,6 +109,8 @@ ponder_status ponder_learn(ponder_session *const *sessions, uint32_t count, cons
         for (uint32_t i = 0; steps && i < count; ++i)
             if (steps[i] < 0 || steps[i] > 64)
                 throw_error(PONDER_E_ARGUMENT, "steps[%u] = %d is not in 0..64", i, steps[i]);
+        for (size_t i = 0; steps && i < list.size(); ++i)
+            list[i]->require_steps(steps[i]);
         const std::vector<CallGuard> guards = guards_of(list, limits);
         for (size_t i = 0; i < list.size(); ++i)
             list[i]->learn(steps ? steps[i] : -1, guards[i]);
@@ -120,9 +122,11 @@ ponder_status ponder_session_adapt(ponder_session *session, const int32_t *ids, 
     return guard(error, [&] {
         Session &s = session_of(session);
         const ponder_call limits = read_struct(call, "call");
+        const CallGuard bounds = guard_of(s, limits);
+        s.require_length();
         if (count > 0)
             s.feed({&require(ids, "ids"), count});
-        s.adapt(guard_of(s, limits));
+        s.adapt(bounds);
     });
 }
 
@@ -182,7 +186,9 @@ ponder_status ponder_session_save(const ponder_session *session, const char *pat
         const Session &s = session_of(session);
         require(path, "path");
         const std::vector<std::byte> snapshot = s.save();
-        replace_file(path, [&](const Sink &sink) { sink(snapshot.data(), snapshot.size()); });
+        // Traces of what was read are its owner's alone.
+        replace_file(
+            path, [&](const Sink &sink) { sink(snapshot.data(), snapshot.size()); }, 0600);
     });
 }
 
@@ -190,8 +196,7 @@ ponder_status ponder_session_load(ponder_session *session, const char *path, pon
     return guard(error, [&] {
         Session &s = session_of(session);
         require(path, "path");
-        const std::string snapshot = read_file(path, size_t(1) << 32);
-        s.load(std::as_bytes(std::span(snapshot)), path);
+        s.load(SafeTensors::open(path));
     });
 }
 
@@ -226,9 +231,10 @@ ponder_status ponder_session_profile(ponder_session *session, uint32_t repeat,
         require(count, "count");
         if (repeat < 1 || repeat > 1000000)
             throw_error(PONDER_E_ARGUMENT, "repeat %u is not in 1..1000000", repeat);
+        const CallGuard bounds(s.cancel_flag(), nullptr);
         std::vector<ponder_profile_entry> found;
         for (const Segment segment : {score_segment, learn_segment})
-            for (const CallTime &time : s.profile(segment, repeat)) {
+            for (const CallTime &time : s.profile(segment, repeat, bounds)) {
                 ponder_profile_entry entry{};
                 entry.struct_size = sizeof entry;
                 entry.calls = time.calls / repeat;

@@ -167,6 +167,7 @@ Device::Device(const Backend &backend, std::shared_ptr<Memory> memory,
 Device::~Device() {
     for (const auto &[constant, resident] : resident_)
         release(resident.block, resident.size);
+    memory_->refund(packed_);
     if (fallback_)
         reference_backend()->close(fallback_);
     backend_->close(device_);
@@ -342,6 +343,15 @@ void Device::refresh_packed(const void *constant) const {
 DeviceBuffer::DeviceBuffer(std::shared_ptr<const Device> device, size_t size)
     : device_(std::move(device)), data_(device_->allocate(size)), size_(size) {}
 
+// Copies of weights that the module made while planning count too.
+void Device::charge_packed() const {
+    const size_t now = backend_->packed_bytes(device_);
+    if (now <= packed_)
+        return;
+    memory_->charge(now - packed_);
+    packed_ = now;
+}
+
 Device::Kernel Device::plan(const ponder_op_call &call, bool required) const {
     char why[256] = "";
     std::unique_lock lock(mutex_, std::defer_lock);
@@ -357,6 +367,8 @@ Device::Kernel Device::plan(const ponder_op_call &call, bool required) const {
         return kernel;
     };
     Kernel kernel = ask(backend_, device_);
+    if (!on_host())
+        charge_packed();
     if (!kernel.owner && fallback_)
         kernel = ask(reference_backend(), fallback_);
     if (!kernel.owner && required)

@@ -155,7 +155,9 @@ private:
     void expect(int32_t result) const;                    // PONDER_E_BACKEND unless 0
     template <class Call> void in_group(Call call) const; // call(why, size)
     void *allocate_locked(size_t size) const;
-    mutable std::mutex mutex_; // one call at a time where memory is not the host's
+    void charge_packed() const;
+    mutable size_t packed_ = 0; // bytes of a device with its own memory that are charged
+    mutable std::mutex mutex_;  // one call at a time where memory is not the host's
     mutable std::map<const void *, Resident> resident_;
 };
 

@@ -60,7 +60,12 @@ private:
 // The temporary file of replace_file: gone at the end of the scope unless it was renamed.
 class Temporary {
 public:
-    explicit Temporary(const std::string &target) : path_(unique_name(target)), fd_(create()) {}
+    Temporary(const std::string &target, unsigned mode)
+        : path_(unique_name(target)), fd_(create(mode)) {
+        if (struct stat old; ::stat(target.c_str(), &old) == 0 && S_ISREG(old.st_mode) &&
+                             ::fchmod(fd_.get(), old.st_mode & 0777) != 0)
+            fail("change mode");
+    }
     ~Temporary() {
         if (!kept_)
             ::unlink(path_.c_str());
@@ -98,10 +103,10 @@ private:
         return target + "." + std::to_string(::getpid()) + "-" + std::to_string(++counter) + ".tmp";
     }
 
-    int create() {
+    int create(unsigned mode) {
         // The name is left by a crashed process of the same number at worst.
         for (int attempt = 0; attempt < 100; ++attempt) {
-            int fd = open_retry(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0666);
+            int fd = open_retry(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL, mode_t(mode));
             if (fd >= 0)
                 return fd;
             if (errno != EEXIST)
@@ -232,13 +237,14 @@ std::string join_component(const std::string &folder, std::string_view component
     return folder + "/" + std::string(component);
 }
 
-void replace_file(const std::string &path, const std::function<void(const Sink &)> &write) {
+void replace_file(const std::string &path, const std::function<void(const Sink &)> &write,
+                  unsigned mode) {
     check_path(path);
     std::string folder = folder_of(path);
     Descriptor folder_fd(open_retry(folder.c_str(), O_RDONLY | O_DIRECTORY));
     if (folder_fd.get() < 0)
         throw_error(PONDER_E_IO, "%s: open folder: %s", folder.c_str(), std::strerror(errno));
-    Temporary temporary(path);
+    Temporary temporary(path, mode);
     write([&](const void *data, size_t size) { temporary.write(data, size); });
     temporary.rename_to(path);
     // Some file systems cannot sync a folder and say EINVAL; there is no more to do there.

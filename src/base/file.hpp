@@ -43,8 +43,10 @@ std::string join_component(const std::string &folder, std::string_view component
 
 // Replaces `path` atomically: temporary file in the same folder, every byte that `write` hands to
 // its argument, fsync, rename, fsync of the folder. On any failure the old file is untouched and
-// the temporary removed; throws PONDER_E_IO.
+// the temporary removed; throws PONDER_E_IO. The file keeps its access mode; `mode` (under the
+// umask) is that of a new one.
 using Sink = std::function<void(const void *data, size_t size)>;
-void replace_file(const std::string &path, const std::function<void(const Sink &)> &write);
+void replace_file(const std::string &path, const std::function<void(const Sink &)> &write,
+                  unsigned mode = 0666);
 
 } // namespace ponder

@@ -113,15 +113,11 @@ bool move_all(std::span<Transfer> transfers, double seconds, const Check &check)
         }
         if (n == 0)
             return true;
-        if (moved) {
+        check();
+        if (moved)
             patience.renew();
-            continue;
-        }
-        if (poll(wait, n, tick_ms) == 0) {
-            check();
-            if (patience.over())
-                return false;
-        }
+        else if (poll(wait, n, tick_ms) == 0 && patience.over())
+            return false;
     }
 }
 
@@ -303,7 +299,7 @@ Ring::Ring(const Place &place, const Check &check)
     };
 
     if (rank_ > 0) {
-        Socket first = connect_to(address, patience_, check);
+        Socket first = connect_to(address, patience_, check), next, previous;
         Address own = address;
         own.set_port(0);
         const Socket listener = listen_at(own, true, 0, check);
@@ -318,20 +314,21 @@ Ring::Ring(const Place &place, const Check &check)
                         "processes than process %u",
                         rank_);
         if (rank_ + 1 == count_) {
-            next_ = first.release(); // the ring closes over the connection that is there
+            next = std::move(first); // the ring closes over the connection that is there
         } else {
-            Socket next = connect_to(reply.next, patience_, check);
+            next = connect_to(reply.next, patience_, check);
             if (!send_all(next.get(), &hello, sizeof hello, patience_, check))
                 throw_error(PONDER_E_IO, "train.address: process %u did not take process %u",
                             rank_ + 1, rank_);
-            next_ = next.release();
         }
         wait_for(listener.get(), [&](Socket socket, const Address &, const Hello &h) {
             if (!agree(h) || h.rank != rank_ - 1)
                 return false;
-            previous_ = socket.release();
+            previous = std::move(socket);
             return true;
         });
+        next_ = next.release();
+        previous_ = previous.release();
         return;
     }
 

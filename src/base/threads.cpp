@@ -42,8 +42,13 @@ struct Threads::Job {
 };
 
 Threads::Threads(uint32_t count) : count_(std::min(count ? count : usable_cores(), 256u)) {
-    for (uint32_t i = 1; i < count_; ++i)
-        workers_.emplace_back([this] { work(); });
+    workers_.reserve(count_);
+    try {
+        while (workers_.size() + 1 < count_)
+            workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error &) { // the system allows no more: those that there are do it
+        count_ = uint32_t(workers_.size()) + 1;
+    }
 }
 
 Threads::Threads(uint32_t count, HostParallelFor host, void *user_data)

@@ -60,7 +60,7 @@ private:
     void work();
     void run_on_host(uint32_t tasks, Task task, void *context);
 
-    const uint32_t count_;
+    uint32_t count_; // fixed once constructed
     const HostParallelFor host_ = nullptr;
     void *const user_data_ = nullptr;
     std::vector<std::thread> workers_;

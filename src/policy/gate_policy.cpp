@@ -81,10 +81,13 @@ public:
     }
     bool set_state(const std::vector<double> &values) override {
         const std::span<const double> all(values);
-        if (all.empty() || !(all[0] >= 0 && all[0] <= double(all.size() - 1)) ||
+        if (all.empty() || !(all[0] >= 0 && all[0] <= double(all.size() - 1)))
+            return false;
+        const std::span<const double> scores = all.subspan(1, size_t(all[0]));
+        if (!std::ranges::all_of(scores, [](double x) { return std::isfinite(x); }) ||
             !tracker_.set_state(all.subspan(1 + size_t(all[0]))))
             return false;
-        scores_.assign(all.begin() + 1, all.begin() + 1 + std::ptrdiff_t(all[0]));
+        scores_.assign(scores.begin(), scores.end());
         return true;
     }
 

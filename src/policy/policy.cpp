@@ -12,6 +12,10 @@ namespace ponder {
 
 namespace {
 
+bool all_finite(std::span<const double> values) {
+    return std::ranges::all_of(values, [](double x) { return std::isfinite(x); });
+}
+
 struct Always final : Policy {
     Decision decide(const Situation &, Random &) override { return {true}; }
 };
@@ -29,10 +33,8 @@ struct Every final : Policy {
 
 struct First final : Policy {
     explicit First(double share) : share(share) {}
+    bool needs_length() const override { return true; }
     Decision decide(const Situation &s, Random &) override {
-        if (s.expected == 0)
-            throw_error(PONDER_E_STATE, "policy 'first' needs the stream's length in chunks "
-                                        "(ponder_session_expect)");
         return {double(s.chunk) < share * double(s.expected)};
     }
     const double share;
@@ -161,7 +163,7 @@ struct Oracle final : Policy {
         return values;
     }
     bool set_state(const std::vector<double> &values) override {
-        if (values.empty())
+        if (values.empty() || !all_finite(values))
             return false;
         spent = values[0];
         seen.assign(values.begin() + 1, values.end());

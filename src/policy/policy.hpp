@@ -45,7 +45,8 @@ public:
     virtual ~Policy() = default;
     virtual Decision decide(const Situation &situation, Random &random) = 0;
     virtual Signal reads() const { return Signal::none; }
-    virtual bool never() const { return false; } // updates nothing, ever
+    virtual bool never() const { return false; }        // updates nothing, ever
+    virtual bool needs_length() const { return false; } // of the stream, in chunks
     // A policy that observes is shown every scored chunk before it decides on it (layers that learn
     // inside: before it decides on the next one), and then what was done.
     virtual bool observes() const { return false; }

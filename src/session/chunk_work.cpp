@@ -148,6 +148,7 @@ bool Session::ChunkWork::queue(const Kind &kind) {
     Recorded &r = recorded(kind);
     const Device::Queue queue(*device_);
     if (!r.work) {
+        rehearse(queue, kind);
         impossible_ = !queue.can_record() || !queue.record();
         if (impossible_)
             return false;
@@ -175,6 +176,17 @@ bool Session::ChunkWork::record(const Device::Queue &queue, const Kind &kind) co
             queue.drop(work);
         throw;
     }
+}
+
+// Kernels may make things at their first run that a recording has no room for. What the passes
+// write here is written again.
+void Session::ChunkWork::rehearse(const Device::Queue &queue, const Kind &kind) const {
+    for (const auto &pass : {kind.skipped, kind.pass})
+        if (pass)
+            score(queue, *pass, s_.current_, at_.losses, at_.entropies);
+    if (!s_.inside_ && kind.told != 0)
+        kind.pass->program->enqueue(learn_segment, s_.bindings(*kind.pass, s_.current_),
+                                    s_.arena_.data(), s_.workspace_.data(), queue);
 }
 
 // What is done where flag `flag` is set; told, it is.

@@ -68,6 +68,7 @@ private:
     CommitProgram make_commit() const;
     Recorded &recorded(const Kind &kind);
     void forget();
+    void rehearse(const Device::Queue &queue, const Kind &kind) const;
     bool record(const Device::Queue &queue, const Kind &kind) const;
     void between(const Device::Queue &queue, const Kind &kind) const;
     void inside(const Device::Queue &queue, const Kind &kind) const;

@@ -142,7 +142,25 @@ std::byte *Decoder::cache(size_t layer, size_t part, size_t slot) const {
     return cache_.data() + ((layer * 2 + part) * slots_.size() + slot) * each;
 }
 
+void Decoder::left(size_t slot) {
+    clear(slot);
+    if (2 * ++gone_ <= slots_.size())
+        return;
+    for (size_t i = 0; i < slots_.size(); ++i)
+        clear(i);
+    for (DeviceBuffer *const buffer : {&cache_, &last_, &hidden_, &out_, &arena_, &workspace_})
+        *buffer = DeviceBuffer();
+    for (DeviceVector<float> *const floats : {&residual_, &piece_, &logits_, &stacked_, &taps_})
+        *floats = DeviceVector<float>();
+}
+
+void Decoder::leave(size_t slot) {
+    std::lock_guard lock(leaving_);
+    left(slot);
+}
+
 void Decoder::take(size_t slot, Decoder &from, size_t from_slot) {
+    std::lock_guard lock(from.leaving_);
     const Device &device = *model_->device();
     const Slot &there = from.slots_[from_slot];
     const size_t head = size_t(form_.context * (width_ / heads_)) * act_size_;
@@ -163,7 +181,7 @@ void Decoder::take(size_t slot, Decoder &from, size_t from_slot) {
         device.copy(logits_of(slot), from.logits_of(from_slot),
                     logits_.size() / slots_.size() * sizeof(float));
     slots_[slot] = std::move(from.slots_[from_slot]);
-    from.clear(from_slot);
+    from.left(from_slot);
 }
 
 size_t Decoder::read(size_t index, std::span<const int32_t> text, const Weights &weights,

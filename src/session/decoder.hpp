@@ -10,6 +10,8 @@
 #include "session/decode_pass.hpp"
 #include "session/session.hpp"
 
+#include <mutex>
+
 namespace ponder {
 
 class Decoder {
@@ -33,9 +35,11 @@ public:
             size_t streams, const Form &form);
 
     size_t streams() const { return slots_.size(); }
-    // What slot `slot` of `from` holds.
+    // What slot `slot` of `from` holds, which its stream leaves.
     void take(size_t slot, Decoder &from, size_t from_slot);
-    void clear(size_t slot);
+    // A stream is gone. Those that are left of a group do not keep its memory: when they are fewer
+    // than half of it, their caches go too, and what they read is computed again. Any thread.
+    void leave(size_t slot);
 
     // Makes `text` what the stream has read, computing what is not cached. Where fast weights have
     // changed since, what depends on them is computed again, or kept if keep_stale. Returns the
@@ -68,6 +72,9 @@ private:
     struct Sizes; // of its buffers
     class Undo;   // clears the slots of a call that fails
 
+    void clear(size_t slot);
+    void left(size_t slot);
+
     void append(Slot &slot, size_t index, std::span<const int32_t> ids, const Weights &weights,
                 const CallGuard &guard);
     void refill(Slot &slot, size_t index, const Weights &weights, const CallGuard &guard);
@@ -94,6 +101,8 @@ private:
     int64_t width_, layers_, heads_, lowest_;
     size_t act_size_, hidden_size_; // bytes of an element
     std::vector<Slot> slots_;
+    std::mutex leaving_; // sessions of several threads may leave at once
+    size_t gone_ = 0;    // streams that have left
 
     DeviceBuffer cache_;           // [L, 2, S, H, N, D]
     DeviceVector<float> residual_; // [S, N, C] at the lowest layer with fast weights

@@ -13,6 +13,7 @@ namespace ponder {
 int32_t Session::decide(int32_t forced, ponder_record &record) {
     Decision decision;
     if (forced < 0) {
+        require_length();
         decision = policy_->decide({record.chunk, expected_, signals_, budget_.left()}, random_);
         record.gate_score = decision.score;
         record.gate_threshold = decision.threshold;
@@ -24,8 +25,9 @@ int32_t Session::decide(int32_t forced, ponder_record &record) {
     const int64_t each = inside_ ? 1 : chooses ? decision.steps : steps_;
     scale_ = decision.scale;
     const int64_t wanted = forced >= 0 ? forced : decision.update ? each : 0;
-    const int64_t granted = budget_.grant(adapted_->adapter().fast_count() == 0 ? 0 : wanted);
-    if (granted < wanted && !budget_.off())
+    const bool can = adapted_->adapter().fast_count() > 0;
+    const int64_t granted = budget_.grant(can ? wanted : 0);
+    if (can && granted < wanted)
         record.flags |= PONDER_RECORD_OVER_BUDGET;
     record.steps = int32_t(granted);
     return int32_t(wanted);
@@ -35,6 +37,14 @@ bool Session::accept(double update_norm) const {
     return std::isfinite(update_norm) && update_norm <= guard_norm_;
 }
 
+void Session::require_steps(int32_t forced) const {
+    if (open_ && !inside_ && forced > 0 && policy_->never())
+        throw_error(PONDER_E_STATE,
+                    "steps = %d under policy skip; a host that decides itself "
+                    "uses policy always",
+                    forced);
+}
+
 void Session::learn(int32_t forced, const CallGuard &guard) {
     if (!open_)
         return;
@@ -42,11 +52,7 @@ void Session::learn(int32_t forced, const CallGuard &guard) {
     if (inside_) {
         learn_inside(record);
     } else {
-        if (forced > 0 && policy_->never())
-            throw_error(PONDER_E_STATE,
-                        "steps = %d under policy skip; a host that decides itself "
-                        "uses policy always",
-                        forced);
+        require_steps(forced);
         Undo undo(*this);
         if (records_gradients())
             ensure_tape(guard);

@@ -64,25 +64,25 @@ Model::Model(std::shared_ptr<const Runtime> runtime, const std::string &folder,
 
 std::shared_ptr<const Adapted> Model::adapted(const Options &options) const {
     const bool stored_or_drawn_once = options.text("adapter") != "lora";
-    std::string key = options.text("adapter");
-    if (!is_built_in(key))
-        key += '\n' + adapter_stamp(key); // a folder that was written again is another adapter
+    const std::string &name = options.text("adapter");
+    const std::string stamp = is_built_in(name) ? "" : adapter_stamp(name);
+    std::string key = name + '\n' + stamp; // a folder that was written again is another adapter
     for (const ponder_option_info &info : option_table()) {
-        const std::string_view name = info.name;
-        if (name.starts_with("lora.") || name.starts_with("ttt.") ||
-            (stored_or_drawn_once && name == "seed"))
-            key += '\n' + options.text(name);
+        const std::string_view option = info.name;
+        if (option.starts_with("lora.") || option.starts_with("ttt.") ||
+            (stored_or_drawn_once && option == "seed"))
+            key += '\n' + options.text(option);
     }
     std::lock_guard lock(mutex_);
     auto &entry = adapted_[key];
     if (!entry)
         entry = std::make_shared<Adapted>(
-            *this, make_adapter(backbone_->config(), options, backbone_->hash()));
+            *this, make_adapter(backbone_->config(), options, backbone_->hash()), stamp);
     return entry;
 }
 
-Adapted::Adapted(const Model &model, std::shared_ptr<const Adapter> adapter)
-    : model_(model), adapter_(std::move(adapter)),
+Adapted::Adapted(const Model &model, std::shared_ptr<const Adapter> adapter, std::string stamp)
+    : model_(model), adapter_(std::move(adapter)), stamp_(std::move(stamp)),
       decode_(model.backbone(), *adapter_, model.device(), false),
       decode_with_layer_(model.backbone(), *adapter_, model.device(), true) {}
 

@@ -18,8 +18,10 @@ class Model;
 // An adapter on a model, with its recorded passes: shared by every session with these options.
 class Adapted {
 public:
-    Adapted(const Model &model, std::shared_ptr<const Adapter> adapter);
+    // stamp: tells contents of an adapter's folder apart; empty for built-in ones.
+    Adapted(const Model &model, std::shared_ptr<const Adapter> adapter, std::string stamp = {});
     const Adapter &adapter() const { return *adapter_; }
+    const std::string &stamp() const { return stamp_; }
     // Recorded at the first call for this shape; full-chunk shapes are kept, of others the newest
     // few. Any thread.
     std::shared_ptr<const Pass> pass(const PassShape &shape, bool keep) const;
@@ -32,6 +34,7 @@ private:
     static constexpr size_t kept_odd_shapes = 4;
     const Model &model_;
     std::shared_ptr<const Adapter> adapter_;
+    std::string stamp_;
     mutable std::mutex mutex_;
     mutable std::map<PassShape, std::shared_ptr<const Pass>> kept_;
     mutable std::vector<std::shared_ptr<const Pass>> odd_; // newest last

@@ -1,6 +1,7 @@
 // The open chunk's pass: its buffers, where its inputs and outputs lie, and running it.
 #include "base/error.hpp"
 #include "session/ahead.hpp"
+#include "session/undo.hpp"
 
 #include <algorithm>
 
@@ -119,25 +120,20 @@ void Session::ensure_tape(const CallGuard &guard) {
     gradient_ready_ = false;
 }
 
-std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat) {
+std::vector<CallTime> Session::profile(Segment segment, uint32_t repeat, const CallGuard &guard) {
     if (open_ids_.empty())
         throw_error(PONDER_E_STATE, "no chunk has been scored");
-    std::atomic<bool> never{false};
-    const CallGuard unlimited(never, nullptr);
+    const Undo undo(*this); // the chunk's losses stay those of its own scoring
     std::vector<CallTime> times;
-    const std::vector<float> nll = nll_, entropy = entropy_;
     for (uint32_t i = 0; i < repeat; ++i) {
+        guard.check();
         tape_ = false;
-        ensure_tape(unlimited);
+        ensure_tape(guard);
         if (segment == learn_segment && open_pass_->recording.gradient.empty())
             break;
         open_pass_->program->profile(segment, bindings(*open_pass_, current_), arena_.data(),
                                      workspace_.data(), times);
     }
-    // The chunk's losses stay those of its own scoring.
-    nll_ = nll;
-    entropy_ = entropy;
-    tape_ = false;
     return times;
 }
 

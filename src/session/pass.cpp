@@ -1,8 +1,19 @@
 #include "session/pass.hpp"
 
+#include "base/error.hpp"
+#include "base/options.hpp"
 #include "tensor/ops.hpp"
 
 namespace ponder {
+
+Window window_of(const Options &options, const Gpt2Config &config) {
+    const int64_t chunk = options.integer("chunk"), given = options.integer("context");
+    if (chunk > config.context || given > config.context)
+        throw_error(PONDER_E_ARGUMENT,
+                    "options 'chunk' %d and 'context' %d: the backbone has %d positions",
+                    int(chunk), int(given), int(config.context));
+    return {chunk, given == 0 ? config.context : std::max(given, chunk)};
+}
 
 Recording record_pass(const Gpt2 &model, const Adapter &adapter, const PassShape &shape) {
     Recording r{Graph(model.type()), {}, none, none, none, none, none, {}, {}, none, none, none};

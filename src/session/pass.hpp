@@ -9,6 +9,14 @@
 
 namespace ponder {
 
+class Options;
+
+// What a stream is cut into, in tokens. PONDER_E_ARGUMENT where the backbone has fewer positions.
+struct Window {
+    int64_t chunk, context; // context: with the chunk
+};
+Window window_of(const Options &options, const Gpt2Config &config);
+
 struct PassShape {
     int64_t tokens;     // context and chunk
     int64_t scored;     // the chunk: the last of them

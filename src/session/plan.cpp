@@ -52,14 +52,15 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     const bool never = never_learns(options.text("policy"));
     const auto adapter = make_adapter(config, effective_options(options, never), "");
 
-    const int64_t chunk = std::min(options.integer("chunk"), config.context);
-    int64_t context = options.integer("context");
-    context = std::clamp(context == 0 ? config.context : context, chunk, config.context);
+    const auto [chunk, context] = window_of(options, config);
     const bool inside = adapter->learns_inside(), fast = adapter->fast_count() > 0;
     const bool learn = fast && !inside && !never;
     const bool watch = options.text("policy") == "adapter";
-    const Recording pass =
-        record_pass(model, *adapter, {context / chunk * chunk, chunk, learn, inside, watch});
+    const int64_t whole = context / chunk * chunk;
+    const auto pass_of = [&](int64_t tokens, int64_t scored) {
+        return record_pass(model, *adapter, {tokens, scored, learn, inside, watch});
+    };
+    const Recording pass = pass_of(whole, chunk);
     const std::vector<Group> groups = schedule(pass.graph, pass.segment_ends);
 
     ponder_memory_plan plan{};
@@ -73,11 +74,19 @@ ponder_memory_plan plan_memory(const Runtime &runtime, const std::string &folder
     const uint64_t vector = adapter->fast_count() * sizeof(float);
     const uint64_t moments = !learn ? 0 : options.text("inner.optimizer") == "adam" ? 2 : 0;
     plan.fast_parameters = adapter->fast_count();
-    plan.fast_weights = 3 * vector; // now, shadow, initial
+    const bool learned = !adapter->rates().log_rate.empty();
+    plan.fast_weights = (3 + 3 * learned) * vector; // now, shadow, initial; learned rates
     plan.optimizer = vector * (2 * moments + (learn ? 1 : 0));
-    plan.activations = arena_of(pass.graph, pass.segment_ends, own_memory);
-    for (Id id : pass.watched())
-        plan.activations += id == none ? 0 : pass.graph.value(id).bytes();
+    const auto activations = [&](const Recording &of) {
+        uint64_t bytes = arena_of(of.graph, of.segment_ends, own_memory);
+        for (Id id : of.watched())
+            bytes += id == none ? 0 : of.graph.value(id).bytes();
+        return bytes;
+    };
+    plan.activations = activations(pass);
+    if (context - whole >= 2) // the stream's end behind a full context
+        plan.activations =
+            std::max(plan.activations, activations(pass_of(context, context - whole)));
     plan.workspace = own_memory ? workspace_of_device
                      : packs    ? workspace_of_worker(config) * runtime.threads->count()
                                 : 0;

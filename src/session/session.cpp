@@ -1,5 +1,6 @@
 // What a session is made of and how a stream goes through it, chunk by chunk.
 #include "session/ahead.hpp"
+#include "session/decoder.hpp"
 
 #include "adapt/stored.hpp"
 #include "base/error.hpp"
@@ -24,16 +25,9 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options,
     if (policy == "adapter" && !gate_)
         gate_ = adapter.gate();
     policy_ = new_policy();
-    chunk_ = options_.integer("chunk");
-    context_ = options_.integer("context");
-    if (context_ == 0)
-        context_ = std::max(config.context, chunk_);
-    if (chunk_ > config.context || context_ > config.context)
-        throw_error(PONDER_E_ARGUMENT,
-                    "options 'chunk' %d and 'context' %d: the backbone has %d "
-                    "positions",
-                    int(chunk_), int(context_), int(config.context));
-    context_ = std::max(context_, chunk_);
+    const Window window = window_of(options_, config);
+    chunk_ = window.chunk;
+    context_ = window.context;
     steps_ = options_.integer("steps");
     guard_norm_ = options_.number("guard.norm");
     carry_ = options_.boolean("ttt.carry");
@@ -47,6 +41,9 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options,
                     options_.text("policy").c_str());
     if (inside_ && policy_->reads() == Signal::gradient_norm)
         throw_error(PONDER_E_ARGUMENT, "policy '%s': TTT layers take no gradient of the loss",
+                    options_.text("policy").c_str());
+    if (inside_ && policy_->looks_ahead())
+        throw_error(PONDER_E_ARGUMENT, "policy '%s': TTT layers learn before an oracle can look",
                     options_.text("policy").c_str());
 
     const std::shared_ptr<const Device> &device = model_->device();
@@ -86,7 +83,10 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options,
     ahead_ = Ahead::make(*this);
 }
 
-Session::~Session() = default;
+Session::~Session() {
+    if (decoder_)
+        decoder_->leave(decoder_slot_);
+}
 
 // `policy`, or the gate that has taken its place.
 std::unique_ptr<Policy> Session::new_policy() const {
@@ -138,8 +138,24 @@ void Session::reset() {
     forget_text();
 }
 
+void Session::expect(uint64_t chunks) {
+    if (chunks > uint64_t(1) << 53)
+        throw_error(PONDER_E_ARGUMENT, "a stream of %llu chunks: at most 2^53",
+                    static_cast<unsigned long long>(chunks));
+    expected_ = chunks;
+}
+
+void Session::require_length() const {
+    if (policy_->needs_length() && expected_ == 0)
+        throw_error(PONDER_E_STATE,
+                    "policy '%s' needs the stream's length in chunks (ponder_session_expect)",
+                    options_.text("policy").c_str());
+}
+
 void Session::forget_text() {
     ++weights_version_;
+    if (decoder_)
+        decoder_->leave(decoder_slot_);
     decoder_.reset();
     text_.clear();
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/options.hpp"
+#include "formats/safetensors.hpp"
 #include "policy/budget.hpp"
 #include "policy/policy.hpp"
 #include "session/call_guard.hpp"
@@ -35,13 +36,17 @@ public:
 
     const Model &model() const { return *model_; }
     const Options &options() const { return options_; }
-    void expect(uint64_t chunks) { expected_ = chunks; }
+    void expect(uint64_t chunks);
     void feed(std::span<const int32_t> ids);
 
     bool score(const CallGuard &guard); // false: no full chunk waits
     // steps < 0: the policy decides.
     void learn(int32_t steps, const CallGuard &guard);
     void adapt(const CallGuard &guard);
+    // PONDER_E_STATE: the policy needs a length that nobody has told; these steps are none that it
+    // allows.
+    void require_length() const;
+    void require_steps(int32_t forced) const;
     void flush(const CallGuard &guard);
 
     bool has_open() const { return open_; }
@@ -60,7 +65,7 @@ public:
     std::span<const float> losses() const;
     const std::deque<ponder_record> &records() const { return records_; }
     ponder_session_info info() const;
-    std::vector<CallTime> profile(Segment segment, uint32_t repeat);
+    std::vector<CallTime> profile(Segment segment, uint32_t repeat, const CallGuard &guard);
     void cancel() const { cancel_.store(true, std::memory_order_relaxed); }
     std::atomic<bool> &cancel_flag() const { return cancel_; }
 
@@ -72,7 +77,10 @@ public:
 
     // snapshot.cpp
     std::vector<std::byte> save() const;
-    void load(std::span<const std::byte> snapshot, const std::string &name);
+    void load(const SafeTensors &file);
+    void load(std::span<const std::byte> snapshot, const std::string &name) {
+        load(SafeTensors::view(snapshot, name));
+    }
 
 private:
     static constexpr size_t most_waiting = size_t(1) << 24;

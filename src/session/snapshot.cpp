@@ -10,7 +10,7 @@ namespace ponder {
 
 namespace {
 
-constexpr const char *format = "ponder-session", *version = "2";
+constexpr const char *format = "ponder-session", *version = "3";
 
 const TensorInfo &tensor(const SafeTensors &file, const std::string &name, const char *dtype) {
     const TensorInfo *info = file.find(name);
@@ -41,6 +41,11 @@ void expect_metadata(const SafeTensors &file, const char *key, const std::string
         throw_error(PONDER_E_MISMATCH, "%s: '%s' is '%.60s', this session has '%s'",
                     file.name().c_str(), key,
                     at == file.metadata().end() ? "missing" : at->second.c_str(), wanted.c_str());
+}
+
+// Steps that the host gave hold for any policy; else a gate chooses them.
+std::string options_text(const Options &options) {
+    return options.hash() + (options.given("steps") ? " with steps" : "");
 }
 
 std::string dtype_text(const Gpt2 &model) {
@@ -108,7 +113,8 @@ std::vector<std::byte> Session::save() const {
                        {"version", version},
                        {"model", model_->backbone().hash()},
                        {"dtype", dtype_text(model_->backbone())},
-                       {"options", options_.hash()},
+                       {"options", options_text(options_)},
+                       {"adapter", adapted_->stamp()},
                        {"gate", gate_ ? gate_->hash : ""}};
     const auto add = [&](const char *name, DType type, const auto &values) {
         const size_t bytes = values.size() * sizeof(values[0]);
@@ -134,14 +140,15 @@ std::vector<std::byte> Session::save() const {
     return bytes;
 }
 
-void Session::load(std::span<const std::byte> snapshot, const std::string &name) {
-    const SafeTensors file = SafeTensors::view(snapshot, name);
+void Session::load(const SafeTensors &file) {
+    const std::string &name = file.name();
     expect_metadata(file, "format", format);
     expect_metadata(file, "version", version);
     expect_metadata(file, "model", model_->backbone().hash());
     expect_metadata(file, "dtype", dtype_text(model_->backbone()));
-    expect_metadata(file, "options", options_.hash());
+    expect_metadata(file, "options", options_text(options_));
     expect_metadata(file, "gate", gate_ ? gate_->hash : "");
+    expect_metadata(file, "adapter", adapted_->stamp());
 
     // Everything is read and checked before anything changes.
     const size_t fast_size = current_.all().size();
@@ -149,16 +156,15 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
     const auto state = read_vector<double>(file, "state", "F64", field_count, field_count);
     const auto policy = read_vector<double>(file, "policy", "F64", 0, 1 << 20);
     const auto random = read_vector<uint64_t>(file, "random", "U8", 4, 4);
-    const auto history =
-        read_vector<int32_t>(file, "history", "I32", 0, size_t(2 * context_ + chunk_));
+    auto history = read_vector<int32_t>(file, "history", "I32", 0, size_t(2 * context_ + chunk_));
     const auto waiting = read_vector<int32_t>(file, "waiting", "I32", 0, most_waiting);
-    const auto open_ids = read_vector<int32_t>(file, "open", "I32", 0, size_t(context_));
-    const auto losses = read_vector<float>(file, "losses", "F32", nll_.size(), nll_.size());
-    const auto entropies =
-        read_vector<float>(file, "entropies", "F32", entropy_.size(), entropy_.size());
+    auto open_ids = read_vector<int32_t>(file, "open", "I32", 0, size_t(context_));
+    auto losses = read_vector<float>(file, "losses", "F32", nll_.size(), nll_.size());
+    auto entropies = read_vector<float>(file, "entropies", "F32", entropy_.size(), entropy_.size());
     const auto records = read_vector<ponder_record>(file, "records", "U8", 0, ring_);
     const int64_t vocabulary = model_->backbone().config().vocabulary;
-    for (const auto *ids : {&history, &waiting, &open_ids})
+    for (const std::vector<int32_t> *ids :
+         std::initializer_list<const std::vector<int32_t> *>{&history, &waiting, &open_ids})
         for (int32_t id : *ids)
             if (id < 0 || id >= vocabulary)
                 throw_error(PONDER_E_FORMAT, "%s: token id %d is not in 0..%d", name.c_str(), id,
@@ -185,15 +191,18 @@ void Session::load(std::span<const std::byte> snapshot, const std::string &name)
         throw_error(PONDER_E_FORMAT, "%s: tensor 'policy': %zu values that are no state of '%s'",
                     name.c_str(), policy.size(), options_.text("policy").c_str());
 
-    policy_ = std::move(restored);
+    std::deque<int32_t> waiting_now(waiting.begin(), waiting.end());
+    std::deque<ponder_record> records_now(records.begin(), records.end());
     current_.all().write(fast.data(), fast.size());
+
+    policy_.swap(restored);
     std::copy(random.begin(), random.end(), random_.state.begin());
-    history_ = history;
-    waiting_.assign(waiting.begin(), waiting.end());
-    open_ids_ = open_ids;
-    nll_ = losses;
-    entropy_ = entropies;
-    records_.assign(records.begin(), records.end());
+    history_.swap(history);
+    waiting_.swap(waiting_now);
+    open_ids_.swap(open_ids);
+    nll_.swap(losses);
+    entropy_.swap(entropies);
+    records_.swap(records_now);
     expected_ = numbers[0];
     chunks_ = numbers[1];
     fed_ = numbers[2];
