@@ -185,6 +185,29 @@ TEST_F(Cuda, SnapshotsMoveBothWays) {
     }
 }
 
+// A device on which the layer has never run when chunks that it may take part in are recorded.
+TEST_F(Cuda, ARestoredLayerIsRecordedUnseen) {
+    const auto tokens = random_tokens(32 * 24, 16);
+    for (const char *policy : {"threshold:loss:1e6", "ema:loss:0.3"}) {
+        const Options options = options_of({{"adapter", "ttt-linear"}, {"policy", policy}});
+        Session whole(load(tiny, "cuda", "bf16"), options),
+            other(load(tiny, "cuda", "bf16"), options);
+        const auto half = std::span(tokens).first(32 * 12);
+        whole.feed(half);
+        whole.adapt(no_limits(whole));
+        other.load(whole.save(), "snapshot");
+        for (Session *const each : {&whole, &other}) {
+            each->feed(std::span(tokens).subspan(half.size()));
+            each->adapt(no_limits(*each));
+        }
+        ASSERT_EQ(other.records().size(), 24u);
+        for (size_t i = 0; i < 24; ++i) {
+            EXPECT_EQ(whole.records()[i].loss_before, other.records()[i].loss_before) << i;
+            EXPECT_EQ(whole.records()[i].steps, other.records()[i].steps) << i;
+        }
+    }
+}
+
 // LoRA-TTT on code-10m as PyTorch ran it; the adapter as in parity_test.cpp.
 TEST_F(Cuda, LoraTttMatchesPyTorch) {
     const auto fixture = SafeTensors::open(PONDER_TEST_DATA "/lora_ttt_code10m.safetensors");

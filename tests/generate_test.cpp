@@ -245,6 +245,7 @@ TEST(Cache, OfAGroupGoesWithIt) {
             list.pop_back(); // stays alive, and its text with it
             const auto again = generate(list, {wishes.begin(), wishes.begin() + long(left)});
             EXPECT_EQ(again[0].ids, together[0].ids);
+            EXPECT_EQ(again.back().result.cached_tokens, again[0].result.cached_tokens);
             EXPECT_LE(memory->in_use() - before, 4 * all) << left;
         }
         EXPECT_EQ(generate(*sessions.back(), wishes[0]).ids, together[0].ids);

@@ -142,9 +142,15 @@ std::byte *Decoder::cache(size_t layer, size_t part, size_t slot) const {
     return cache_.data() + ((layer * 2 + part) * slots_.size() + slot) * each;
 }
 
-void Decoder::left(size_t slot) {
+void Decoder::leave(size_t slot) {
+    std::lock_guard lock(leaving_);
     clear(slot);
-    if (2 * ++gone_ <= slots_.size())
+    ++gone_;
+}
+
+void Decoder::shrink() {
+    std::lock_guard lock(leaving_);
+    if (2 * gone_ <= slots_.size())
         return;
     for (size_t i = 0; i < slots_.size(); ++i)
         clear(i);
@@ -152,11 +158,6 @@ void Decoder::left(size_t slot) {
         *buffer = DeviceBuffer();
     for (DeviceVector<float> *const floats : {&residual_, &piece_, &logits_, &stacked_, &taps_})
         *floats = DeviceVector<float>();
-}
-
-void Decoder::leave(size_t slot) {
-    std::lock_guard lock(leaving_);
-    left(slot);
 }
 
 void Decoder::take(size_t slot, Decoder &from, size_t from_slot) {
@@ -181,7 +182,8 @@ void Decoder::take(size_t slot, Decoder &from, size_t from_slot) {
         device.copy(logits_of(slot), from.logits_of(from_slot),
                     logits_.size() / slots_.size() * sizeof(float));
     slots_[slot] = std::move(from.slots_[from_slot]);
-    from.left(from_slot);
+    from.clear(from_slot);
+    ++from.gone_;
 }
 
 size_t Decoder::read(size_t index, std::span<const int32_t> text, const Weights &weights,

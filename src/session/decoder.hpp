@@ -35,11 +35,12 @@ public:
             size_t streams, const Form &form);
 
     size_t streams() const { return slots_.size(); }
-    // What slot `slot` of `from` holds, which its stream leaves.
+    // What slot `slot` of `from` holds; its stream has left that one then.
     void take(size_t slot, Decoder &from, size_t from_slot);
-    // A stream is gone. Those that are left of a group do not keep its memory: when they are fewer
-    // than half of it, their caches go too, and what they read is computed again. Any thread.
     void leave(size_t slot);
+    // Those that are left of a group do not keep its memory: when they are fewer than half of it,
+    // their caches go too, and what they read is computed again. Like leaving, from any thread.
+    void shrink();
 
     // Makes `text` what the stream has read, computing what is not cached. Where fast weights have
     // changed since, what depends on them is computed again, or kept if keep_stale. Returns the
@@ -73,7 +74,6 @@ private:
     class Undo;   // clears the slots of a call that fails
 
     void clear(size_t slot);
-    void left(size_t slot);
 
     void append(Slot &slot, size_t index, std::span<const int32_t> ids, const Weights &weights,
                 const CallGuard &guard);

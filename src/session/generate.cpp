@@ -74,13 +74,18 @@ void Session::gather(std::span<Session *const> sessions) {
     const Decoder::Form form{first.context_, first.chunk_, first.inside_ && !first.policy_->never(),
                              first.carry_, first.alone_};
     auto decoder = std::make_shared<Decoder>(first.model_, first.adapted_, sessions.size(), form);
+    std::vector<std::shared_ptr<Decoder>> before;
     for (size_t i = 0; i < sessions.size(); ++i) {
         Session &s = *sessions[i];
-        if (s.decoder_)
+        if (s.decoder_) {
             decoder->take(i, *s.decoder_, s.decoder_slot_);
+            before.push_back(std::move(s.decoder_));
+        }
         s.decoder_ = decoder;
         s.decoder_slot_ = i;
     }
+    for (const auto &group : before)
+        group->shrink();
 }
 
 void Session::generate(std::span<Session *const> sessions, std::span<const Generation> wishes,

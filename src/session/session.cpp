@@ -83,10 +83,7 @@ Session::Session(std::shared_ptr<const Model> model, const Options &options,
     ahead_ = Ahead::make(*this);
 }
 
-Session::~Session() {
-    if (decoder_)
-        decoder_->leave(decoder_slot_);
-}
+Session::~Session() { leave_group(); }
 
 // `policy`, or the gate that has taken its place.
 std::unique_ptr<Policy> Session::new_policy() const {
@@ -154,10 +151,16 @@ void Session::require_length() const {
 
 void Session::forget_text() {
     ++weights_version_;
-    if (decoder_)
-        decoder_->leave(decoder_slot_);
-    decoder_.reset();
+    leave_group();
     text_.clear();
+}
+
+void Session::leave_group() {
+    if (!decoder_)
+        return;
+    decoder_->leave(decoder_slot_);
+    decoder_->shrink();
+    decoder_.reset();
 }
 
 void Session::feed(std::span<const int32_t> ids) {

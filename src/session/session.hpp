@@ -120,6 +120,7 @@ private:
     void finish(ponder_record &record);
     static void gather(std::span<Session *const> sessions);
     void forget_text(); // what was generated, and its caches
+    void leave_group();
 
     // ---- fixed at creation
     std::shared_ptr<const Model> model_;
