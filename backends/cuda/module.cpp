@@ -247,7 +247,7 @@ void close(ponder_device *device) { delete device; }
 
 void *allocate(ponder_device *device, size_t size) {
     const size_t slack = ponder_device::slack(size);
-    void *const block = device->block(size + slack);
+    void *const block = device->block(std::max<size_t>(size + slack, 1)); // null is "none left"
     if (block)
         device->check(
             cudaMemsetAsync(static_cast<std::byte *>(block) + size, 0, slack, device->stream),
