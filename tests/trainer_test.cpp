@@ -74,6 +74,40 @@ TEST(TrainerTest, LossFalls) {
     }
 }
 
+// What is trained is exported to the same folder again and again, and measured by sessions there.
+TEST(TrainerTest, WhatWasExportedBeforeLeavesTheModel) {
+    for (const auto &[kind, adapter, tokens] : kinds) {
+        if (kind != PONDER_TRAIN_ADAPTER)
+            continue;
+        Trained t;
+        const TempDir out;
+        const auto trainer = make_trainer(t.model, kind, t.options({{"adapter", adapter}}));
+        const Options options = t.options({{"adapter", out.path()}, {"policy", "always"}});
+        std::vector<uint64_t> in_use, packed;
+        std::vector<float> losses;
+        for (uint64_t i = 0; i < 5; ++i) {
+            t.step(*trainer, i, tokens);
+            trainer->export_to(out.path());
+            Session session(t.model, options);
+            session.feed(Trained::batch(9, 16)[0]);
+            session.adapt(no_limits(session));
+            losses.assign(session.losses().begin(), session.losses().end());
+            in_use.push_back(t.model->runtime().memory->in_use());
+            packed.push_back(t.model->device()->packed_bytes());
+        }
+        // One that is in use, and the one before it until somebody asks again.
+        EXPECT_EQ(in_use[4], in_use[1]) << adapter;
+        EXPECT_EQ(packed[4], packed[1]) << adapter;
+        // Nothing of an older one is in what the newest does.
+        Trained fresh;
+        Session session(fresh.model, options);
+        session.feed(Trained::batch(9, 16)[0]);
+        session.adapt(no_limits(session));
+        EXPECT_EQ(std::vector<float>(session.losses().begin(), session.losses().end()), losses)
+            << adapter;
+    }
+}
+
 TEST(TrainerTest, ABackboneWithDropoutLearnsAndMayRecompute) {
     for (const char *dtype : {"f32", "bf16"}) {
         Trained t(dtype);

@@ -368,6 +368,14 @@ void refresh(ponder_device *device, const void *constant) {
         refresh_narrow({nullptr, nullptr, device->stream, device}, at->second);
 }
 
+void forget(ponder_device *device, const void *constant) {
+    const auto at = device->state->narrow.find(constant);
+    if (at == device->state->narrow.end())
+        return;
+    device->check(cudaFreeAsync(at->second.to, device->stream), "memory of a bias");
+    device->state->narrow.erase(at);
+}
+
 constexpr ponder_backend descriptor = {
     .struct_size = sizeof(ponder_backend),
     .abi = PONDER_BACKEND_ABI,
@@ -406,6 +414,7 @@ constexpr ponder_backend descriptor = {
     .drop_mailbox = drop_mailbox,
     .send = send,
     .receive = receive,
+    .forget = forget,
 };
 
 } // namespace

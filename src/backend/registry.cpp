@@ -339,6 +339,24 @@ void Device::refresh_packed(const void *constant) const {
     backend_->refresh(device_, constant);
 }
 
+bool Device::can_forget() const {
+    const bool knows = backend_->struct_size > offsetof(ponder_backend, forget);
+    return !backend_->refresh || (knows && backend_->forget);
+}
+
+void Device::forget(const void *constant) const noexcept {
+    std::unique_lock lock(mutex_, std::defer_lock);
+    if (!on_host())
+        lock.lock();
+    if (backend_->refresh)
+        backend_->forget(device_, constant);
+    if (const auto at = resident_.find(constant); at != resident_.end()) {
+        backend_->release(device_, at->second.block);
+        memory_->refund(at->second.size);
+        resident_.erase(at);
+    }
+}
+
 DeviceBuffer::DeviceBuffer(std::shared_ptr<const Device> device, size_t size)
     : device_(std::move(device)), data_(device_->allocate(size)), size_(size) {}
 

@@ -66,6 +66,10 @@ public:
     void refresh(const void *constant) const;
     // The same, where it was the device's copy that changed.
     void refresh_packed(const void *constant) const;
+    // The constant goes, and no kernel that was planned with it is left. Not where the backend
+    // keeps what it has packed.
+    void forget(const void *constant) const noexcept;
+    bool can_forget() const;
 
     // Memory that the device's kernels see. On the host that is the host's; elsewhere addresses
     // mean nothing here, work is queued, and only download, synchronize, mailboxes and

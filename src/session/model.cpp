@@ -64,25 +64,40 @@ Model::Model(std::shared_ptr<const Runtime> runtime, const std::string &folder,
 
 std::shared_ptr<const Adapted> Model::adapted(const Options &options) const {
     const bool stored_or_drawn_once = options.text("adapter") != "lora";
-    std::string key = options.text("adapter");
-    if (!is_built_in(key))
-        key += '\n' + adapter_stamp(key); // a folder that was written again is another adapter
+    AdaptedKey key{options.text("adapter"), "", ""};
+    if (!is_built_in(key.name))
+        key.stamp = adapter_stamp(key.name); // a folder that was written again is another adapter
     for (const ponder_option_info &info : option_table()) {
         const std::string_view name = info.name;
         if (name.starts_with("lora.") || name.starts_with("ttt.") ||
             (stored_or_drawn_once && name == "seed"))
-            key += '\n' + options.text(name);
+            key.structure += '\n' + options.text(name);
     }
     std::lock_guard lock(mutex_);
-    auto &entry = adapted_[key];
-    if (!entry)
-        entry = std::make_shared<Adapted>(
-            *this, make_adapter(backbone_->config(), options, backbone_->hash()));
-    return entry;
+    drop_outdated(key);
+    if (const auto at = adapted_.find(key); at != adapted_.end())
+        return at->second;
+    return adapted_[key] = std::make_shared<Adapted>(
+               *this, make_adapter(backbone_->config(), options, backbone_->hash()));
+}
+
+// Those that a session has are found at a later call.
+void Model::drop_outdated(const AdaptedKey &key) const {
+    std::erase_if(adapted_, [&](const auto &entry) {
+        const auto &[other, adapted] = entry;
+        return other.name == key.name && other.stamp != key.stamp && adapted.use_count() == 1 &&
+               (adapted->adapter().slow().empty() || device_->can_forget());
+    });
+}
+
+Adapted::OnDevice::~OnDevice() {
+    if (device->can_forget())
+        for (const auto &[name, slow] : adapter.slow())
+            device->forget(slow.values.data());
 }
 
 Adapted::Adapted(const Model &model, std::shared_ptr<const Adapter> adapter)
-    : model_(model), adapter_(std::move(adapter)),
+    : model_(model), adapter_(std::move(adapter)), on_device_{model.device(), *adapter_},
       decode_(model.backbone(), *adapter_, model.device(), false),
       decode_with_layer_(model.backbone(), *adapter_, model.device(), true) {}
 
