@@ -255,6 +255,60 @@ TEST(TrainerTest, ProcessesFailTogether) {
     EXPECT_EQ(read_file(dir.file("0"), 1 << 24), read_file(dir.file("1"), 1 << 24));
 }
 
+TEST(TrainerTest, ProgressCancelsWhileThereIsWorkLeft) {
+    struct Answer {
+        bool stop_at_end;
+        int calls;
+    };
+    Trained t;
+    for (const auto &[kind, adapter, tokens] : kinds) {
+        const auto trainer = make_trainer(t.model, kind, t.options({{"adapter", adapter}}));
+        Answer answer{false, 0};
+        ponder_call call{};
+        call.struct_size = sizeof call;
+        call.user_data = &answer;
+        call.progress = [](void *user, uint64_t done, uint64_t total) -> int32_t {
+            Answer &a = *static_cast<Answer *>(user);
+            ++a.calls;
+            return (done == total) == a.stop_at_end;
+        };
+        EXPECT_EQ(thrown_status([&, tokens = tokens] { t.step(*trainer, 0, tokens, &call); }),
+                  PONDER_E_CANCELLED);
+        EXPECT_EQ(answer.calls, 1) << adapter;
+        EXPECT_EQ(trainer->steps(), 0u);
+        answer.stop_at_end = true; // too late: the step is done
+        t.step(*trainer, 0, tokens, &call);
+        EXPECT_EQ(trainer->steps(), 1u);
+    }
+}
+
+TEST(TrainerTest, ACheckpointNamesTheOptionThatDiffers) {
+    Trained t;
+    const TempDir dir;
+    const auto with_rate = [&](const char *rate) {
+        return make_trainer(t.model, PONDER_TRAIN_ADAPTER, t.options({{"train.lr", rate}}));
+    };
+    with_rate("3e-3")->save(dir.file("a"), "");
+    with_rate("0.0030")->load(dir.file("a"));
+    expect_error(PONDER_E_MISMATCH, {"'train.lr'", "\"0.003\"", "\"0.004\""},
+                 [&] { with_rate("4e-3")->load(dir.file("a")); });
+}
+
+TEST(TrainerTest, ABackboneSaysWhereTextsEnd) {
+    Trained t; // without a tokenizer
+    const TempDir dir;
+    const auto field = [&] {
+        const std::string config = read_file(dir.file("config.json"), 1 << 16);
+        const size_t at = config.find("eos_token_id");
+        return at == config.npos ? "" : config.substr(at, config.find(',', at) - at);
+    };
+    make_trainer(t.model, PONDER_TRAIN_BACKBONE, t.options({{"adapter", "none"}}))
+        ->export_to(dir.path());
+    EXPECT_EQ(field(), "");
+    write_gpt2(dir.path(), {1, 2, 1, 8, 4, 50, 1e-5, true}, DType::f32, {}, 7);
+    EXPECT_EQ(field(), "eos_token_id\": 7");
+}
+
 TEST(TrainerTest, CancelledAndRefusedStepsChangeNothing) {
     Trained t;
     const auto trainer = make_trainer(t.model, PONDER_TRAIN_ADAPTER, t.options());

@@ -153,18 +153,20 @@ public:
         : settings_(settings), folder_(folder), data_(data), options_(options),
           trainer_(make_trainer(model)), order_(data.units().count(), number_of(options, "seed")),
           validator_(runtime, model, settings, data.valid(), folder.path() + "/.valid"),
-          progress_(settings.quiet), last_(number_of(options, "train.steps")) {
+          progress_(settings.quiet), last_(number_of(options, "train.steps")),
+          writes_(number_of(options, "train.rank") == 0) {
         position_.data = data.identity();
         resumed_ = settings.train.resume ? folder.latest() : std::nullopt;
         if (resumed_)
             load(*resumed_);
         else if (settings.train.resume)
             note(settings.quiet, folder.path() + ": no checkpoint yet; from the start");
-        log_.emplace(settings.train.log.empty() ? folder.path() + "/log.jsonl" : settings.train.log,
-                     resumed_);
     }
 
     Outcome run() {
+        log_.emplace(settings_.train.log.empty() ? folder_.path() + "/log.jsonl"
+                                                 : settings_.train.log,
+                     resumed_);
         start_ = std::chrono::steady_clock::now();
         first_step_ = steps();
         if (!resumed_ && measures())
@@ -181,7 +183,7 @@ public:
         outcome_.steps = steps();
         outcome_.seconds = elapsed();
         progress_.clear();
-        if (outcome_.complete)
+        if (outcome_.complete && writes_)
             call(ponder_trainer_export, trainer_.get(), folder_.path().c_str());
         return outcome_;
     }
@@ -212,7 +214,7 @@ private:
     }
 
     void save() {
-        if (saved_ == steps() || steps() == 0)
+        if (saved_ == steps() || steps() == 0 || !writes_)
             return;
         log_->sync();
         call(ponder_trainer_save, trainer_.get(), folder_.checkpoint(steps()).c_str(),
@@ -300,6 +302,7 @@ private:
     Validator validator_;
     Progress progress_;
     uint64_t last_;
+    bool writes_; // checkpoints and what is trained: of processes that train together, the first
     Position position_;
     std::optional<uint64_t> resumed_, saved_;
     std::optional<TrainLog> log_;
@@ -376,8 +379,9 @@ void print_outcome(const Outcome &o, const Settings &settings, const Data &data,
 
 Outcome run_training(const Settings &settings, const RunFolder &folder, ponder_runtime *runtime,
                      const ponder_model *model, const ponder_options *options, const Data &data) {
+    Training training(settings, folder, runtime, model, options, data);
     try {
-        return Training(settings, folder, runtime, model, options, data).run();
+        return training.run();
     } catch (const Failure &failure) {
         const auto latest = folder.latest();
         if (!latest || failure.code == exit_usage)
@@ -423,7 +427,7 @@ int train_command(const Settings &given_settings) {
         source = model_folder(settings);
     const Model model = load_model(runtime.get(), source, settings);
     const Data data(model.get(), source, options.get(), settings);
-    if (t.kind == TrainKind::backbone)
+    if (t.kind == TrainKind::backbone && !follower)
         copy_tokenizer(source, folder.path());
     const Outcome outcome =
         run_training(settings, folder, runtime.get(), model.get(), options.get(), data);
