@@ -52,18 +52,18 @@ public:
         const std::string folder = cache_folder(t.cache);
         DataSource source(t.data, settings.quiet);
         caches_.emplace_back(source, model, model_path, folder, settings.quiet);
-        std::set<std::string_view> measured;
+        std::set<uint64_t> measured; // keys of packages
         if (!t.valid.empty()) {
             DataSource held(t.valid, settings.quiet);
             caches_.emplace_back(held, model, model_path, folder, settings.quiet);
             for (const TokenCache::Run &run : caches_.back().runs()) {
                 valid_.add(caches_.back(), run);
-                measured.insert(run.package);
+                measured.insert(run.key);
             }
         }
         std::set<std::string_view> shared;
         for (const TokenCache::Run &run : caches_.front().runs())
-            if (measured.contains(run.package))
+            if (measured.contains(run.key))
                 shared.insert(run.package);
             else
                 (held_out(run.package, t.valid_share) ? valid_ : train_).add(caches_.front(), run);
