@@ -39,10 +39,6 @@ int32_t kind_number(TrainKind kind) {
                                       : PONDER_TRAIN_BACKBONE;
 }
 
-uint64_t number_of(const ponder_options *options, const char *name) {
-    return uint64_t(std::stod(value_of(options, name)));
-}
-
 // The caches, the two sides of the split, and the units that steps are made of.
 class Data {
 public:
