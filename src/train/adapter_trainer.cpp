@@ -207,6 +207,7 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
         guard.progress(done, count);
     };
     peers_.together(steps(), guard, [&] {
+        check(); // other threads may take all of the work
         device_->threads().run_throwing(uint32_t(count), [&](uint32_t i, uint32_t worker) {
             check();
             const size_t s = mine.begin + i;

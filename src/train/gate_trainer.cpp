@@ -388,12 +388,14 @@ ponder_train_record GateTrainer::step(std::span<const ponder_stream> streams,
     const size_t count = mine.end - mine.begin;
     std::vector<Measured> measured(count);
     std::atomic<uint64_t> done{0};
+    const auto check = [&] {
+        guard.check();
+        guard.progress(done, count);
+    };
     peers_.together(steps_, guard, [&] {
+        check(); // other threads may take all of the work
         model_->runtime().threads->run_throwing(uint32_t(count), [&](uint32_t i, uint32_t) {
-            measured[i] = measure(streams[mine.begin + i], randoms[mine.begin + i], guard, [&] {
-                guard.check();
-                guard.progress(done, count);
-            });
+            measured[i] = measure(streams[mine.begin + i], randoms[mine.begin + i], guard, check);
             ++done;
         });
         guard.finished(count);
