@@ -79,10 +79,11 @@ TEST(TrainerTest, WhatWasExportedBeforeLeavesTheModel) {
     for (const auto &[kind, adapter, tokens] : kinds) {
         if (kind != PONDER_TRAIN_ADAPTER)
             continue;
-        Trained t;
+        Trained t("f32", 1); // a trainer takes memory for each thread when that gets work
         const TempDir out;
         const auto trainer = make_trainer(t.model, kind, t.options({{"adapter", adapter}}));
         const Options options = t.options({{"adapter", out.path()}, {"policy", "always"}});
+        std::vector<std::weak_ptr<const Adapted>> adapted;
         std::vector<uint64_t> in_use, packed;
         std::vector<float> losses;
         for (uint64_t i = 0; i < 5; ++i) {
@@ -92,10 +93,12 @@ TEST(TrainerTest, WhatWasExportedBeforeLeavesTheModel) {
             session.feed(Trained::batch(9, 16)[0]);
             session.adapt(no_limits(session));
             losses.assign(session.losses().begin(), session.losses().end());
+            adapted.push_back(t.model->adapted(with_stored_options(options)));
             in_use.push_back(t.model->runtime().memory->in_use());
             packed.push_back(t.model->device()->packed_bytes());
         }
-        // One that is in use, and the one before it until somebody asks again.
+        for (size_t i = 0; i < adapted.size(); ++i)
+            EXPECT_EQ(adapted[i].expired(), i + 1 < adapted.size()) << adapter << " " << i;
         EXPECT_EQ(in_use[4], in_use[1]) << adapter;
         EXPECT_EQ(packed[4], packed[1]) << adapter;
         // Nothing of an older one is in what the newest does.

@@ -380,7 +380,8 @@ Outcome run_training(const Settings &settings, const RunFolder &folder, ponder_r
         return training.run();
     } catch (const Failure &failure) {
         const auto latest = folder.latest();
-        if (!latest || failure.code == exit_usage)
+        const bool here = number_of(options, "train.rank") == 0; // others have links alone
+        if (!latest || !here || failure.code == exit_usage)
             throw;
         throw Failure(failure.code, std::string(failure.what()) + " (the last checkpoint is " +
                                         folder.checkpoint(*latest) + "; --resume goes on from it)");
