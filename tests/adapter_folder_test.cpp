@@ -135,6 +135,8 @@ protected:
 TEST_F(AdapterFolder, MergedModelIsTheStaticAdapter) {
     const std::string adapter = path("adapter"), merged = path("merged");
     train(adapter);
+    fs::create_directory(merged); // as one that was killed leaves it
+    std::ofstream(merged + "/config.json") << "{}";
     OK(ponder_adapter_merge(base().c_str(), adapter.c_str(), merged.c_str(), error()));
     ponder_model *alone = nullptr;
     load(merged, &alone);
@@ -213,6 +215,7 @@ TEST_F(AdapterFolder, WhatDoesNotFitIsRefused) {
           std::tuple{"\"bias\": \"none\"", "\"bias\": \"all\"", PONDER_E_UNSUPPORTED},
           std::tuple{"\"rank_pattern\": {}", "\"rank_pattern\": {\"x\": 3}", PONDER_E_UNSUPPORTED},
           std::tuple{"\"LORA\"", "\"IA3\"", PONDER_E_UNSUPPORTED},
+          std::tuple{"{", "{\"init_lora_weights\": \"pissa_niter_4\",", PONDER_E_UNSUPPORTED},
           std::tuple{"\"r\": 4", "\"r\": 5", PONDER_E_FORMAT},
           std::tuple{"\"lora_alpha\": 4", "\"lora_alpha\": \"4\"", PONDER_E_FORMAT},
           std::tuple{"{", "[", PONDER_E_FORMAT}}) {

@@ -219,6 +219,34 @@ TEST_F(Api, OptionsComeFromOneTable) {
     EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_option_get(9999, &info, e), "9999");
 }
 
+TEST_F(Api, OptionsAsASessionTakesThem) {
+    const char *value = nullptr;
+    ponder_options *found = nullptr;
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_options_resolve(nullptr, options, e), "out");
+    ASSERT_EQ(PONDER_OK, ponder_options_resolve(&found, nullptr, nullptr));
+    ASSERT_EQ(PONDER_OK, ponder_options_value(found, "adapter", &value, nullptr));
+    EXPECT_STREQ(value, "lora");
+    ponder_options_destroy(found);
+
+    const TempDir dir;
+    ASSERT_EQ(PONDER_OK, ponder_options_set(options, "adapter", dir.path().c_str(), nullptr));
+    ponder_options *none = nullptr;
+    EXPECT_STATUS(PONDER_E_ARGUMENT, ponder_options_resolve(&none, options, e), "ponder.json");
+    EXPECT_EQ(none, nullptr);
+    std::ofstream(dir.file("ponder.json"))
+        << R"({"format": "ponder-adapter", "version": 1, "kind": "lora", "model": "0",
+               "options": {"lora.rank": "3", "inner.lr": "0.5", "inner.beta1": "0.25"}})";
+    for (const auto &[name, text] : {std::pair{"lora.rank", "5"}, std::pair{"inner.lr", "0.125"}})
+        ASSERT_EQ(PONDER_OK, ponder_options_set(options, name, text, nullptr));
+    ASSERT_EQ(PONDER_OK, ponder_options_resolve(&found, options, nullptr));
+    for (const auto &[name, text] : {std::pair{"lora.rank", "3"}, std::pair{"inner.lr", "0.125"},
+                                     std::pair{"inner.beta1", "0.25"}}) {
+        ASSERT_EQ(PONDER_OK, ponder_options_value(found, name, &value, nullptr));
+        EXPECT_STREQ(value, text) << name;
+    }
+    ponder_options_destroy(found);
+}
+
 TEST_F(Api, SessionsRefuseOptionsThatDoNotFit) {
     const std::vector<std::pair<const char *, const char *>> bad = {
         {"policy", "sometimes"},

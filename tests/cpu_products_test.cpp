@@ -465,5 +465,21 @@ TEST_P(CpuOps, Refresh) {
     }
 }
 
+// A weight that is gone leaves nothing to the one that comes to lie at its address, but room.
+TEST_P(CpuOps, Forget) {
+    Tensor w = random(f32, {40, 70}).frozen();
+    const Tensor x = random(f32, {1, 66, 40}), wide = random(f32, {1, 66, 70});
+    check({"linear", {x, w, none(), none()}, {{f32, {1, 66, 70}}}, {0}}, limit(f32), "before");
+    const size_t bytes = runner->packed_bytes();
+    runner->forget(w);
+    if (on_host())
+        EXPECT_LT(runner->packed_bytes(), bytes);
+    const Tensor other = random(f32, {70, 40});
+    std::memcpy(w.block->data(), other.block->data(), size_t(w.count()) * size_of(f32));
+    w.shape = other.shape;
+    check({"linear", {wide, w, none(), none()}, {{f32, {1, 66, 40}}}, {0}}, limit(f32), "after");
+    runner->forget(x); // nothing was packed from it
+}
+
 } // namespace
 } // namespace ponder::test

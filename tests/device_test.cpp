@@ -385,6 +385,26 @@ TEST(DeviceMemory, TrainersAreThoseOfTheHost) {
     }
 }
 
+// What lay in the device's memory of a folder's adapter goes when the folder is written again.
+TEST(DeviceMemory, AnAdapterThatIsWrittenAgainIsThatOfTheHost) {
+    const auto host = load("reference", "f32"), device = load("offset", "f32");
+    const TempDir dir;
+    const auto trainer = make_trainer(
+        host, PONDER_TRAIN_ADAPTER,
+        options_of({{"adapter", "ttt-linear"}, {"train.lr", "0.05"}, {"train.warmup", "0"}}));
+    const Options options = options_of({{"adapter", dir.path()}, {"policy", "always"}});
+    std::vector<uint64_t> in_use;
+    for (int i = 0; i < 4; ++i) {
+        take_steps(*trainer, 1, 48);
+        trainer->export_to(dir.path());
+        const auto tokens = random_tokens(48, 5);
+        EXPECT_EQ(three_chunks(device, options, tokens, {}).second,
+                  three_chunks(host, options, tokens, {}).second);
+        in_use.push_back(device->runtime().memory->in_use());
+    }
+    EXPECT_EQ(in_use[3], in_use[1]);
+}
+
 // Layers below watch what a gate reads.
 TEST(DeviceMemory, FeaturesAreThoseOfTheHost) {
     const auto features = [&](const std::shared_ptr<const Model> &model, FeatureSet set) {

@@ -347,6 +347,17 @@ public:
         if (backend_->refresh)
             backend_->refresh(device_, constant.block->data());
     }
+    // The constant goes: its data may become another's.
+    void forget(const Tensor &constant) {
+        std::erase_if(resident_, [&](const auto &entry) {
+            if (entry.first != constant.block)
+                return false;
+            backend_->release(device_, entry.second);
+            return true;
+        });
+        if (backend_->forget)
+            backend_->forget(device_, constant.block->data());
+    }
     size_t packed_bytes() const { return backend_->packed_bytes(device_); }
 
 private:

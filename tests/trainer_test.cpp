@@ -74,6 +74,43 @@ TEST(TrainerTest, LossFalls) {
     }
 }
 
+// What is trained is exported to the same folder again and again, and measured by sessions there.
+TEST(TrainerTest, WhatWasExportedBeforeLeavesTheModel) {
+    for (const auto &[kind, adapter, tokens] : kinds) {
+        if (kind != PONDER_TRAIN_ADAPTER)
+            continue;
+        Trained t("f32", 1); // a trainer takes memory for each thread when that gets work
+        const TempDir out;
+        const auto trainer = make_trainer(t.model, kind, t.options({{"adapter", adapter}}));
+        const Options options = t.options({{"adapter", out.path()}, {"policy", "always"}});
+        std::vector<std::weak_ptr<const Adapted>> adapted;
+        std::vector<uint64_t> in_use, packed;
+        std::vector<float> losses;
+        for (uint64_t i = 0; i < 5; ++i) {
+            t.step(*trainer, i, tokens);
+            trainer->export_to(out.path());
+            Session session(t.model, options);
+            session.feed(Trained::batch(9, 16)[0]);
+            session.adapt(no_limits(session));
+            losses.assign(session.losses().begin(), session.losses().end());
+            adapted.push_back(t.model->adapted(with_stored_options(options)));
+            in_use.push_back(t.model->runtime().memory->in_use());
+            packed.push_back(t.model->device()->packed_bytes());
+        }
+        for (size_t i = 0; i < adapted.size(); ++i)
+            EXPECT_EQ(adapted[i].expired(), i + 1 < adapted.size()) << adapter << " " << i;
+        EXPECT_EQ(in_use[4], in_use[1]) << adapter;
+        EXPECT_EQ(packed[4], packed[1]) << adapter;
+        // Nothing of an older one is in what the newest does.
+        Trained fresh;
+        Session session(fresh.model, options);
+        session.feed(Trained::batch(9, 16)[0]);
+        session.adapt(no_limits(session));
+        EXPECT_EQ(std::vector<float>(session.losses().begin(), session.losses().end()), losses)
+            << adapter;
+    }
+}
+
 TEST(TrainerTest, ABackboneWithDropoutLearnsAndMayRecompute) {
     for (const char *dtype : {"f32", "bf16"}) {
         Trained t(dtype);
@@ -219,6 +256,60 @@ TEST(TrainerTest, ProcessesFailTogether) {
     EXPECT_EQ(status[0], PONDER_E_CANCELLED);
     EXPECT_EQ(status[1], PONDER_E_DEADLINE);
     EXPECT_EQ(read_file(dir.file("0"), 1 << 24), read_file(dir.file("1"), 1 << 24));
+}
+
+TEST(TrainerTest, ProgressCancelsWhileThereIsWorkLeft) {
+    struct Answer {
+        bool stop_at_end;
+        int calls;
+    };
+    Trained t;
+    for (const auto &[kind, adapter, tokens] : kinds) {
+        const auto trainer = make_trainer(t.model, kind, t.options({{"adapter", adapter}}));
+        Answer answer{false, 0};
+        ponder_call call{};
+        call.struct_size = sizeof call;
+        call.user_data = &answer;
+        call.progress = [](void *user, uint64_t done, uint64_t total) -> int32_t {
+            Answer &a = *static_cast<Answer *>(user);
+            ++a.calls;
+            return (done == total) == a.stop_at_end;
+        };
+        EXPECT_EQ(thrown_status([&, tokens = tokens] { t.step(*trainer, 0, tokens, &call); }),
+                  PONDER_E_CANCELLED);
+        EXPECT_EQ(answer.calls, 1) << adapter;
+        EXPECT_EQ(trainer->steps(), 0u);
+        answer.stop_at_end = true; // too late: the step is done
+        t.step(*trainer, 0, tokens, &call);
+        EXPECT_EQ(trainer->steps(), 1u);
+    }
+}
+
+TEST(TrainerTest, ACheckpointNamesTheOptionThatDiffers) {
+    Trained t;
+    const TempDir dir;
+    const auto with_rate = [&](const char *rate) {
+        return make_trainer(t.model, PONDER_TRAIN_ADAPTER, t.options({{"train.lr", rate}}));
+    };
+    with_rate("3e-3")->save(dir.file("a"), "");
+    with_rate("0.0030")->load(dir.file("a"));
+    expect_error(PONDER_E_MISMATCH, {"'train.lr'", "\"0.003\"", "\"0.004\""},
+                 [&] { with_rate("4e-3")->load(dir.file("a")); });
+}
+
+TEST(TrainerTest, ABackboneSaysWhereTextsEnd) {
+    Trained t; // without a tokenizer
+    const TempDir dir;
+    const auto field = [&] {
+        const std::string config = read_file(dir.file("config.json"), 1 << 16);
+        const size_t at = config.find("eos_token_id");
+        return at == config.npos ? "" : config.substr(at, config.find(',', at) - at);
+    };
+    make_trainer(t.model, PONDER_TRAIN_BACKBONE, t.options({{"adapter", "none"}}))
+        ->export_to(dir.path());
+    EXPECT_EQ(field(), "");
+    write_gpt2(dir.path(), {1, 2, 1, 8, 4, 50, 1e-5, true}, DType::f32, {}, 7);
+    EXPECT_EQ(field(), "eos_token_id\": 7");
 }
 
 TEST(TrainerTest, CancelledAndRefusedStepsChangeNothing) {

@@ -103,6 +103,7 @@ void drop(void *kernel) { kernel_release(kernel); }
 size_t packed_bytes(ponder_device *device) { return device->packs.bytes(); }
 
 void refresh(ponder_device *device, const void *constant) { device->packs.refresh(constant); }
+void forget(ponder_device *device, const void *constant) { device->packs.forget(constant); }
 
 constexpr ponder_backend descriptor = [] {
     ponder_backend backend{};
@@ -122,6 +123,7 @@ constexpr ponder_backend descriptor = [] {
     backend.drop = drop;
     backend.packed_bytes = packed_bytes;
     backend.refresh = refresh;
+    backend.forget = forget;
     return backend;
 }();
 

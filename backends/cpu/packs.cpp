@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 namespace ponder::cpu {
 
@@ -22,8 +23,12 @@ Packs::~Packs() {
             std::free(slab);
 }
 
-// Packed weights live as long as the device, so a slab is only ever filled.
+// Slabs live as long as the device. Weights that go are followed by others of the same shapes (an
+// adapter that was trained on), so a block is used again for its own size alone.
 void *Packs::allocate(size_t size) {
+    for (Unused **at = &unused_; *at; at = &(*at)->next)
+        if ((*at)->size == size)
+            return std::exchange(*at, (*at)->next);
     size = (size + 63) / 64 * 64;
     if (size > left_) {
         const size_t wanted = bytes_ < slab_size || size > slab_size ? size : slab_size;
@@ -59,6 +64,7 @@ const void *Packs::get(const void *weight, uint64_t layout, size_t size,
         }
         pack(block, context);
         slot.block = block;
+        slot.size = size;
         slot.pack = pack;
         std::memcpy(slot.context.data(), context, context_size);
         bytes_ += size;
@@ -78,10 +84,20 @@ void Packs::refresh(const void *weight) const {
             if (at == packs_.end() || at->first.first != weight)
                 return;
             layout = at->first.second + 1;
-            found = &at->second; // stays where it is for good
+            found = &at->second; // stays where it is until the weight goes
         }
         if (found->block)
             found->pack(found->block, found->context.data());
+    }
+}
+
+void Packs::forget(const void *weight) {
+    const std::lock_guard lock(mutex_);
+    auto at = packs_.lower_bound({weight, 0});
+    while (at != packs_.end() && at->first.first == weight) {
+        unused_ = new (at->second.block) Unused{unused_, at->second.size};
+        bytes_ -= at->second.size;
+        at = packs_.erase(at);
     }
 }
 

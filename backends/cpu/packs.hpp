@@ -1,4 +1,4 @@
-// Packed copies of frozen weights, one per weight and layout, as long as the device lives.
+// Packed copies of frozen weights, one per weight and layout, until the weight or the device goes.
 #pragma once
 
 #include "device.hpp"
@@ -24,13 +24,22 @@ public:
                     size_t context_size);
     // Packs again what came from this weight, in place: kernels keep the addresses.
     void refresh(const void *weight) const;
+    // What came from this weight, which no kernel reads any more, makes room for others.
+    void forget(const void *weight);
     size_t bytes() const;
 
 private:
     struct Pack {
         void *block = nullptr;
+        size_t size = 0;
         void (*pack)(void *to, const void *context) = nullptr;
         alignas(16) std::array<std::byte, max_pack_context> context{};
+    };
+
+    // A block that nothing is in, in a list.
+    struct Unused {
+        Unused *next;
+        size_t size;
     };
 
     void *allocate(size_t size);
@@ -42,6 +51,7 @@ private:
     std::vector<void *> slabs_;
     char *free_ = nullptr; // of the last slab
     size_t left_ = 0;
+    Unused *unused_ = nullptr;
 };
 
 } // namespace ponder::cpu

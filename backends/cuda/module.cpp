@@ -373,6 +373,14 @@ void refresh(ponder_device *device, const void *constant) {
         refresh_narrow({nullptr, nullptr, device->stream, device}, at->second);
 }
 
+void forget(ponder_device *device, const void *constant) {
+    const auto at = device->state->narrow.find(constant);
+    if (at == device->state->narrow.end())
+        return;
+    device->check(cudaFreeAsync(at->second.to, device->stream), "memory of a bias");
+    device->state->narrow.erase(at);
+}
+
 constexpr ponder_backend descriptor = {
     .struct_size = sizeof(ponder_backend),
     .abi = PONDER_BACKEND_ABI,
@@ -411,6 +419,7 @@ constexpr ponder_backend descriptor = {
     .drop_mailbox = on_gpu<drop_mailbox>,
     .send = on_gpu<send>,
     .receive = on_gpu<receive>,
+    .forget = on_gpu<forget>,
 };
 
 } // namespace

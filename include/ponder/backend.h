@@ -60,8 +60,9 @@ typedef struct ponder_op_call {
     uint32_t n_in, n_out, n_attr;
     const ponder_tensor *tensor;  /* [n_in + n_out], inputs first */
     const void *const *constant;  /* [n_in]: data of weights in the host's memory, NULL for the
-                                     rest. Outlives the device and changes only before `refresh`:
-                                     packed copies may be keyed by it */
+                                     rest. Outlives the device, or goes at `forget`, and
+                                     changes only before `refresh`: packed copies may be keyed
+                                     by it */
     const double *attr;           /* [n_attr] */
 } ponder_op_call;
 
@@ -227,6 +228,11 @@ typedef struct ponder_backend {
     void (*drop_mailbox)(ponder_device *device, void *mailbox);
     int32_t (*send)(ponder_device *device, void *mailbox, const void *buffer, size_t size);
     int32_t (*receive)(ponder_device *device, void *mailbox, void *host, size_t size);
+
+    /* This constant goes before the device does: no kernel that was planned with it is left, and
+     * another may come to lie at its address. Copies made from it go. NULL, or a descriptor that ends
+     * before: the device keeps them, and the core its constants. */
+    void (*forget)(ponder_device *device, const void *constant);
 } ponder_backend;
 
 typedef const ponder_backend *(*ponder_backend_query_fn)(void);

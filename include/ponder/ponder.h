@@ -170,6 +170,12 @@ PONDER_API ponder_status ponder_options_set(ponder_options *options, const char 
 /* The value as text; valid until the next set on these options. */
 PONDER_API ponder_status ponder_options_value(const ponder_options *options, const char *name,
                                               const char **value, ponder_error *error);
+/* The options as a session takes them: where `adapter` names a folder, those that are stored there,
+ * in place of all lora.* and ttt.* and of others that were not set. The folder is read now. options
+ * may be NULL. *out is destroyed with ponder_options_destroy. */
+PONDER_API ponder_status ponder_options_resolve(ponder_options **out,
+                                                const ponder_options *options,
+                                                ponder_error *error);
 
 /* ---- Long calls --------------------------------------------------------- */
 

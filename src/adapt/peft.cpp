@@ -189,6 +189,15 @@ double peft_scale(const std::string &file, int64_t rank) {
                             "layer_replication", "lora_bias"})
         if (is_on(key))
             throw_error(PONDER_E_UNSUPPORTED, "%s: %s is set", file.c_str(), key);
+    // These take something out of the base model when training begins: A and B belong to what is
+    // left.
+    if (const json::Value *init = root.find("init_lora_weights");
+        init && init->type == json::Type::string)
+        for (const char *way : {"pissa", "olora", "loftq", "corda"})
+            if (init->string.starts_with(way))
+                throw_error(PONDER_E_UNSUPPORTED,
+                            "%s: init_lora_weights is %s: the pair is not for the base model",
+                            file.c_str(), json::shown(init->string).c_str());
     const json::Value *r = root.find("r"), *alpha = root.find("lora_alpha");
     if (!r || r->type != json::Type::integer || r->integer != rank)
         throw_error(PONDER_E_FORMAT, "%s: r is not the tensors' rank %lld", file.c_str(),
@@ -315,8 +324,9 @@ void merge_adapter(const std::string &model, const std::string &adapter, const s
     if (made_for != hash)
         throw_error(PONDER_E_MISMATCH, "%s/ponder.json: 'model' is %.40s, the backbone is %s",
                     adapter.c_str(), made_for.c_str(), hash.c_str());
-    if (file_exists(out + "/config.json"))
-        throw_error(PONDER_E_STATE, "%s: holds a model already", out.c_str());
+    for (const char *file : {"model.safetensors", "model.safetensors.index.json"}) // written last
+        if (file_exists(out + "/" + file))
+            throw_error(PONDER_E_STATE, "%s: holds weights already: %s", out.c_str(), file);
     std::set<std::pair<int64_t, std::string>> left;
     for (const auto &[place, pair] : pairs.at)
         left.insert(place);

@@ -1,6 +1,8 @@
 // The option table and sets of values.
 #include "api/handles.hpp"
 
+#include "adapt/stored.hpp"
+
 using namespace ponder;
 using namespace ponder::api;
 
@@ -36,5 +38,15 @@ ponder_status ponder_options_value(const ponder_options *options, const char *na
     return guard(error, [&] {
         const Options &values = check(options, "options").options;
         require(value, "value") = values.text(&require(name, "name")).c_str();
+    });
+}
+
+ponder_status ponder_options_resolve(ponder_options **out, const ponder_options *options,
+                                     ponder_error *error) {
+    return guard(error, [&] {
+        require(out, "out");
+        auto handle = std::make_unique<ponder_options>();
+        handle->options = with_stored_options(options_or_defaults(options));
+        *out = handle.release();
     });
 }

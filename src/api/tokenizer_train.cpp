@@ -26,7 +26,7 @@ ponder_status ponder_backbone_create(const char *folder, const ponder_options *o
         if (config.width % config.heads != 0)
             throw_error(PONDER_E_ARGUMENT, "model.width %lld is no multiple of model.heads %lld",
                         static_cast<long long>(config.width), static_cast<long long>(config.heads));
-        create_gpt2(folder, config, uint64_t(o.integer("seed")));
+        create_gpt2(folder, config, uint64_t(o.integer("seed")), tokenizer->end_of_text());
     });
 }
 

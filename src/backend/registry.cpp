@@ -340,15 +340,36 @@ void Device::refresh_packed(const void *constant) const {
     backend_->refresh(device_, constant);
 }
 
+bool Device::can_forget() const {
+    const bool knows = backend_->struct_size > offsetof(ponder_backend, forget);
+    return !backend_->refresh || (knows && backend_->forget);
+}
+
+void Device::forget(const void *constant) const noexcept {
+    std::unique_lock lock(mutex_, std::defer_lock);
+    if (!on_host())
+        lock.lock();
+    if (backend_->refresh)
+        backend_->forget(device_, constant);
+    if (!on_host())
+        count_packed();
+    if (const auto at = resident_.find(constant); at != resident_.end()) {
+        backend_->release(device_, at->second.block);
+        memory_->refund(at->second.size);
+        resident_.erase(at);
+    }
+}
+
 DeviceBuffer::DeviceBuffer(std::shared_ptr<const Device> device, size_t size)
     : device_(std::move(device)), data_(device_->allocate(size)), size_(size) {}
 
 // Copies of weights that the module made while planning count too.
-void Device::charge_packed() const {
+void Device::count_packed() const {
     const size_t now = backend_->packed_bytes(device_);
-    if (now <= packed_)
-        return;
-    memory_->charge(now - packed_);
+    if (now > packed_)
+        memory_->charge(now - packed_);
+    else
+        memory_->refund(packed_ - now);
     packed_ = now;
 }
 
@@ -368,7 +389,7 @@ Device::Kernel Device::plan(const ponder_op_call &call, bool required) const {
     };
     Kernel kernel = ask(backend_, device_);
     if (!on_host())
-        charge_packed();
+        count_packed();
     if (!kernel.owner && fallback_)
         kernel = ask(reference_backend(), fallback_);
     if (!kernel.owner && required)

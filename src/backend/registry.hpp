@@ -66,6 +66,10 @@ public:
     void refresh(const void *constant) const;
     // The same, where it was the device's copy that changed.
     void refresh_packed(const void *constant) const;
+    // The constant goes, and no kernel that was planned with it is left. Not where the backend
+    // keeps what it has packed.
+    void forget(const void *constant) const noexcept;
+    bool can_forget() const;
 
     // Memory that the device's kernels see. On the host that is the host's; elsewhere addresses
     // mean nothing here, work is queued, and only download, synchronize, mailboxes and
@@ -155,7 +159,7 @@ private:
     void expect(int32_t result) const;                    // PONDER_E_BACKEND unless 0
     template <class Call> void in_group(Call call) const; // call(why, size)
     void *allocate_locked(size_t size) const;
-    void charge_packed() const;
+    void count_packed() const;
     mutable size_t packed_ = 0; // bytes of a device with its own memory that are charged
     mutable std::mutex mutex_;  // one call at a time where memory is not the host's
     mutable std::map<const void *, Resident> resident_;

@@ -262,13 +262,27 @@ double Options::number(std::string_view name) const {
 
 int64_t Options::integer(std::string_view name) const { return int64_t(number(name)); }
 
-std::string Options::hash() const {
-    Hash hash;
+std::vector<std::pair<std::string, std::string>> Options::computed_by() const {
+    std::vector<std::pair<std::string, std::string>> found;
     for (size_t i = 0; i < table_size; ++i) {
         if (!options[i].hashed)
             continue;
-        hash.add(std::string(table[i].name));
-        hash.add(values_[i]);
+        std::string value = values_[i];
+        if (table[i].type != PONDER_OPTION_TEXT) {
+            char digits[32];
+            value.assign(
+                digits, std::to_chars(digits, std::end(digits), parse_number(table[i], value)).ptr);
+        }
+        found.emplace_back(table[i].name, std::move(value));
+    }
+    return found;
+}
+
+std::string Options::hash() const {
+    Hash hash;
+    for (const auto &[name, value] : computed_by()) {
+        hash.add(name);
+        hash.add(value);
     }
     return hash.hex();
 }

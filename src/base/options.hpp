@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace ponder {
@@ -26,8 +27,9 @@ public:
     double number(std::string_view name) const;
     int64_t integer(std::string_view name) const;
     bool boolean(std::string_view name) const { return integer(name) != 0; }
-    // Of every value that changes what is computed, for snapshots.
-    std::string hash() const;
+    // Names and values of those that change what is computed; numbers as short as they can be.
+    std::vector<std::pair<std::string, std::string>> computed_by() const;
+    std::string hash() const; // of these, for snapshots
 
     Options();
 

@@ -168,9 +168,11 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
          &Calibration::front_slope,
          {{0.5, 0.4}, {0.7, 0}, {0.7, 0.4}, {1, 0}}}};
     uint64_t tries = uint64_t(goal.rounds) + 1;
-    if (goal.search)
+    if (goal.search) {
+        tries += 1; // what was chosen, with thresholds of its own
         for (const Part &part : parts)
             tries += part.values.size() - 1; // the present values are measured already
+    }
     calibrator.plan(tries * streams.size() + held.size());
 
     ponder_calibration report{};
@@ -206,6 +208,7 @@ ponder_calibration calibrate(std::shared_ptr<const Model> model, const Options &
         fit_thresholds(gate, run.outputs, best);
         if (goal.share)
             fit_shares(gate, run.outputs, *goal.share, best.target);
+        run = calibrator.run(streams, best);
     }
     report.target = best.target;
     report.loss = run.loss;

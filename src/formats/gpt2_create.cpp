@@ -17,7 +17,8 @@ bool ends_in_residual(const std::string &name) { return name.ends_with(".c_proj.
 
 } // namespace
 
-void create_gpt2(const std::string &folder, const Gpt2Config &config, uint64_t seed) {
+void create_gpt2(const std::string &folder, const Gpt2Config &config, uint64_t seed,
+                 int32_t end_of_text) {
     for (const char *file : {"model.safetensors", "model.safetensors.index.json"})
         if (file_exists(folder + "/" + file))
             throw_error(PONDER_E_STATE, "%s: holds weights already: %s", folder.c_str(), file);
@@ -38,7 +39,7 @@ void create_gpt2(const std::string &folder, const Gpt2Config &config, uint64_t s
                 value = float((ends_in_residual(name) ? residual : deviation) * random.normal());
         written.push_back({name, shape, tensor.data()});
     }
-    write_gpt2(folder, config, DType::f32, written);
+    write_gpt2(folder, config, DType::f32, written, end_of_text);
 }
 
 } // namespace ponder

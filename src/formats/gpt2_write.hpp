@@ -12,8 +12,9 @@ struct Gpt2Tensor {
 };
 
 // f32 or bf16. config.json first, then the weights, each replaced atomically: a new folder is
-// complete once it holds weights. Tokenizer files are left alone.
+// complete once it holds weights. Tokenizer files are left alone; `end_of_text` is what they say,
+// -1 where they say nothing.
 void write_gpt2(const std::string &folder, const Gpt2Config &config, DType type,
-                const std::vector<Gpt2Tensor> &tensors);
+                const std::vector<Gpt2Tensor> &tensors, int32_t end_of_text = -1);
 
 } // namespace ponder

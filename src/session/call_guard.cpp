@@ -26,10 +26,16 @@ void CallGuard::check() const {
                     static_cast<unsigned long long>(call_->timeout_ns));
 }
 
+bool CallGuard::stops(uint64_t done, uint64_t total) const {
+    return call_ && call_->progress && std::this_thread::get_id() == caller_ &&
+           call_->progress(call_->user_data, done, total);
+}
+
 void CallGuard::progress(uint64_t done, uint64_t total) const {
-    if (call_ && call_->progress && std::this_thread::get_id() == caller_ &&
-        call_->progress(call_->user_data, done, total))
+    if (stops(done, total))
         throw_error(PONDER_E_CANCELLED, "cancelled by the progress callback");
 }
+
+void CallGuard::finished(uint64_t total) const { stops(total, total); }
 
 } // namespace ponder

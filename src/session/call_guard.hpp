@@ -17,8 +17,11 @@ public:
     void check() const; // PONDER_E_CANCELLED, PONDER_E_DEADLINE
     // May cancel. Does nothing on other threads than the one that made the call.
     void progress(uint64_t done, uint64_t total) const;
+    // The last report: everything is done, and an answer that cancels comes too late.
+    void finished(uint64_t total) const;
 
 private:
+    bool stops(uint64_t done, uint64_t total) const; // by the callback's answer
     std::atomic<bool> &cancel_;
     const ponder_call *call_;
     uint64_t deadline_ns_ = 0;

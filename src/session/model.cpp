@@ -64,25 +64,41 @@ Model::Model(std::shared_ptr<const Runtime> runtime, const std::string &folder,
 
 std::shared_ptr<const Adapted> Model::adapted(const Options &options) const {
     const bool stored_or_drawn_once = options.text("adapter") != "lora";
-    const std::string &name = options.text("adapter");
-    const std::string stamp = is_built_in(name) ? "" : adapter_stamp(name);
-    std::string key = name + '\n' + stamp; // a folder that was written again is another adapter
+    AdaptedKey key{options.text("adapter"), "", ""};
+    if (!is_built_in(key.name))
+        key.stamp = adapter_stamp(key.name); // a folder that was written again is another adapter
     for (const ponder_option_info &info : option_table()) {
-        const std::string_view option = info.name;
-        if (option.starts_with("lora.") || option.starts_with("ttt.") ||
-            (stored_or_drawn_once && option == "seed"))
-            key += '\n' + options.text(option);
+        const std::string_view name = info.name;
+        if (name.starts_with("lora.") || name.starts_with("ttt.") ||
+            (stored_or_drawn_once && name == "seed"))
+            key.structure += '\n' + options.text(name);
     }
     std::lock_guard lock(mutex_);
-    auto &entry = adapted_[key];
-    if (!entry)
-        entry = std::make_shared<Adapted>(
-            *this, make_adapter(backbone_->config(), options, backbone_->hash()), stamp);
-    return entry;
+    drop_outdated(key);
+    if (const auto at = adapted_.find(key); at != adapted_.end())
+        return at->second;
+    return adapted_[key] = std::make_shared<Adapted>(
+               *this, make_adapter(backbone_->config(), options, backbone_->hash()), key.stamp);
+}
+
+// Those that a session has are found at a later call.
+void Model::drop_outdated(const AdaptedKey &key) const {
+    std::erase_if(adapted_, [&](const auto &entry) {
+        const auto &[other, adapted] = entry;
+        return other.name == key.name && other.stamp != key.stamp && adapted.use_count() == 1 &&
+               (adapted->adapter().slow().empty() || device_->can_forget());
+    });
+}
+
+Adapted::OnDevice::~OnDevice() {
+    if (device->can_forget())
+        for (const auto &[name, slow] : adapter.slow())
+            device->forget(slow.values.data());
 }
 
 Adapted::Adapted(const Model &model, std::shared_ptr<const Adapter> adapter, std::string stamp)
-    : model_(model), adapter_(std::move(adapter)), stamp_(std::move(stamp)),
+    : model_(model), adapter_(std::move(adapter)),
+      stamp_(std::move(stamp)), on_device_{model.device(), *adapter_},
       decode_(model.backbone(), *adapter_, model.device(), false),
       decode_with_layer_(model.backbone(), *adapter_, model.device(), true) {}
 

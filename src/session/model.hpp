@@ -32,9 +32,16 @@ public:
 
 private:
     static constexpr size_t kept_odd_shapes = 4;
+    // What the device made of the adapter's slow parameters goes after the passes and before them.
+    struct OnDevice {
+        std::shared_ptr<const Device> device;
+        const Adapter &adapter;
+        ~OnDevice();
+    };
     const Model &model_;
     std::shared_ptr<const Adapter> adapter_;
     std::string stamp_;
+    OnDevice on_device_;
     mutable std::mutex mutex_;
     mutable std::map<PassShape, std::shared_ptr<const Pass>> kept_;
     mutable std::vector<std::shared_ptr<const Pass>> odd_; // newest last
@@ -52,16 +59,21 @@ public:
     const Gpt2 &backbone() const { return *backbone_; }
     const Tokenizer *tokenizer() const { return tokenizer_.get(); }
     const std::shared_ptr<const Device> &device() const { return device_; }
-    // Sessions with equal structural options share adapter and passes. Adapters live as long as
-    // the model: the device may have packed their parameters.
+    // Sessions with equal structural options share adapter and passes. They stay for later ones,
+    // except those of a folder that was written again since, which go with their last session.
     std::shared_ptr<const Adapted> adapted(const Options &options) const;
 
 private:
+    struct AdaptedKey {
+        std::string name, stamp, structure; // stamp: of a folder's content
+        auto operator<=>(const AdaptedKey &) const = default;
+    };
+    void drop_outdated(const AdaptedKey &key) const;
     std::shared_ptr<const Runtime> runtime_;
     std::unique_ptr<const Gpt2> backbone_;
     std::unique_ptr<const Tokenizer> tokenizer_;
     mutable std::mutex mutex_;
-    mutable std::map<std::string, std::shared_ptr<const Adapted>> adapted_;
+    mutable std::map<AdaptedKey, std::shared_ptr<const Adapted>> adapted_;
     std::shared_ptr<const Device> device_; // before the weights go
 };
 

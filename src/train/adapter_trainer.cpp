@@ -4,6 +4,7 @@
 #include "base/error.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <exception>
 
@@ -198,21 +199,28 @@ ponder_train_record AdapterTrainer::step(std::span<const ponder_stream> streams,
     const double permute = options_.number("train.permute");
     const uint64_t seed = uint64_t(options_.integer("seed")) + 0x9e3779b97f4a7c15u * (steps() + 1);
     const Peers::Share mine = peers_.share(streams.size());
-    std::vector<Unroll<float>::Result> results(mine.end - mine.begin);
+    const size_t count = mine.end - mine.begin;
+    std::vector<Unroll<float>::Result> results(count);
+    std::atomic<uint64_t> done{0}; // streams
+    const auto check = [&] {
+        guard.check();
+        guard.progress(done, count);
+    };
     peers_.together(steps(), guard, [&] {
-        device_->threads().run_throwing(uint32_t(results.size()), [&](uint32_t i, uint32_t worker) {
-            guard.check();
+        check(); // other threads may take all of the work
+        device_->threads().run_throwing(uint32_t(count), [&](uint32_t i, uint32_t worker) {
+            check();
             const size_t s = mine.begin + i;
             const std::span<const int32_t> ids{streams[s].ids, streams[s].count};
             std::vector<int32_t> changed;
             if (permute > 0)
                 changed = permuted(streams[s], model_->backbone().config().vocabulary, permute,
                                    Random(seed + s));
-            results[i] =
-                lane(worker).unroll->run(permute > 0 ? std::span<const int32_t>(changed) : ids,
-                                         *work_[worker], [&] { guard.check(); });
+            results[i] = lane(worker).unroll->run(
+                permute > 0 ? std::span<const int32_t>(changed) : ids, *work_[worker], check);
+            ++done;
         });
-        guard.progress(streams.size(), streams.size());
+        guard.finished(count);
     });
     std::vector<Found> own;
     for (const auto &r : results)

@@ -168,7 +168,7 @@ const BackboneTrainer::Pass &BackboneTrainer::pass(int64_t streams, int64_t toke
 void BackboneTrainer::differentiate(std::span<const ponder_stream> streams, Peers::Share mine,
                                     ponder_train_record &r, const CallGuard &guard) {
     const int64_t tokens = int64_t(streams[0].count) - 1;
-    const size_t most = size_t(options_.integer("train.micro"));
+    const size_t most = size_t(options_.integer("train.micro")), all = mine.end - mine.begin;
     std::vector<int32_t> ids, targets;
     for (size_t first = mine.begin; first < mine.end; first += most) {
         const std::span<const ponder_stream> micro =
@@ -210,7 +210,10 @@ void BackboneTrainer::differentiate(std::span<const ponder_stream> streams, Peer
         for (size_t i = 0; i < weights_.size(); ++i)
             bind(p.gradient[i], gradient + weights_[i].offset);
         for (size_t i = 0; i < p.program->segments(); ++i) {
-            p.program->run(i, at, arena_.data(), workspace_.data(), [&] { guard.check(); });
+            p.program->run(i, at, arena_.data(), workspace_.data(), [&] {
+                guard.check();
+                guard.progress(first - mine.begin, all);
+            });
             r.flops += p.program->flops(i);
         }
         float loss = 0;
@@ -219,8 +222,8 @@ void BackboneTrainer::differentiate(std::span<const ponder_stream> streams, Peer
         r.loss += share * double(loss);
         if (share < 1)
             accumulate(first > mine.begin ? 1.0f : 0.0f, float(share), gradient);
-        guard.progress(first - mine.begin + micro.size(), mine.end - mine.begin);
     }
+    guard.finished(all);
 }
 
 ponder_train_record BackboneTrainer::step(std::span<const ponder_stream> streams,
@@ -271,7 +274,8 @@ void BackboneTrainer::export_to(const std::string &folder) const {
         }
         tensors.push_back({w.name, {w.shape.dim, w.shape.dim + w.shape.rank}, data});
     }
-    write_gpt2(folder, working_.config(), type, tensors);
+    write_gpt2(folder, working_.config(), type, tensors,
+               model_->tokenizer() ? model_->tokenizer()->end_of_text() : -1);
 }
 
 void BackboneTrainer::write(SafeTensorsWriter &writer) const { outer_->write(writer); }

@@ -3,6 +3,7 @@
 #include "adapt/stored.hpp"
 #include "adapt/stored_gate.hpp"
 #include "base/error.hpp"
+#include "base/hash.hpp"
 #include "formats/safetensors.hpp"
 
 #include <algorithm>
@@ -50,6 +51,26 @@ std::vector<double> through_softmax(std::span<const double> p, std::span<const d
     for (size_t k = 0; k < p.size(); ++k)
         d[k] = p[k] * (f[k] - mean) / temperature;
     return d;
+}
+
+// Of all that sessions with the adapter compute by. A gate that is stored beside it, and that makes
+// itself the policy, is not part of it: training may put it there.
+std::string content_hash(const Adapter &adapter, Options stored) {
+    stored.set_default("policy", "always");
+    Hash hash;
+    hash.add(stored.hash());
+    std::vector<float> fast(adapter.fast_count());
+    Random random(uint64_t(stored.integer("seed")));
+    adapter.initial(fast, random);
+    const auto add = [&](const std::vector<float> &values) {
+        hash.add(values.data(), values.size() * sizeof(float));
+    };
+    add(fast);
+    for (const auto &[name, slow] : adapter.slow())
+        add(slow.values);
+    add(adapter.rates().log_rate);
+    add(adapter.rates().decay);
+    return hash.hex();
 }
 
 } // namespace
@@ -140,8 +161,10 @@ GateTrainer::GateTrainer(std::shared_ptr<const Model> model, const Options &opti
                     "folder",
                     folder_.c_str());
     const Gpt2 &backbone = model_->backbone();
-    inside_ = make_adapter(backbone.config(), with_stored_options(options_), backbone.hash())
-                  ->learns_inside();
+    const Options stored = with_stored_options(options_);
+    const auto adapter = make_adapter(backbone.config(), stored, backbone.hash());
+    inside_ = adapter->learns_inside();
+    basis_ = content_hash(*adapter, stored);
     gate_ = std::make_shared<Gate>();
     const std::string &form = options_.text("gate.form");
     gate_->form = form == "steps"    ? GateForm::steps
@@ -171,7 +194,8 @@ GateTrainer::GateTrainer(std::shared_ptr<const Model> model, const Options &opti
 // One stream, learned from more often at its start, as policies do. Half of the streams declare
 // their length.
 GateTrainer::Measured GateTrainer::measure(const ponder_stream &stream, Random random,
-                                           const CallGuard &guard) const {
+                                           const CallGuard &guard,
+                                           const std::function<void()> &check) const {
     Session session(model_, options_);
     session.run_alone();
     session.use_gate(gate_); // for its features
@@ -218,7 +242,7 @@ GateTrainer::Measured GateTrainer::measure(const ponder_stream &stream, Random r
         to.flops += record.flops;
         to.chunks += 1;
         to.steps += uint64_t(record.steps);
-        guard.check();
+        check();
     }
     return to;
 }
@@ -364,12 +388,17 @@ ponder_train_record GateTrainer::step(std::span<const ponder_stream> streams,
     const size_t count = mine.end - mine.begin;
     std::vector<Measured> measured(count);
     std::atomic<uint64_t> done{0};
+    const auto check = [&] {
+        guard.check();
+        guard.progress(done, count);
+    };
     peers_.together(steps_, guard, [&] {
+        check(); // other threads may take all of the work
         model_->runtime().threads->run_throwing(uint32_t(count), [&](uint32_t i, uint32_t) {
-            measured[i] = measure(streams[mine.begin + i], randoms[mine.begin + i], guard);
-            guard.progress(++done, count);
+            measured[i] = measure(streams[mine.begin + i], randoms[mine.begin + i], guard, check);
+            ++done;
         });
-        guard.progress(count, count); // with the host's pool no task may have run here
+        guard.finished(count);
     });
     const Measured found = of_all(measured, guard);
     // Nothing was changed up to here, and nothing fails from here on.

@@ -8,6 +8,7 @@
 #include "train/trainer.hpp"
 
 #include <array>
+#include <functional>
 
 namespace ponder {
 
@@ -51,7 +52,8 @@ private:
         uint64_t predictions = 0, flops = 0, chunks = 0, steps = 0;
         double loss = 0, first = 0; // sums
     };
-    Measured measure(const ponder_stream &stream, Random random, const CallGuard &guard) const;
+    Measured measure(const ponder_stream &stream, Random random, const CallGuard &guard,
+                     const std::function<void()> &check) const;
     Measured of_all(std::span<const Measured> own, const CallGuard &guard);
     void normalise();
     GateObjective objective() const;

@@ -1,6 +1,7 @@
 #include "train/trainer.hpp"
 
 #include "base/error.hpp"
+#include "base/json.hpp"
 #include "formats/safetensors.hpp"
 #include "train/adapter_trainer.hpp"
 #include "train/backbone_trainer.hpp"
@@ -23,6 +24,36 @@ void expect(const SafeTensors &file, const char *key, const std::string &wanted)
                     file.name().c_str(), key, found, wanted.c_str());
 }
 
+// What a checkpoint says of the options: "\nNAME=VALUE" for each.
+std::string options_text(const Options &options) {
+    std::string text;
+    for (const auto &[name, value] : options.computed_by())
+        text += "\n" + name + "=" + value;
+    return text;
+}
+
+void expect_options(const SafeTensors &file, const Options &wanted) {
+    const auto at = file.metadata().find("options");
+    const std::string found = at == file.metadata().end() ? "" : at->second;
+    if (found == options_text(wanted))
+        return;
+    for (const auto &[name, value] : wanted.computed_by()) {
+        const std::string front = "\n" + name + "=";
+        const size_t begin = found.find(front);
+        if (begin == found.npos)
+            throw_error(PONDER_E_MISMATCH, "%s: says nothing of option '%s'", file.name().c_str(),
+                        name.c_str());
+        const size_t from = begin + front.size();
+        const std::string other = found.substr(from, found.find('\n', from) - from);
+        if (other != value)
+            throw_error(PONDER_E_MISMATCH, "%s: option '%s' was %s, and is now %s",
+                        file.name().c_str(), name.c_str(), json::shown(other).c_str(),
+                        json::shown(value).c_str());
+    }
+    throw_error(PONDER_E_MISMATCH, "%s: has options that this trainer does not know",
+                file.name().c_str());
+}
+
 } // namespace
 
 void Trainer::save(const std::string &path, const std::string &note) const {
@@ -34,7 +65,8 @@ void Trainer::save(const std::string &path, const std::string &note) const {
                        {"version", version},
                        {"kind", kind_},
                        {"model", model_->backbone().hash()},
-                       {"options", options_.hash()},
+                       {"options", options_text(options_)},
+                       {"basis", basis_},
                        {"note", note}};
     write(writer);
     replace_file(path, [&](const Sink &sink) { writer.write(sink); });
@@ -46,7 +78,10 @@ void Trainer::load(const std::string &path) {
     expect(file, "version", version);
     expect(file, "kind", kind_);
     expect(file, "model", model_->backbone().hash());
-    expect(file, "options", options_.hash());
+    expect_options(file, options_);
+    if (const auto at = file.metadata().find("basis");
+        at == file.metadata().end() || at->second != basis_)
+        throw_error(PONDER_E_MISMATCH, "%s: was made on another adapter", file.name().c_str());
     const auto note = file.metadata().find("note");
     std::string found = note == file.metadata().end() ? "" : note->second;
     read(file);

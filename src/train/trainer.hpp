@@ -42,6 +42,7 @@ protected:
     const char *kind_;
     const Options options_;
     Peers peers_;
+    std::string basis_; // hash of an adapter that is gone by, and that is in no checkpoint
 
 private:
     std::string note_;

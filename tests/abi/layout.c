@@ -3,6 +3,7 @@
  * Printed by header.py. */
 #include <ponder/ponder.h>
 #include <ponder/backend.h>
+#include <ponder/gate_rule.h>
 
 #define IS(what, number) _Static_assert((what) == (number), #what)
 
@@ -320,7 +321,7 @@ IS(offsetof(ponder_gate, accepted), 264);
 IS(offsetof(ponder_gate, gradient_norm), 272);
 IS(offsetof(ponder_gate, update_norm), 280);
 
-IS(sizeof(ponder_backend), 280);
+IS(sizeof(ponder_backend), 288);
 IS(offsetof(ponder_backend, struct_size), 0);
 IS(offsetof(ponder_backend, abi), 4);
 IS(offsetof(ponder_backend, name), 8);
@@ -358,6 +359,7 @@ IS(offsetof(ponder_backend, mailbox), 248);
 IS(offsetof(ponder_backend, drop_mailbox), 256);
 IS(offsetof(ponder_backend, send), 264);
 IS(offsetof(ponder_backend, receive), 272);
+IS(offsetof(ponder_backend, forget), 280);
 
 IS(PONDER_DTYPE_NONE, 0);
 IS(PONDER_DTYPE_F32, 1);
@@ -378,3 +380,4 @@ IS(PONDER_GATE_ENTROPY, 1);
 IS(PONDER_GATE_RECONSTRUCTION, 2);
 IS(PONDER_GATE_UPDATE_NORM, 3);
 IS(PONDER_GATE_SIGNALS, 4);
+

@@ -1,4 +1,5 @@
 """info, backends, bench, help and exit codes."""
+import json
 import subprocess
 
 from tool import harness
@@ -22,6 +23,26 @@ class OtherCommands(Case):
         self.assertEqual(found["memory_plan"]["fast_parameters"], 0)
         out = self.succeeds("info", "--plan-only").stdout.decode()
         self.assertIn("Memory plan", out)
+
+    def test_options_in_force_are_those_of_the_adapter(self):
+        with open(self.object_of("info")["options"]["adapter"] + "/ponder.json") as file:
+            stored = json.load(file)["options"]
+        path = self.write("a", TEXT)
+        line = json.dumps({"package": "p", "text": TEXT}) + "\n"
+        stream = self.write("s.jsonl", line)
+        folder = self.object_of("info")["options"]["adapter"]
+        for command in (["info"], ["info", "--plan-only"],
+                        ["run", path, "--chunk", "64", "--no-baseline"],
+                        ["eval", "--stream", stream, "--adapter", folder, "--chunk", "64",
+                         "--min-chunks", "1"]):
+            found = self.object_of(*command)
+            self.assertEqual({name: found["options"][name] for name in stored}, stored)
+            self.assertIn("adapter adapter", found.get("method", found.get("adapter")))
+        # What is asked for stays, if it is no part of the adapter's structure.
+        found = self.object_of("info", "--plan-only", "--set", "inner.lr=1e-4", "--policy", "every:3",
+                               "--adapter", folder, "--set", "lora.rank=1")["options"]
+        self.assertEqual([found[name] for name in ("inner.lr", "policy", "lora.rank")],
+                         ["1e-4", "every:3", stored["lora.rank"]])
 
     def test_convert(self):
         model, small = self.object_of("info", "--plan-only")["path"], self.path("small")
@@ -75,6 +96,16 @@ class OtherCommands(Case):
         self.assertAlmostEqual(sum(entry["share"] for entry in found["profile"]), 1, 6)
         self.assertIn("linear", [entry["op"] for entry in found["profile"]])
         self.assertEqual({entry["where"] for entry in found["profile"]}, {"score", "learn"})
+
+    def test_bench_updates_in_spite_of_a_gate(self):
+        folder = self.object_of("info", "--plan-only")["options"]["adapter"]
+        found = self.object_of("bench", "--adapter", folder, "--chunk", "16", "--chunks", "2",
+                               "--repeats", "1")
+        self.assertTrue(found["method"].endswith("always"), found["method"])
+        steps = self.object_of("info", "--plan-only", "--adapter", folder, "--chunk", "16",
+                               "--context", "16")["memory_plan"]
+        self.assertAlmostEqual(found["update"]["flops_per_chunk"],
+                               steps["flops_score"] + steps["flops_step"], -3)
 
     def test_bench_table(self):
         out = self.succeeds("bench", "--chunk", "16", "--chunks", "1", "--repeats", "1").stdout

@@ -6,7 +6,7 @@ import os
 import re
 
 from tool.harness import ponder
-from tool.training import ADAPTER, TrainingCase, json_lines, source
+from tool.training import ADAPTER, BACKBONE, TrainingCase, json_lines, source
 
 
 class Data(TrainingCase):
@@ -91,6 +91,37 @@ class Data(TrainingCase):
         found = json.loads(result.stdout)["data"]
         self.assertIn(b"2 packages are also in --valid", result.stderr)
         self.assertLess(found["train_tokens"], every["train_tokens"])
+
+    def test_made_up_names_do_not_make_texts_the_same(self):
+        def texts(start):
+            return json_lines({"text": source("", i)["text"] * 8} for i in range(start, start + 6))
+        train = [self.write("t/x.jsonl", texts(0)), self.write("t/x.txt", texts(0)),
+                 os.path.dirname(self.write("t/x/a.py", texts(0)))]
+        valid = [self.write("v/x.jsonl", texts(60)), self.write("v/x.txt", texts(60)),
+                 os.path.dirname(self.write("v/x/a.py", texts(60)))]
+        base, _ = self.facts(self.data)
+        for data, held in zip(train, valid):
+            every, _ = self.facts(data)
+            for measured, left in [(held, every["train_tokens"]), (data, 0)]:
+                found, _ = self.facts(data, self.data, arguments=["--valid", measured])
+                self.assertEqual(found["train_tokens"], base["train_tokens"] + left)
+
+    def test_the_tokenizer_learns_nothing_from_what_is_measured(self):
+        lines = self.content("data.jsonl").splitlines(keepends=True)
+        def tokenizer(out, data, *arguments):
+            self.train("backbone", out, *BACKBONE, "--vocab", "300", "--steps", "1", "-q", *arguments,
+                       data=data)
+            return self.content(out, "tokenizer.json")
+        valid = self.write("valid.jsonl", json_lines([source("p2", 0)]))
+        rest = self.write("rest.jsonl", b"".join(line for line in lines if b'"p2"' not in line))
+        self.assertEqual(tokenizer("a", self.data, "--valid", valid), tokenizer("b", rest))
+        self.assertNotEqual(self.content("a", "tokenizer.json"), tokenizer("c", self.data))
+        # The same where lines are packages of their own.
+        bare = [json_lines([{"text": source("", i)["text"]}]) for i in range(48)]
+        every = self.write("every.jsonl", b"".join(bare))
+        some = self.write("some.jsonl", b"".join(bare[:30]))
+        rest = self.write("others.jsonl", b"".join(bare[30:]))
+        self.assertEqual(tokenizer("d", every, "--valid", some), tokenizer("e", rest))
 
     def test_cache_is_found_again_and_made_anew(self):
         first, loss = self.facts(self.data)

@@ -1,18 +1,20 @@
 """A gate: trained, calibrated, used."""
 import json
 import math
+import os
 
 from tool.training import ADAPTER, TrainingCase
 
 
 class Gate(TrainingCase):
+    GATE = ["--chunk", "16", "--batch", "4", "--chunks", "8", "--steps", "2", "--set",
+            "gate.hidden=4", "--set", "gate.horizon=2", "--set", "gate.samples=3"]
+
     def setUp(self):
         super().setUp()
         self.model = self.backbone()
         self.train("adapter", "a", "--model", self.model, *ADAPTER, "--steps", "1")
-        self.train("gate", "g", "--model", self.model, "--adapter", self.path("a"), "--chunk", "16",
-                   "--batch", "4", "--chunks", "8", "--steps", "2", "--set", "gate.hidden=4",
-                   "--set", "gate.horizon=2", "--set", "gate.samples=3")
+        self.train("gate", "g", "--model", self.model, "--adapter", self.path("a"), *self.GATE)
 
     def stored(self):
         with open(self.path("g/ponder.json")) as file:
@@ -43,7 +45,8 @@ class Gate(TrainingCase):
         self.assertEqual(found["target"], 0.4)
         self.assertAlmostEqual(found["rate"], 0.4, delta=0.1)
         self.assertAlmostEqual(sum(found["shares"]), 1)
-        self.assertAlmostEqual(found["held_loss"], found["loss"], 2)  # the same streams here
+        for name in ("loss", "rate"):  # of what was stored; the same streams here
+            self.assertEqual(found["held_" + name], found[name])
         self.assertEqual(self.stored()["calibration"]["target"], 0.4)
         self.assertAlmostEqual(self.evaluate()["cost"], found["rate"], delta=0.1)
         plain = self.calibrate("--rate", "0.4", "--no-search")
@@ -57,6 +60,21 @@ class Gate(TrainingCase):
         found = self.calibrate("--shares", "0.5,0.3,0.2,0", "--no-search")
         self.assertAlmostEqual(found["target"], 0.7)
         self.assertLessEqual(found["rate"], 0.7)
+
+    def test_resumed_on_another_adapter(self):
+        common = ["--model", self.model, *self.GATE, "--resume", "--adapter"]
+        before = self.stored()
+        self.train("gate", "g", *common, self.path("a"))
+        self.assertEqual(self.stored(), before)
+        # A gate beside the adapter that it is for makes it no other.
+        for name in ("ponder.json", "ponder.safetensors"):
+            self.write("c/" + name, self.content("a", name))
+        for _ in range(2):
+            self.train("gate", "c", *common, self.path("c"))
+        self.train("adapter", "b", "--model", self.model, *ADAPTER, "--steps", "2")
+        os.replace(self.path("b/ponder.safetensors"), self.path("a/ponder.safetensors"))
+        message = self.train("gate", "g", *common, self.path("a"), "-q", run=lambda *a: self.fails(3, *a))
+        self.assertIn("another adapter", message)
 
     def test_usage(self):
         self.fails(2, "calibrate", "--adapter", self.path("g"), "-q")

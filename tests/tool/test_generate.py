@@ -61,6 +61,20 @@ class Generate(Case):
         self.assertEqual(text("--top-k", "1"), self.succeeds("generate", "--prompt", "def ",
                                                               *FEW).stdout)
 
+    def test_a_policy_that_needs_the_length_of_what_is_read(self):
+        path = self.write("a.py", TEXT * 8)
+        for source, stdin in ((path, b""), ("-", TEXT.encode() * 8)):
+            loss = [self.object_of("generate", "--read", source, "--prompt", "x", *FEW, *READS[:-1],
+                                   policy, stdin=stdin)["read"]["loss"]
+                    for policy in ("skip", "first:0.5", "always")]
+            self.assertLess(loss[1], loss[0])
+            self.assertNotEqual(loss[1], loss[2])
+
+    def test_seeds_in_any_form(self):
+        text = [self.succeeds("generate", "--prompt", "def ", "--temperature", "1", *FEW, "--seed",
+                              seed).stdout for seed in ("1000", "1e3")]
+        self.assertEqual(text[0], text[1])
+
     def test_stop(self):
         found = self.object_of("generate", "--prompt", "def f(x):\n", "--stop", "\n", *FEW)
         self.assertEqual(found["completion"]["ended_by"], "string")

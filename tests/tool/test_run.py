@@ -72,6 +72,20 @@ class Run(Case):
         half = (len(updated) + 1) // 2
         self.assertEqual(updated, [True] * half + [False] * (len(updated) - half))
 
+    def test_policies_that_read_ahead_are_for_eval(self):
+        path = self.write("a.py", TEXT)
+        for command in (["run", path], ["generate", "--read", path, "--prompt", "x"]):
+            message = self.fails(2, *command, *SMALL, "--policy", "oracle:0.5", "-q")
+            self.assertIn("ponder eval", message)
+
+    def test_whole_numbers_in_any_form(self):
+        found = [self.object_of("run", "-", "--chunk", chunk, "--context", context, *SMALL[4:],
+                                "--no-baseline", stdin=TEXT.encode())
+                 for chunk, context in (("16", "32"), ("1.6e1", "3.2e1"))]
+        self.assertEqual(found[0]["context_tokens"], 32)
+        self.assertEqual(found[1]["context_tokens"], 32)
+        self.assertEqual(found[0]["adapted"]["loss"], found[1]["adapted"]["loss"])
+
     def test_set_wins_over_the_flag(self):
         found = self.object_of("run", "-", *SMALL, "--steps", "2", "--set", "steps=0",
                                "--no-baseline", stdin=TEXT.encode())

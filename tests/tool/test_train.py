@@ -198,6 +198,8 @@ class Train(TrainingCase):
         message = self.train("adapter", "a", "--model", model, *ADAPTER, "--steps", "2", "-q",
                              run=lambda *a: self.fails(2, *a))
         self.assertIn("--resume", message)
+        self.train("adapter", "a", "--model", model, *ADAPTER, "--set", "train.steps=2e0", "--resume",
+                   "--set", "train.lr=0.0010")
         # Other data and other options are no continuation.
         other = self.write("other.jsonl", self.content("data.jsonl").replace(b"area", b"field"))
         for data, extra in [(other, []), (self.data, ["--seed", "3"]),
@@ -206,6 +208,8 @@ class Train(TrainingCase):
                                 "--resume", "-q", *extra, data=data, run=ponder)
             self.assertIn(result.returncode, (2, 3), result.stderr)
             self.assertIn(b"step-2.ckpt", result.stderr)
+            self.assertNotIn(b"last checkpoint", result.stderr)
+        self.assertIn(b"option 'lora.rank' was \"2\", and is now \"3\"", result.stderr)
 
     def test_two_processes_in_one_folder(self):
         model = self.backbone()

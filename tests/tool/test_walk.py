@@ -1,8 +1,10 @@
 """Which files a run reads: order, binary files, .gitignore."""
+import json
 import os
 import shutil
 import subprocess
 
+from tool import harness
 from tool.harness import Case
 
 
@@ -51,6 +53,28 @@ class Walk(Case):
         os.symlink("file", self.path("folder/link"))
         self.assertEqual(self.listed("folder"), ["folder/file"])
         self.assertEqual(self.listed("folder/link"), ["folder/link"])
+
+    def test_a_file_that_goes_before_it_is_read_is_left_out(self):
+        for name in ("tree/a", "tree/b", "c"):
+            self.write(name)
+        for named, code in (["tree"], 0), (["c", "tree"], 3):
+            self.write("tree/b")
+            pipe = self.path(f"pipe{code}")
+            os.mkfifo(pipe)
+            process = subprocess.Popen([harness.TOOL, "run", "--list", "--json", pipe, *named],
+                                       cwd=self.folder, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE)
+            with open(pipe, "wb") as file:  # opens when the walk is over
+                os.unlink(self.path("tree/b"))
+                os.unlink(self.path("c")) if code else None
+                file.write(b"text")
+            out, message = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, code, message)
+            if code == 0:
+                found = json.loads(out)
+                self.assertEqual([file["path"] for file in found["files"]], [pipe, "tree/a"])
+                self.assertEqual(found["files_left_out"], 1)
+                self.assertIn(b"tree/b: No such file or directory; left out", message)
 
     def test_list_as_json(self):
         self.write("a", "12345")

@@ -137,13 +137,13 @@ struct BenchResult {
 };
 
 BenchResult measure(const ponder_model *model, const Settings &settings) {
-    const Options update = make_options(settings), skip = make_options(settings);
+    const Options update = options_in_force(settings), skip = make_options(settings);
     call(ponder_options_set, skip.get(), "adapter", "none");
     call(ponder_options_set, skip.get(), "policy", "skip");
     Side skip_side(model, skip.get()), update_side(model, update.get());
     BenchResult result;
     result.chunk = info_of(skip_side.session()).chunk_tokens;
-    TokenStream stream(std::stoull(value_of(update.get(), "seed")), info_of(model).vocabulary);
+    TokenStream stream(number_of(update.get(), "seed"), info_of(model).vocabulary);
     Progress progress(settings.quiet);
     Profile profile;
 
@@ -238,17 +238,18 @@ void print_table(const BenchResult &b, const ponder_model_info &model, const std
 
 int bench_command(const Settings &settings) {
     const Runtime runtime = open_runtime(settings);
-    const Options options = make_options(settings);
+    const Options options = options_in_force(settings);
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
     const BenchResult result = measure(model.get(), settings);
     if (!result.complete)
-        note(settings.quiet, "interrupted; this is what was done so far");
+        note(settings.quiet, result.repeats ? "interrupted; this is what was done so far"
+                                            : "interrupted before the first repeat was done");
     std::string method = method_text(options.get());
     if (value_of(options.get(), "adapter") == "lora")
         method += ", layers " + value_of(options.get(), "lora.layers");
     if (settings.json)
         print_json(result, info_of(model.get()), method, settings);
-    else
+    else if (result.repeats > 0)
         print_table(result, info_of(model.get()), method);
     return result.complete ? exit_ok : exit_interrupted;
 }

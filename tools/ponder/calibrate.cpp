@@ -106,7 +106,7 @@ int calibrate_command(const Settings &settings) {
     const Options options = make_options(settings);
     const std::string adapter = value_of(options.get(), "adapter");
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
-    const uint64_t chunk = uint64_t(std::stod(value_of(options.get(), "chunk")));
+    const uint64_t chunk = number_of(options.get(), "chunk");
     const Streams fitted = read_streams(settings.streams, model.get(), settings, chunk);
     const Streams held = read_streams(settings.held, model.get(), settings, chunk);
     if (interrupted())

@@ -93,4 +93,9 @@ inline std::string value_of(const ponder_options *options, const char *name) {
     return value;
 }
 
+// Of an integer option. Its text may be any that the option table accepts for one, such as 1e3.
+inline uint64_t number_of(const ponder_options *options, const char *name) {
+    return uint64_t(std::stod(value_of(options, name)));
+}
+
 } // namespace tool

@@ -129,6 +129,7 @@ bool DataSource::next_line(DataText &to) {
             Document document = parse_document(line, Package::optional);
             to.package = document.package.value_or(inputs_[at_].package + ":" +
                                                    std::to_string(lines_->line_number()));
+            to.declared = document.package.has_value();
             to.text = std::move(document.text);
             to.begins = true;
         } catch (const std::exception &error) {
@@ -174,6 +175,7 @@ bool DataSource::next_part(DataText &to) {
     to.package = input.package;
     to.text = rest_.substr(0, cut);
     to.begins = !begun_;
+    to.declared = false;
     rest_.erase(0, cut);
     const bool any = !begun_ || !to.text.empty();
     begun_ = true;

@@ -15,7 +15,8 @@ namespace tool {
 struct DataText {
     std::string package;
     std::string text;
-    bool begins = true; // false: goes on where the text before it ended
+    bool begins = true;    // false: goes on where the text before it ended
+    bool declared = false; // the data name the package; else it is named after its file or folder
 };
 
 // *.jsonl and *.ndjson, also with .xz or .gz, are JSON Lines: "package" and "text", or "text"

@@ -1,6 +1,7 @@
 // The texts of files and folders, one at a time.
 #pragma once
 
+#include "common.hpp"
 #include "source.hpp"
 #include "terminal.hpp"
 #include "text.hpp"
@@ -45,18 +46,29 @@ public:
 
 private:
     bool read(const FileItem &file, std::string &text) {
-        if (file.path == "-" && have_stdin_) {
+        if (file.path == "-" && have_stdin_)
             text = stdin_;
-        } else if (read_whole(file.path, text) == ReadResult::too_large) {
-            note(quiet_,
-                 file.path + ": larger than " + bytes_text(largest_document) + "; left out");
-            text.clear();
+        else if (!read_file(file, text))
             return false;
-        } else if (file.path == "-" && keep_stdin_) {
+        if (file.path == "-" && keep_stdin_) {
             stdin_ = text;
             have_stdin_ = true;
         }
         return !looks_binary(text);
+    }
+    bool read_file(const FileItem &file, std::string &text) {
+        try {
+            if (read_whole(file.path, text) == ReadResult::ok)
+                return true;
+            note(quiet_,
+                 file.path + ": larger than " + bytes_text(largest_document) + "; left out");
+        } catch (const Failure &failure) {
+            if (file.named || failure.code != exit_file)
+                throw;
+            note(quiet_, std::string(failure.what()) + "; left out");
+        }
+        text.clear();
+        return false;
     }
 
     bool quiet_;

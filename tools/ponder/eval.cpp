@@ -122,13 +122,9 @@ void print_json(const Evaluation &e, const ponder_model_info &model, const ponde
         json.member("loss", package.loss).end();
     }
     json.end().member("packages_skipped", e.packages_skipped);
-    json.key("options").object();
-    for (uint32_t i = 0; i < ponder_option_count(); ++i) {
-        auto option = sized<ponder_option_info>();
-        call(ponder_option_get, i, &option);
-        json.member(option.name, value_of(options, option.name));
-    }
-    json.end().end().print();
+    json.key("options");
+    options_json(json, options);
+    json.end().print();
 }
 
 void print_table(const Evaluation &e, const ponder_model_info &model,
@@ -168,9 +164,8 @@ void print_table(const Evaluation &e, const ponder_model_info &model,
 
 int eval_command(const Settings &settings) {
     const Runtime runtime = open_runtime(settings);
-    const Options options = make_options(settings);
+    const Options options = options_in_force(settings);
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
-    use_stored_gate(model.get(), options.get(), settings);
     const Evaluation result = evaluate(model.get(), options.get(), settings);
     if (!result.complete)
         note(settings.quiet, "interrupted; this is what was done so far");

@@ -6,6 +6,7 @@
 #include "setup.hpp"
 #include "side_by_side.hpp"
 #include "stepper.hpp"
+#include "stream_length.hpp"
 #include "tokens.hpp"
 
 #include <algorithm>
@@ -23,10 +24,11 @@ struct Read {
 };
 
 Read read_and_learn(ponder_session *session, ponder_session *frozen, const ponder_model *model,
-                    const Settings &settings) {
+                    const std::string &policy, const Settings &settings) {
     Read read;
     Documents documents(settings.generate.read, settings.quiet);
     const DocumentTokens tokens(model);
+    declare_length(session, policy, documents, tokens);
     Stepper learns(session), skips(frozen);
     Progress progress(settings.quiet);
     const size_t chunk = info_of(session).chunk_tokens;
@@ -169,13 +171,13 @@ int generate_command(const Settings &settings) {
     if (g.prompt == "-" && std::find(g.read.begin(), g.read.end(), "-") != g.read.end())
         throw Failure(exit_usage, "--read and --prompt cannot both be standard input");
     const Runtime runtime = open_runtime(settings);
-    const Options options = make_options(settings);
+    const Options options = options_in_force(settings);
+    require_causal(options.get());
     std::string prompt = g.prompt;
     if (prompt == "-" && read_whole("-", prompt) == ReadResult::too_large)
         throw Failure(exit_file, "the prompt is larger than " + bytes_text(largest_document));
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
-    use_stored_gate(model.get(), options.get(), settings);
-    const uint64_t seed = std::stoull(value_of(options.get(), "seed"));
+    const uint64_t seed = number_of(options.get(), "seed");
     std::vector<int32_t> ids;
     DocumentTokens(model.get()).append(prompt, ids);
     if (ids.empty())
@@ -188,7 +190,8 @@ int generate_command(const Settings &settings) {
     const Session frozen = make_session(model.get(), skip.get());
     Read read;
     if (!g.read.empty()) {
-        read = read_and_learn(session.get(), frozen.get(), model.get(), settings);
+        read = read_and_learn(session.get(), frozen.get(), model.get(),
+                              value_of(options.get(), "policy"), settings);
         note(settings.quiet,
              format("read %s files, %s tokens in %s: %.3f nats a token, %.3f without learning "
                     "(%+.3f)",

@@ -91,7 +91,7 @@ void model_json(JsonWriter &json, const ponder_model_info &m) {
 
 int info_command(const Settings &settings) {
     const Runtime runtime = open_runtime(settings);
-    const Options options = make_options(settings);
+    const Options options = options_in_force(settings);
     const std::string folder = model_folder(settings);
     require_backend(runtime.get(), settings);
     const ponder_model_options how = model_options(settings);
@@ -104,8 +104,6 @@ int info_command(const Settings &settings) {
     Model model;
     if (settings.load)
         model = load_model(runtime.get(), folder, settings);
-    if (model)
-        use_stored_gate(model.get(), options.get(), settings);
     if (!settings.json) {
         if (model)
             print_model(info_of(model.get()));
@@ -122,13 +120,9 @@ int info_command(const Settings &settings) {
         json.member(row.key, plan.*row.bytes);
     json.member("fast_parameters", plan.fast_parameters);
     json.member("flops_score", plan.flops_score).member("flops_step", plan.flops_step).end();
-    json.key("options").object();
-    for (uint32_t i = 0; i < ponder_option_count(); ++i) {
-        auto option = sized<ponder_option_info>();
-        call(ponder_option_get, i, &option);
-        json.member(option.name, value_of(options.get(), option.name));
-    }
-    json.end().end().print();
+    json.key("options");
+    options_json(json, options.get());
+    json.end().print();
     return exit_ok;
 }
 

@@ -3,12 +3,16 @@
 #include "common.hpp"
 #include "data_source.hpp"
 #include "interrupt.hpp"
+#include "package_key.hpp"
 #include "terminal.hpp"
 #include "text.hpp"
 #include "training_data.hpp"
 
 #include <exception>
 #include <filesystem>
+#include <optional>
+#include <set>
+#include <vector>
 
 namespace tool {
 
@@ -20,10 +24,34 @@ namespace {
 struct Texts {
     DataSource source;
     double valid_share;
+    std::set<uint64_t> measured; // keys of packages in --valid
+    std::vector<uint64_t> keys;  // of the source's runs, where some are measured
     Progress progress;
     DataText text;
+    std::optional<PackageKey> run;
+    size_t runs = 0;
     std::exception_ptr failure;
 
+    Texts(const Settings &settings)
+        : source(settings.train.data, settings.quiet), valid_share(settings.train.valid_share),
+          progress(settings.quiet) {
+        if (settings.train.valid.empty())
+            return;
+        DataSource valid(settings.train.valid, settings.quiet);
+        for (const uint64_t key : package_keys(valid))
+            measured.insert(key);
+        keys = package_keys(source);
+    }
+
+    // Texts that something is measured on are not learned from, not even their words.
+    bool is_held_out() {
+        if (!run || !run->covers(text)) {
+            run.emplace(text);
+            ++runs;
+        }
+        return held_out(text.package, valid_share) ||
+               (!measured.empty() && measured.contains(keys[runs - 1]));
+    }
     static int32_t next(void *self, const char **text, size_t *length) {
         return static_cast<Texts *>(self)->next(text, length);
     }
@@ -32,7 +60,7 @@ struct Texts {
             do
                 if (!source.next(text))
                     return 0;
-            while (held_out(text.package, valid_share));
+            while (is_held_out());
             if (progress.due())
                 progress.show(format("counting words %s %3.0f %%",
                                      progress_bar(source.share(), 20).c_str(),
@@ -48,11 +76,7 @@ struct Texts {
 };
 
 void train_tokenizer(const std::string &folder, const Settings &settings) {
-    Texts texts{DataSource(settings.train.data, settings.quiet),
-                settings.train.valid_share,
-                Progress(settings.quiet),
-                {},
-                {}};
+    Texts texts(settings);
     ponder_error error{};
     error.struct_size = sizeof error;
     const ponder_status status = ponder_tokenizer_train(folder.c_str(), settings.train.vocabulary,

@@ -6,6 +6,7 @@
 #include "run_result.hpp"
 #include "setup.hpp"
 #include "stepper.hpp"
+#include "stream_length.hpp"
 #include "terminal.hpp"
 #include "text.hpp"
 #include "tokens.hpp"
@@ -21,20 +22,6 @@ namespace {
 // Tokens and losses kept in memory for the baseline and the page: 12 bytes each.
 constexpr size_t most_kept = 8'000'000;
 
-// Some policies need the length of the stream, which only tokenising it can tell.
-uint64_t count_chunks(Documents &documents, const DocumentTokens &tokens, size_t chunk) {
-    documents.keep_standard_input();
-    uint64_t count = 0;
-    std::string path, text;
-    std::vector<int32_t> ids;
-    while (!interrupted() && documents.next(path, text)) {
-        ids.clear();
-        count += tokens.append(text, ids);
-    }
-    documents.rewind();
-    return count / chunk + (count % chunk >= 2);
-}
-
 class AdaptivePass {
 public:
     AdaptivePass(const ponder_model *model, const ponder_options *options, Documents &documents,
@@ -43,9 +30,7 @@ public:
           stepper_(session_.get()), tokens_(model), documents_(documents), progress_(quiet),
           start_(std::chrono::steady_clock::now()) {
         result_.chunk_tokens = info_of(session_.get()).chunk_tokens;
-        if (result_.policy.rfind("first:", 0) == 0 || result_.policy == "adapter")
-            call(ponder_session_expect, session_.get(),
-                 count_chunks(documents_, tokens_, result_.chunk_tokens));
+        declare_length(session_.get(), result_.policy, documents_, tokens_);
     }
 
     void run() {
@@ -172,16 +157,16 @@ int run_command(const Settings &settings) {
     if (settings.list)
         return list_command(settings);
     const Runtime runtime = open_runtime(settings);
-    const Options options = make_options(settings);
+    const Options options = options_in_force(settings);
+    require_causal(options.get());
     Documents documents(paths_of(settings),
                         settings.quiet); // a wrong path shows before a large model is loaded
     const Model model = load_model(runtime.get(), model_folder(settings), settings);
-    use_stored_gate(model.get(), options.get(), settings);
     RunResult result{};
     result.model = info_of(model.get());
     result.method = method_text(options.get());
     result.policy = value_of(options.get(), "policy");
-    result.context_tokens = uint64_t(std::stoull(value_of(options.get(), "context")));
+    result.context_tokens = number_of(options.get(), "context");
     if (result.context_tokens == 0)
         result.context_tokens = uint64_t(result.model.context);
 
@@ -196,7 +181,7 @@ int run_command(const Settings &settings) {
         note(settings.quiet, "interrupted; this is what was done so far");
     if (!result.interrupted && result.chunks.empty())
         throw Failure(exit_file, result.files_left_out
-                                     ? "nothing to read: only binary or too large files"
+                                     ? "nothing to read: only binary, too large or unreadable files"
                                      : "nothing to read: no text with two tokens");
     if (!settings.html.empty()) {
         write_file(settings.html, html_report(result, model.get()));

@@ -158,7 +158,7 @@ void print_run_table(const RunResult &run) {
         std::printf("SKIP sees the same %s tokens of context: the gain comes on top of it.\n",
                     with_commas(run.context_tokens).c_str());
     if (run.files_left_out)
-        std::printf("%s left out (binary, or too large).\n",
+        std::printf("%s left out (binary, too large or unreadable).\n",
                     plural(run.files_left_out, "file").c_str());
 }
 
@@ -223,13 +223,9 @@ void print_run_json(const RunResult &run, const ponder_options *options) {
     json.end().key("records").array();
     for (const RunChunk &chunk : run.chunks)
         chunk_json(json, chunk);
-    json.end().key("options").object();
-    for (uint32_t i = 0; i < ponder_option_count(); ++i) {
-        auto option = sized<ponder_option_info>();
-        call(ponder_option_get, i, &option);
-        json.member(option.name, value_of(options, option.name));
-    }
-    json.end().end().print();
+    json.end().key("options");
+    options_json(json, options);
+    json.end().print();
 }
 
 } // namespace tool

@@ -100,8 +100,11 @@ Options make_options(const Settings &settings) {
         set("guard.norm", "inf");
         set("budget.rate", "inf");
     }
-    if (settings.command == Command::bench && !given(settings, "lora.layers"))
-        set("lora.layers", "half");
+    if (settings.command == Command::bench) {
+        set("policy", "always"); // an update a chunk, also where the adapter has a gate
+        if (!given(settings, "lora.layers"))
+            set("lora.layers", "half");
+    }
     if (const std::string adapter = default_adapter(settings); !adapter.empty())
         set("adapter", adapter);
     for (const auto &[name, value] : settings.options)
@@ -114,16 +117,18 @@ Options make_options(const Settings &settings) {
     return options;
 }
 
-void use_stored_gate(const ponder_model *model, ponder_options *options, const Settings &settings) {
-    std::error_code ignored;
-    if (given(settings, "policy") || !fs::is_directory(value_of(options, "adapter"), ignored))
-        return;
-    const Options tried = make_options(settings);
-    call(ponder_options_set, tried.get(), "policy", "adapter");
-    ponder_session *session = nullptr;
-    if (ponder_session_create(&session, model, tried.get(), nullptr) == PONDER_OK)
-        call(ponder_options_set, options, "policy", "adapter");
-    ponder_session_destroy(session);
+Options options_in_force(const Settings &settings) {
+    const Options given = make_options(settings);
+    ponder_options *resolved = nullptr;
+    call(ponder_options_resolve, &resolved, static_cast<const ponder_options *>(given.get()));
+    return Options(resolved);
+}
+
+void require_causal(const ponder_options *options) {
+    if (const std::string policy = value_of(options, "policy"); policy.starts_with("oracle"))
+        throw Failure(exit_usage, "policy '" + policy +
+                                      "' reads what comes next: it is for `ponder eval`, which "
+                                      "has whole streams");
 }
 
 void require_backend(const ponder_runtime *runtime, const Settings &settings) {
@@ -178,6 +183,16 @@ Session make_session(const ponder_model *model, const ponder_options *options) {
     ponder_session *session = nullptr;
     call(ponder_session_create, &session, model, options);
     return Session(session);
+}
+
+void options_json(JsonWriter &json, const ponder_options *options) {
+    json.object();
+    for (uint32_t i = 0; i < ponder_option_count(); ++i) {
+        auto option = sized<ponder_option_info>();
+        call(ponder_option_get, i, &option);
+        json.member(option.name, value_of(options, option.name));
+    }
+    json.end();
 }
 
 std::string types_text(const ponder_model_info &model) {

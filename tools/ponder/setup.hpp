@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.hpp"
+#include "json_out.hpp"
 #include "settings.hpp"
 
 namespace tool {
@@ -18,12 +19,14 @@ std::string model_folder(const Settings &settings);
 // empty if there is none or the user asked for something else.
 std::string default_adapter(const Settings &settings);
 
-// The policy becomes the gate that is stored in the adapter's folder, if there is one and the user
-// named no policy: the library does the same, and the tool has to know.
-void use_stored_gate(const ponder_model *model, ponder_options *options, const Settings &settings);
-
-// The options in force: the command's own defaults, then what the user gave.
+// The command's own defaults, then what the user gave.
 Options make_options(const Settings &settings);
+// The options in force: these, with what the adapter's folder stores.
+Options options_in_force(const Settings &settings);
+
+// Throws Failure(exit_usage) for policies that read what comes next, where only what was read so
+// far is known.
+void require_causal(const ponder_options *options);
 
 // Throws Failure(exit_backend) when --backend or --dtype is not there: never a fallback.
 void require_backend(const ponder_runtime *runtime, const Settings &settings);
@@ -34,6 +37,9 @@ int32_t stop_when_interrupted(void *, uint64_t, uint64_t);
 Model load_model(ponder_runtime *runtime, const std::string &folder, const Settings &settings);
 ponder_model_options model_options(const Settings &settings);
 Session make_session(const ponder_model *model, const ponder_options *options);
+
+// An object with all of them.
+void options_json(JsonWriter &json, const ponder_options *options);
 
 // "bf16", "bf16, int8 weights"
 std::string types_text(const ponder_model_info &model);

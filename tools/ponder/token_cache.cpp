@@ -2,6 +2,7 @@
 
 #include "digest.hpp"
 #include "interrupt.hpp"
+#include "package_key.hpp"
 #include "terminal.hpp"
 #include "text.hpp"
 #include "tokens.hpp"
@@ -11,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <optional>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -32,7 +34,7 @@ struct Header {
     uint64_t digest;      // of the fields above
 };
 static_assert(sizeof(Header) == 88);
-constexpr char magic[8] = {'p', 'o', 'n', 'd', 'e', 'r', 'T', '1'};
+constexpr char magic[8] = {'p', 'o', 'n', 'd', 'e', 'r', 'T', '2'};
 
 uint64_t digest_of(const Header &header) {
     Digest digest;
@@ -106,13 +108,12 @@ public:
     }
 
     void add(const DataText &text) {
-        if (header_.runs == 0 || text.package != package_) {
-            package_ = text.package;
-            ++header_.runs;
-            put(header_.tokens);
-            put(package_.size());
-            index_ += package_;
+        if (!run_ || !run_->covers(text)) {
+            end_run();
+            run_.emplace(text);
+            first_ = header_.tokens;
         }
+        run_->add(text);
         ids_.clear();
         if (text.begins)
             tokens_.append(text.text, ids_);
@@ -128,6 +129,7 @@ public:
     }
 
     void finish() {
+        end_run();
         header_.index_bytes = index_.size();
         write(index_.data(), index_.size());
         header_.body_digest = body_.number();
@@ -137,6 +139,15 @@ public:
     uint64_t tokens() const { return header_.tokens; }
 
 private:
+    void end_run() {
+        if (!run_)
+            return;
+        ++header_.runs;
+        put(first_);
+        put(run_->number());
+        put(run_->package().size());
+        index_ += run_->package();
+    }
     void put(uint64_t number) {
         index_.append(reinterpret_cast<const char *>(&number), sizeof number);
     }
@@ -149,7 +160,9 @@ private:
     DocumentTokens tokens_;
     Header header_{};
     Digest body_;
-    std::string package_, index_;
+    std::optional<PackageKey> run_; // the open one, and its first id
+    uint64_t first_ = 0;
+    std::string index_;
     std::vector<int32_t> ids_;
     std::vector<uint16_t> narrow_;
 };
@@ -180,6 +193,7 @@ TokenCache::TokenCache(DataSource &source, const ponder_model *model,
     Digest digest;
     digest.add_text(source.digest());
     digest.add_text(tokenizer_digest(model_folder));
+    digest.add(magic, sizeof magic); // a cache of another form is another file
     key_ = digest.hex();
     const std::string path = folder + "/" + key_ + ".tokens";
     if (open(path, quiet))
@@ -220,6 +234,8 @@ bool TokenCache::open(const std::string &path, bool quiet) {
         std::memcmp(header.key, key_.data(), sizeof header.key) != 0)
         return damaged("its header");
     const uint64_t body = size - sizeof header;
+    if (header.width != 2 && header.width != 4)
+        return damaged("its header");
     if (header.tokens > body / header.width ||
         header.tokens * header.width + header.index_bytes != body)
         return damaged("its length");
@@ -234,17 +250,28 @@ bool TokenCache::open(const std::string &path, bool quiet) {
     width_ = header.width;
     tokens_ = header.tokens;
     const std::byte *at = ids_ + tokens_ * width_;
+    uint64_t left = header.index_bytes;
     runs_.clear();
     for (uint64_t i = 0; i < header.runs; ++i) {
-        uint64_t numbers[2];
-        std::memcpy(numbers, at, sizeof numbers);
-        at += sizeof numbers;
+        struct {
+            uint64_t first, key, name;
+        } entry;
+        const uint64_t least = runs_.empty() ? 0 : runs_.back().first;
+        if (left < sizeof entry)
+            return damaged("its index");
+        std::memcpy(&entry, at, sizeof entry);
+        at += sizeof entry;
+        left -= sizeof entry;
+        if (entry.name > left || entry.first < least || entry.first > tokens_)
+            return damaged("its index");
         if (i > 0)
-            runs_.back().count = numbers[0] - runs_.back().first;
-        runs_.push_back({{reinterpret_cast<const char *>(at), size_t(numbers[1])},
-                         numbers[0],
-                         tokens_ - numbers[0]});
-        at += numbers[1];
+            runs_.back().count = entry.first - runs_.back().first;
+        runs_.push_back({{reinterpret_cast<const char *>(at), size_t(entry.name)},
+                         entry.key,
+                         entry.first,
+                         tokens_ - entry.first});
+        at += entry.name;
+        left -= entry.name;
     }
     return true;
 }

@@ -1,6 +1,6 @@
 // Training data as token ids in one memory-mapped file, made once for a content and a tokenizer.
 //
-//   header, ids (2 or 4 bytes each), index: for every run its first id, its package's name
+//   header, ids (2 or 4 bytes each), index: for every run its first id, its key, its package's name
 //
 // A run is what follows one another of a package: its documents, each after <|endoftext|>.
 #pragma once
@@ -20,6 +20,7 @@ class TokenCache {
 public:
     struct Run {
         std::string_view package;
+        uint64_t key;          // see PackageKey
         uint64_t first, count; // ids
     };
 

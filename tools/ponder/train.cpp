@@ -39,10 +39,6 @@ int32_t kind_number(TrainKind kind) {
                                       : PONDER_TRAIN_BACKBONE;
 }
 
-uint64_t number_of(const ponder_options *options, const char *name) {
-    return uint64_t(std::stod(value_of(options, name)));
-}
-
 // The caches, the two sides of the split, and the units that steps are made of.
 class Data {
 public:
@@ -52,18 +48,18 @@ public:
         const std::string folder = cache_folder(t.cache);
         DataSource source(t.data, settings.quiet);
         caches_.emplace_back(source, model, model_path, folder, settings.quiet);
-        std::set<std::string_view> measured;
+        std::set<uint64_t> measured; // keys of packages
         if (!t.valid.empty()) {
             DataSource held(t.valid, settings.quiet);
             caches_.emplace_back(held, model, model_path, folder, settings.quiet);
             for (const TokenCache::Run &run : caches_.back().runs()) {
                 valid_.add(caches_.back(), run);
-                measured.insert(run.package);
+                measured.insert(run.key);
             }
         }
         std::set<std::string_view> shared;
         for (const TokenCache::Run &run : caches_.front().runs())
-            if (measured.contains(run.package))
+            if (measured.contains(run.key))
                 shared.insert(run.package);
             else
                 (held_out(run.package, t.valid_share) ? valid_ : train_).add(caches_.front(), run);
@@ -153,18 +149,20 @@ public:
         : settings_(settings), folder_(folder), data_(data), options_(options),
           trainer_(make_trainer(model)), order_(data.units().count(), number_of(options, "seed")),
           validator_(runtime, model, settings, data.valid(), folder.path() + "/.valid"),
-          progress_(settings.quiet), last_(number_of(options, "train.steps")) {
+          progress_(settings.quiet), last_(number_of(options, "train.steps")),
+          writes_(number_of(options, "train.rank") == 0) {
         position_.data = data.identity();
         resumed_ = settings.train.resume ? folder.latest() : std::nullopt;
         if (resumed_)
             load(*resumed_);
         else if (settings.train.resume)
             note(settings.quiet, folder.path() + ": no checkpoint yet; from the start");
-        log_.emplace(settings.train.log.empty() ? folder.path() + "/log.jsonl" : settings.train.log,
-                     resumed_);
     }
 
     Outcome run() {
+        log_.emplace(settings_.train.log.empty() ? folder_.path() + "/log.jsonl"
+                                                 : settings_.train.log,
+                     resumed_);
         start_ = std::chrono::steady_clock::now();
         first_step_ = steps();
         if (!resumed_ && measures())
@@ -181,7 +179,7 @@ public:
         outcome_.steps = steps();
         outcome_.seconds = elapsed();
         progress_.clear();
-        if (outcome_.complete)
+        if (outcome_.complete && writes_)
             call(ponder_trainer_export, trainer_.get(), folder_.path().c_str());
         return outcome_;
     }
@@ -212,7 +210,7 @@ private:
     }
 
     void save() {
-        if (saved_ == steps() || steps() == 0)
+        if (saved_ == steps() || steps() == 0 || !writes_)
             return;
         log_->sync();
         call(ponder_trainer_save, trainer_.get(), folder_.checkpoint(steps()).c_str(),
@@ -300,6 +298,7 @@ private:
     Validator validator_;
     Progress progress_;
     uint64_t last_;
+    bool writes_; // checkpoints and what is trained: of processes that train together, the first
     Position position_;
     std::optional<uint64_t> resumed_, saved_;
     std::optional<TrainLog> log_;
@@ -376,11 +375,13 @@ void print_outcome(const Outcome &o, const Settings &settings, const Data &data,
 
 Outcome run_training(const Settings &settings, const RunFolder &folder, ponder_runtime *runtime,
                      const ponder_model *model, const ponder_options *options, const Data &data) {
+    Training training(settings, folder, runtime, model, options, data);
     try {
-        return Training(settings, folder, runtime, model, options, data).run();
+        return training.run();
     } catch (const Failure &failure) {
         const auto latest = folder.latest();
-        if (!latest || failure.code == exit_usage)
+        const bool here = number_of(options, "train.rank") == 0; // others have links alone
+        if (!latest || !here || failure.code == exit_usage)
             throw;
         throw Failure(failure.code, std::string(failure.what()) + " (the last checkpoint is " +
                                         folder.checkpoint(*latest) + "; --resume goes on from it)");
@@ -423,7 +424,7 @@ int train_command(const Settings &given_settings) {
         source = model_folder(settings);
     const Model model = load_model(runtime.get(), source, settings);
     const Data data(model.get(), source, options.get(), settings);
-    if (t.kind == TrainKind::backbone)
+    if (t.kind == TrainKind::backbone && !follower)
         copy_tokenizer(source, folder.path());
     const Outcome outcome =
         run_training(settings, folder, runtime.get(), model.get(), options.get(), data);

@@ -35,8 +35,7 @@ std::optional<Validation> Validator::measure(const ponder_trainer *trainer,
         set("adapter", "none");
         set("policy", "skip");
         const auto context = uint64_t(info_of(model).context);
-        set("chunk", std::to_string(std::min<uint64_t>(
-                         context, std::stoull(value_of(options.get(), "chunk")))));
+        set("chunk", std::to_string(std::min(context, number_of(options.get(), "chunk"))));
         set("context", value_of(options.get(), "chunk"));
     } else {
         set("adapter", folder_);

@@ -95,8 +95,9 @@ private:
                 if (!ignored(below + name, true))
                     enter(entry.path(), below + name + "/");
             } else if (fs::is_regular_file(status) && !ignored(below + name, false)) {
+                const uintmax_t size = entry.file_size(unknown);
                 files_.push_back(
-                    {entry.path().lexically_normal().string(), uint64_t(entry.file_size(unknown))});
+                    {entry.path().lexically_normal().string(), unknown ? 0 : uint64_t(size)});
             }
         }
         if (level)
@@ -117,7 +118,7 @@ std::vector<FileItem> list_files(const std::vector<std::string> &paths,
     for (const std::string &path : paths) {
         std::error_code problem;
         if (path == "-") {
-            files.push_back({path, 0});
+            files.push_back({path, 0, true});
         } else if (const fs::file_status status = fs::status(path, problem); !fs::exists(status)) {
             throw Failure(exit_file,
                           path + ": " +
@@ -126,7 +127,7 @@ std::vector<FileItem> list_files(const std::vector<std::string> &paths,
             walk.from(path);
         } else {
             const uint64_t size = fs::is_regular_file(status) ? fs::file_size(path, problem) : 0;
-            files.push_back({path, problem ? 0 : size});
+            files.push_back({path, problem ? 0 : size, true});
         }
     }
     return files;

@@ -11,6 +11,7 @@ namespace tool {
 struct FileItem {
     std::string path; // "-" is standard input
     uint64_t size = 0;
+    bool named = false; // by the user; the others were found below a folder
 };
 
 // Files named in `paths` are taken as they are. Of folders: every regular file below, names in
