@@ -290,45 +290,25 @@ ponder_device *open(const ponder_backend_host *, char *, size_t) {
     return reinterpret_cast<ponder_device *>(&the_device);
 }
 
-const ponder_backend descriptor = {
-    .struct_size = sizeof(ponder_backend),
-    .abi = PONDER_BACKEND_ABI,
-    .name = "reference",
-    .version = PONDER_VERSION,
-    .priority = 0,
-    .host_memory = 1,
-    .probe = [](char *, size_t) -> int32_t { return 1; },
-    .isa = [] { return "generic"; },
-    .supports = supports,
-    .open = open,
-    .close = [](ponder_device *) {},
-    .allocate = nullptr,
-    .release = nullptr,
-    .upload = nullptr,
-    .download = nullptr,
-    .plan = plan,
-    .run = run,
-    .drop = [](void *kernel) { delete static_cast<Planned *>(kernel); },
-    .packed_bytes = [](ponder_device *) -> size_t { return 0; },
-    .refresh = nullptr,
-    .copy = nullptr,
-    .clear = nullptr,
-    .synchronize = nullptr,
-    .problem = nullptr,
-    .record = nullptr,
-    .record_end = nullptr,
-    .replay = nullptr,
-    .drop_recording = nullptr,
-    .group_key = nullptr,
-    .group_join = nullptr,
-    .group_sum = nullptr,
-    .record_if = nullptr,
-    .record_end_if = nullptr,
-    .mailbox = nullptr,
-    .drop_mailbox = nullptr,
-    .send = nullptr,
-    .receive = nullptr,
-};
+// With the host's memory: what devices with their own need is left out.
+constexpr ponder_backend descriptor = [] {
+    ponder_backend backend{};
+    backend.struct_size = sizeof(ponder_backend);
+    backend.abi = PONDER_BACKEND_ABI;
+    backend.name = "reference";
+    backend.version = PONDER_VERSION;
+    backend.host_memory = 1;
+    backend.probe = [](char *, size_t) -> int32_t { return 1; };
+    backend.isa = [] { return "generic"; };
+    backend.supports = supports;
+    backend.open = open;
+    backend.close = [](ponder_device *) {};
+    backend.plan = plan;
+    backend.run = run;
+    backend.drop = [](void *kernel) { delete static_cast<Planned *>(kernel); };
+    backend.packed_bytes = [](ponder_device *) -> size_t { return 0; };
+    return backend;
+}();
 
 } // namespace
 } // namespace reference
