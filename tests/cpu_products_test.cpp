@@ -472,8 +472,9 @@ TEST_P(CpuOps, Forget) {
     check({"linear", {x, w, none(), none()}, {{f32, {1, 66, 70}}}, {0}}, limit(f32), "before");
     const size_t bytes = runner->packed_bytes();
     runner->forget(w);
-    if (on_host())
+    if (on_host()) {
         EXPECT_LT(runner->packed_bytes(), bytes);
+    }
     const Tensor other = random(f32, {70, 40});
     std::memcpy(w.block->data(), other.block->data(), size_t(w.count()) * size_of(f32));
     w.shape = other.shape;

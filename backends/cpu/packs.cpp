@@ -95,8 +95,10 @@ void Packs::forget(const void *weight) {
     const std::lock_guard lock(mutex_);
     auto at = packs_.lower_bound({weight, 0});
     while (at != packs_.end() && at->first.first == weight) {
-        unused_ = new (at->second.block) Unused{unused_, at->second.size};
-        bytes_ -= at->second.size;
+        if (at->second.block) { // else there was no memory for it
+            unused_ = new (at->second.block) Unused{unused_, at->second.size};
+            bytes_ -= at->second.size;
+        }
         at = packs_.erase(at);
     }
 }

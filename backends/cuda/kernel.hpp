@@ -48,8 +48,8 @@ struct Call {
     ponder_plan *plan;
     char *why;
     size_t why_size;
-    // PONDER_PLAN_FAILED, for this reason.
-    int32_t failed(const char *reason) const;
+    // PONDER_PLAN_NO_MEMORY, for this.
+    int32_t no_memory(const char *purpose) const;
 
     size_t out(size_t i) const { return op->n_in + i; } // index of an output among the tensors
     bool has(size_t i) const {

@@ -44,7 +44,7 @@ int32_t plan_linear(const Call &call) {
     const void *constant = has_bias ? call.op->constant[2] : nullptr;
     if ((narrow_bias && constant && !keep_narrow(call.device, constant, width)) ||
         (narrow_weight && !keep_narrow(call.device, weight, weight_count)))
-        return call.failed("no memory for a copy in bf16");
+        return call.no_memory("a copy of a weight in bf16");
     const size_t bias_bytes =
         narrow_bias && !constant ? (size_t(width) * sizeof(bf16) + 255) / 256 * 256 : 0;
     return by_type(call.type(4), [&]<class Y>(Y) {
@@ -89,7 +89,7 @@ int32_t plan_linear_gelu(const Call &call) {
     if (!product->fast())
         return PONDER_PLAN_NONE;
     if (has_bias && !keep_narrow(call.device, constant, width))
-        return call.failed("no memory for a copy in bf16");
+        return call.no_memory("a copy of a weight in bf16");
     return call.is(product->workspace(), [=](const Run &run) {
         const void *bias = has_bias ? narrow(run, constant, run.at<const float>(2)) : nullptr;
         product->run(run, run.at(0), run.at(1), run.at(3), bias, nullptr, run.workspace,
@@ -139,7 +139,7 @@ int32_t plan_linear_group(const Call &call) {
         return PONDER_PLAN_NONE;
     for (const Member &m : wide)
         if (m.constant && !keep_narrow(call.device, m.constant, depth * m.width))
-            return call.failed("no memory for a copy in bf16");
+            return call.no_memory("a copy of a weight in bf16");
     std::vector<bool> results(count);
     for (size_t i = 0; i < wide.size(); ++i)
         results[i] = call.type(wide[i].y) == PONDER_DTYPE_F32;

@@ -424,9 +424,9 @@ constexpr ponder_backend descriptor = {
 
 } // namespace
 
-int32_t Call::failed(const char *reason) const {
-    no(why, why_size, reason);
-    return PONDER_PLAN_FAILED;
+int32_t Call::no_memory(const char *purpose) const {
+    no(why, why_size, purpose);
+    return PONDER_PLAN_NO_MEMORY;
 }
 
 int32_t Call::planned(size_t workspace, Kernel *kernel) const {

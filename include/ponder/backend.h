@@ -91,7 +91,8 @@ typedef struct ponder_plan {
 enum ponder_plan_result {
     PONDER_PLAN_OK = 0,
     PONDER_PLAN_NONE = 1,  /* no kernel for this op, dtype or shape here */
-    PONDER_PLAN_FAILED = 2 /* `why` says what went wrong */
+    PONDER_PLAN_FAILED = 2,   /* `why` says what went wrong */
+    PONDER_PLAN_NO_MEMORY = 3 /* `why` says for what */
 };
 
 /* What the core offers to a module. All pointers live as long as the device. */

@@ -351,8 +351,10 @@ void Device::forget(const void *constant) const noexcept {
         lock.lock();
     if (backend_->refresh)
         backend_->forget(device_, constant);
-    if (!on_host())
-        count_packed();
+    if (const size_t now = on_host() ? packed_ : backend_->packed_bytes(device_); now < packed_) {
+        memory_->refund(packed_ - now);
+        packed_ = now;
+    }
     if (const auto at = resident_.find(constant); at != resident_.end()) {
         backend_->release(device_, at->second.block);
         memory_->refund(at->second.size);
@@ -366,10 +368,9 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<const Device> device, size_t size)
 // Copies of weights that the module made while planning count too.
 void Device::count_packed() const {
     const size_t now = backend_->packed_bytes(device_);
-    if (now > packed_)
-        memory_->charge(now - packed_);
-    else
-        memory_->refund(packed_ - now);
+    if (now <= packed_)
+        return;
+    memory_->charge(now - packed_);
     packed_ = now;
 }
 
@@ -383,6 +384,9 @@ Device::Kernel Device::plan(const ponder_op_call &call, bool required) const {
         const int32_t result = backend->plan(device, &call, &kernel.plan, why, sizeof why);
         if (result != PONDER_PLAN_OK)
             kernel.owner = nullptr;
+        if (result == PONDER_PLAN_NO_MEMORY)
+            throw_error(PONDER_E_NO_MEMORY, "backend '%s', op '%s': %s", backend->name, call.op,
+                        why);
         if (result == PONDER_PLAN_FAILED)
             throw_error(PONDER_E_BACKEND, "backend '%s', op '%s': %s", backend->name, call.op, why);
         return kernel;

@@ -61,11 +61,7 @@ private:
 class Temporary {
 public:
     Temporary(const std::string &target, unsigned mode)
-        : path_(unique_name(target)), fd_(create(mode)) {
-        if (struct stat old; ::stat(target.c_str(), &old) == 0 && S_ISREG(old.st_mode) &&
-                             ::fchmod(fd_.get(), old.st_mode & 0777) != 0)
-            fail("change mode");
-    }
+        : path_(unique_name(target)), fd_(create(mode)) {}
     ~Temporary() {
         if (!kept_)
             ::unlink(path_.c_str());
@@ -80,7 +76,13 @@ public:
         buffer_.append(static_cast<const char *>(data), size);
     }
 
+    // With the access mode of the file whose place it takes.
     void rename_to(const std::string &target) {
+        struct stat old, now;
+        if (::stat(target.c_str(), &old) == 0 && S_ISREG(old.st_mode) &&
+            ::fstat(fd_.get(), &now) == 0 && (old.st_mode & 0777) != (now.st_mode & 0777) &&
+            ::fchmod(fd_.get(), old.st_mode & 0777) != 0)
+            fail("change mode");
         flush();
         int result;
         do

@@ -13,7 +13,7 @@ namespace ponder {
 
 namespace {
 
-constexpr const char *format = "ponder-checkpoint", *version = "1";
+constexpr const char *format = "ponder-checkpoint", *version = "2";
 constexpr size_t longest_note = size_t(64) << 10;
 
 void expect(const SafeTensors &file, const char *key, const std::string &wanted) {

@@ -106,6 +106,18 @@ class Data(TrainingCase):
                 found, _ = self.facts(data, self.data, arguments=["--valid", measured])
                 self.assertEqual(found["train_tokens"], base["train_tokens"] + left)
 
+    def test_made_up_names_side_by_side_are_packages_of_their_own(self):
+        def texts(folder, start):
+            return self.write(f"{folder}/x.txt", "".join(source("", i)["text"] * 8
+                                                         for i in range(start, start + 6)))
+        one, other = texts("a", 0), texts("b", 60)
+        alone, _ = self.facts(one)
+        both, _ = self.facts(one, other)
+        self.assertGreater(both["train_tokens"], alone["train_tokens"])
+        for measured in [[other], [other, self.write("c/x.txt", "c = 1\n")]]:
+            found, _ = self.facts(one, other, arguments=["--valid", *measured])
+            self.assertEqual(found["train_tokens"], alone["train_tokens"])
+
     def test_the_tokenizer_learns_nothing_from_what_is_measured(self):
         lines = self.content("data.jsonl").splitlines(keepends=True)
         def tokenizer(out, data, *arguments):

@@ -33,7 +33,13 @@ class Train(TrainingCase):
         self.assertEqual(list(log[0]), self.FIELDS)
         self.assertLess(log[-1]["loss"], log[0]["loss"])
         self.assertEqual(found["loss"], log[-1]["loss"])
-        # It is a model, and a better one than the first.
+        # It is a model, which has fewer positions than a chunk has by default.
+        shown = self.object_of("info", "--model", self.path("b"))
+        self.assertEqual((shown["model"]["context"], "memory_plan" in shown), (32, False))
+        self.assertIn("memory_plan",
+                      self.object_of("info", "--model", self.path("b"), "--chunk", "32"))
+        self.fails(2, "info", "--model", self.path("b"), "--plan-only")
+        # A better one than the first.
         losses = [self.object_of("eval", "--stream", self.data, "--model", self.path(model),
                                  "--chunk", "32", "--adapter", "none", "--min-chunks", "2")["loss"]
                   for model in ("b/initial", "b")]

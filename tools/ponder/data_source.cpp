@@ -37,15 +37,15 @@ size_t last_cut(const std::string &text) {
 } // namespace
 
 DataSource::DataSource(const std::vector<std::string> &paths, bool quiet) : quiet_(quiet) {
-    for (const std::string &path : paths) {
-        name_ += (name_.empty() ? "" : ", ") + path;
-        add(path);
+    for (size_t i = 0; i < paths.size(); ++i) {
+        name_ += (i == 0 ? "" : ", ") + paths[i];
+        add(paths[i], i);
     }
     for (const Input &input : inputs_)
         total_ += input.size;
 }
 
-void DataSource::add(const std::string &path) {
+void DataSource::add(const std::string &path, size_t place) {
     if (path == "-")
         throw Failure(exit_usage, "training data is read more than once: standard input cannot be");
     const auto files =
@@ -55,7 +55,7 @@ void DataSource::add(const std::string &path) {
         if (!fs::is_regular_file(path, problem))
             throw Failure(exit_file, path + ": is no regular file");
         const std::string name = fs::path(path).filename().string();
-        inputs_.push_back({path, name, files.front().size, is_json_lines(path), false});
+        inputs_.push_back({path, name, place, files.front().size, is_json_lines(path), false});
         return;
     }
     const std::string top = fs::canonical(path, problem).filename().string();
@@ -63,8 +63,8 @@ void DataSource::add(const std::string &path) {
         const fs::path below =
             fs::path(file.path).lexically_relative(fs::path(path).lexically_normal());
         const bool beside = below.begin() == below.end() || std::next(below.begin()) == below.end();
-        inputs_.push_back({file.path, beside ? top : top + "/" + below.begin()->string(), file.size,
-                           false, true});
+        inputs_.push_back({file.path, beside ? top : top + "/" + below.begin()->string(), place,
+                           file.size, false, true});
     }
     // Files beside the folders stand between them in the walk; packages are to be in one piece.
     std::stable_sort(inputs_.end() - std::ptrdiff_t(files.size()), inputs_.end(),
@@ -130,6 +130,7 @@ bool DataSource::next_line(DataText &to) {
             to.package = document.package.value_or(inputs_[at_].package + ":" +
                                                    std::to_string(lines_->line_number()));
             to.declared = document.package.has_value();
+            to.path = inputs_[at_].place;
             to.text = std::move(document.text);
             to.begins = true;
         } catch (const std::exception &error) {
@@ -176,6 +177,7 @@ bool DataSource::next_part(DataText &to) {
     to.text = rest_.substr(0, cut);
     to.begins = !begun_;
     to.declared = false;
+    to.path = input.place;
     rest_.erase(0, cut);
     const bool any = !begun_ || !to.text.empty();
     begun_ = true;

@@ -17,6 +17,7 @@ struct DataText {
     std::string text;
     bool begins = true;    // false: goes on where the text before it ended
     bool declared = false; // the data name the package; else it is named after its file or folder
+    size_t path = 0;       // which of the source's paths it is from
 };
 
 // *.jsonl and *.ndjson, also with .xz or .gz, are JSON Lines: "package" and "text", or "text"
@@ -37,10 +38,11 @@ public:
 private:
     struct Input {
         std::string path, package;
+        size_t place; // among the source's paths
         uint64_t size;
         bool lines, from_folder;
     };
-    void add(const std::string &path);
+    void add(const std::string &path, size_t place);
     bool next_line(DataText &to);
     bool next_part(DataText &to);
 

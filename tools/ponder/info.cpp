@@ -4,6 +4,7 @@
 #include "json_out.hpp"
 #include "setup.hpp"
 #include "table.hpp"
+#include "terminal.hpp"
 #include "text.hpp"
 
 #include <cstdio>
@@ -96,9 +97,19 @@ int info_command(const Settings &settings) {
     require_backend(runtime.get(), settings);
     const ponder_model_options how = model_options(settings);
     auto plan = sized<ponder_memory_plan>();
-    call(ponder_plan_memory, runtime.get(), folder.c_str(), &how, options.get(), &plan);
+    bool planned = true;
+    try {
+        call(ponder_plan_memory, runtime.get(), folder.c_str(), &how, options.get(), &plan);
+    } catch (const Failure &failure) {
+        // A backbone with fewer positions than a chunk has can be looked at all the same.
+        if (failure.code != exit_usage || !settings.load)
+            throw;
+        note(settings.quiet, std::string("no memory plan: ") + failure.what());
+        planned = false;
+    }
     if (!settings.json) {
-        print_plan(plan, folder, options.get());
+        if (planned)
+            print_plan(plan, folder, options.get());
         std::fflush(stdout);
     }
     Model model;
@@ -115,11 +126,13 @@ int info_command(const Settings &settings) {
     json.member("path", folder).member("adapter", method_text(options.get()));
     if (model)
         model_json(json, info_of(model.get()));
-    json.key("memory_plan").object();
-    for (const PlanRow &row : plan_rows)
-        json.member(row.key, plan.*row.bytes);
-    json.member("fast_parameters", plan.fast_parameters);
-    json.member("flops_score", plan.flops_score).member("flops_step", plan.flops_step).end();
+    if (planned) {
+        json.key("memory_plan").object();
+        for (const PlanRow &row : plan_rows)
+            json.member(row.key, plan.*row.bytes);
+        json.member("fast_parameters", plan.fast_parameters);
+        json.member("flops_score", plan.flops_score).member("flops_step", plan.flops_step).end();
+    }
     json.key("options");
     options_json(json, options.get());
     json.end().print();

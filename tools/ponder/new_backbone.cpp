@@ -47,7 +47,8 @@ struct Texts {
     bool is_held_out() {
         if (!run || !run->covers(text)) {
             run.emplace(text);
-            ++runs;
+            if (++runs > keys.size() && !measured.empty())
+                throw Failure(exit_file, source.name() + ": changed while it was read");
         }
         return held_out(text.package, valid_share) ||
                (!measured.empty() && measured.contains(keys[runs - 1]));

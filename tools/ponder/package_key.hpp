@@ -15,13 +15,14 @@ namespace tool {
 class PackageKey {
 public:
     explicit PackageKey(const DataText &first)
-        : package_(first.package), declared_(first.declared) {
+        : package_(first.package), declared_(first.declared), path_(first.path) {
         digest_.add_number(declared_);
         if (declared_)
             digest_.add_text(package_);
     }
     bool covers(const DataText &text) const {
-        return text.package == package_ && text.declared == declared_;
+        return text.package == package_ && text.declared == declared_ &&
+               (declared_ || text.path == path_);
     }
     void add(const DataText &text) {
         if (declared_)
@@ -36,6 +37,7 @@ public:
 private:
     std::string package_;
     bool declared_;
+    size_t path_;
     Digest digest_;
 };
 

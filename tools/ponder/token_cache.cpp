@@ -34,7 +34,7 @@ struct Header {
     uint64_t digest;      // of the fields above
 };
 static_assert(sizeof(Header) == 88);
-constexpr char magic[8] = {'p', 'o', 'n', 'd', 'e', 'r', 'T', '2'};
+constexpr char magic[8] = {'p', 'o', 'n', 'd', 'e', 'r', 'T', '3'};
 
 uint64_t digest_of(const Header &header) {
     Digest digest;
