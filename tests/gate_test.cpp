@@ -3,6 +3,7 @@
 #include "eval/calibrate.hpp"
 #include "expect_error.hpp"
 #include "free_port.hpp"
+#include "policy/budget.hpp"
 #include "policy/gate.hpp"
 #include "policy/policy.hpp"
 #include "support.hpp"
@@ -589,6 +590,70 @@ TEST_F(Trained, HostileFoldersAreRefused) {
     refused(PONDER_E_STATE, "no gate");
     with("\"gate\": {", "\"gate\": 3, \"x\": {");
     refused(PONDER_E_FORMAT, "gate");
+}
+
+// ---- The rule that policies, the reference and devices share: by hand
+
+TEST(Rule, ControlsTheThreshold) {
+    const auto policy = parse_policy("ema:loss:0.25");
+    Random random(0);
+    const auto decide = [&](double loss) {
+        Situation s;
+        s.signals.loss = loss;
+        return policy->decide(s, random);
+    };
+    for (const double loss : {3.0, 8.0, 1.0, 6.0, 2.0, 7.0, 4.0, 5.0}) {
+        const Decision d = decide(loss);
+        EXPECT_TRUE(d.update && d.calibrating && std::isnan(d.threshold)) << loss;
+        EXPECT_EQ(d.score, loss);
+    }
+    // Of 1..8 a quarter lies above 6 + 0.25.
+    Decision d = decide(7);
+    EXPECT_TRUE(d.update && !d.calibrating);
+    EXPECT_EQ(d.threshold, 6.25);
+    EXPECT_NEAR(policy->state()[0], 0.325, 1e-15);    // 0.9 x 0.25 + 0.1
+    EXPECT_NEAR(policy->state()[1], 6.296875, 1e-14); // 6.25 (1 + 0.1 (0.325 - 0.25))
+    d = decide(6.28);
+    EXPECT_FALSE(d.update);
+    EXPECT_NEAR(policy->state()[0], 0.2925, 1e-15);
+    EXPECT_NEAR(policy->state()[1], 6.32363671875, 1e-14);
+    EXPECT_FALSE(decide(NAN).update);
+
+    // A chunk without a signal counts among the first, with nothing: 1, 3, 5, 7 are left.
+    const auto sparse = parse_policy("ema:loss:0.5");
+    constexpr double none = NAN;
+    for (const double loss : {none, 7.0, none, 1.0, none, 5.0, none, 3.0}) {
+        Situation s;
+        s.signals.loss = loss;
+        EXPECT_TRUE(sparse->decide(s, random).update);
+    }
+    EXPECT_EQ(sparse->state()[1], 4);
+}
+
+TEST(Rule, ThresholdsAreExceeded) {
+    const auto policy = parse_policy("threshold:entropy:2");
+    Random random(0);
+    for (const auto &[entropy, update] : {std::pair(1.0, false), {2.0, false}, {2.1, true}}) {
+        Situation s;
+        s.signals.entropy = entropy;
+        const Decision d = policy->decide(s, random);
+        EXPECT_EQ(d.update, update) << entropy;
+        EXPECT_FALSE(d.calibrating);
+        EXPECT_EQ(d.threshold, 2);
+    }
+    const Decision unknown = policy->decide({}, random);
+    EXPECT_TRUE(unknown.update && unknown.calibrating);
+}
+
+TEST(Rule, ABudgetGrantsWhatItHas) {
+    Budget budget(0.5, 2);
+    std::vector<int64_t> granted;
+    for (const int64_t wanted : {3, 1, 1, 0, 4, 1})
+        granted.push_back(budget.grant(wanted));
+    EXPECT_EQ(granted, (std::vector<int64_t>{2, 0, 1, 0, 1, 0}));
+    EXPECT_EQ(budget.left(), 0.5);
+    Budget off(INFINITY, 0);
+    EXPECT_EQ(off.grant(7), 7);
 }
 
 // ---- The oracle
